@@ -1,0 +1,237 @@
+"""Edges between stages: tensors in one direction, in order, one message a work item.
+
+A message is one or more tensors whose shapes both ends know, so nothing precedes it. Sends never
+wait for the receiver (up to `SENDS_UNDERWAY`); a receive is posted ahead of its use.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from cineline.errors import CinelineError
+
+SENDS_UNDERWAY = 8
+"""Sends that may be unfinished on an edge before the sender waits for the oldest one."""
+
+WAIT_LIMIT = timedelta(hours=2)
+"""Last limit of a wait for a tensor; a peer's death is noticed through its process long before."""
+
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor that travels."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Pending(Protocol):
+    """A posted receive."""
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """The tensors, once they are here."""
+        ...
+
+    def release(self) -> None:
+        """Give the buffer back for a later receive; the tensors must not be used any more."""
+        ...
+
+
+class Sender(Protocol):
+    """The near end of an edge."""
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Send a message. The tensors must not be written to afterwards."""
+        ...
+
+
+class Receiver(Protocol):
+    """The far end of an edge."""
+
+    def post(self, specs: Sequence[TensorSpec]) -> Pending:
+        """Get ready for the next message, whose tensors have these shapes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Edges:
+    """A stage's ends of the edges it is joined to; None where it has none.
+
+    Attributes:
+        forward_in, forward_out: from the stage before, to the stage after.
+        return_in: on the head, latents from the tail.
+        return_out: on the tail, latents to the head.
+    """
+
+    forward_in: Receiver | None = None
+    forward_out: Sender | None = None
+    return_in: Receiver | None = None
+    return_out: Sender | None = None
+
+
+class LocalChannel:
+    """Both ends of an edge inside one process: a stage's edge to itself, and tests.
+
+    As on any edge, the n-th receive that is posted gets the n-th message that is sent.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sent: deque[tuple[torch.Tensor, ...]] = deque()
+        self._posted: deque[_LocalPending] = deque()
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        with self._lock:
+            self._sent.append(tuple(tensors))
+            self._match()
+
+    def post(self, specs: Sequence[TensorSpec]) -> Pending:
+        pending = _LocalPending(specs)
+        with self._lock:
+            self._posted.append(pending)
+            self._match()
+        return pending
+
+    def _match(self) -> None:
+        while self._sent and self._posted:
+            self._posted.popleft().message.set_result(self._sent.popleft())
+
+
+class _LocalPending:
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self._specs = [TensorSpec(tuple(spec.shape), spec.dtype) for spec in specs]
+        self.message: Future[tuple[torch.Tensor, ...]] = Future()
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        tensors = self.message.result(WAIT_LIMIT.total_seconds())
+        found = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        if found != self._specs:
+            raise CinelineError(f"An edge was sent {found} where {self._specs} was due: the two ends disagree.")
+        return tensors
+
+    def release(self) -> None:
+        pass
+
+
+class TorchSender:
+    """Sends over `torch.distributed`, to one peer.
+
+    Args:
+        peer: the receiver's rank in the world.
+        group: of these two ranks, used for this edge alone (a backend matches by order).
+        staged: copy through host memory first, for a backend that cannot read the device's.
+    """
+
+    def __init__(self, peer: int, group: dist.ProcessGroup, staged: bool) -> None:
+        self._peer = peer
+        self._group = group
+        self._staged = staged
+        self._underway: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+        message = _pack(tensors)
+        if self._staged:
+            message = message.cpu()
+        work = dist.isend(message, self._peer, group=self._group)
+        assert work is not None
+        self._underway.append((work, message))
+        if len(self._underway) > SENDS_UNDERWAY:
+            self._underway.popleft()[0].wait(WAIT_LIMIT)
+
+    def flush(self) -> None:
+        """Wait for all sends."""
+        while self._underway:
+            self._underway.popleft()[0].wait(WAIT_LIMIT)
+
+
+class TorchReceiver:
+    """Receives over `torch.distributed`, from one peer, into buffers that are used again.
+
+    Args: as `TorchSender`'s, and `device`, where the tensors are wanted.
+    """
+
+    def __init__(self, peer: int, group: dist.ProcessGroup, device: torch.device, staged: bool) -> None:
+        self._peer = peer
+        self._group = group
+        self._device = device
+        self._staged = staged
+        self._free: list[torch.Tensor] = []
+
+    def post(self, specs: Sequence[TensorSpec]) -> Pending:
+        size = sum(_padded(spec.nbytes) for spec in specs)
+        buffer = self._buffer(size)
+        work = dist.irecv(buffer[:size], self._peer, group=self._group)
+        assert work is not None
+        return _TorchPending(self, work, buffer, tuple(specs))
+
+    def _buffer(self, size: int) -> torch.Tensor:
+        fitting = [buffer for buffer in self._free if buffer.numel() >= size]
+        if fitting:
+            smallest = min(fitting, key=lambda buffer: buffer.numel())
+            self._free = [buffer for buffer in self._free if buffer is not smallest]
+            return smallest
+        self._free.clear()  # too small for what travels now
+        where = torch.device("cpu") if self._staged else self._device
+        return torch.empty(size, dtype=torch.uint8, device=where, pin_memory=self._staged)
+
+
+class _TorchPending:
+    def __init__(
+        self, receiver: TorchReceiver, work: dist.Work, buffer: torch.Tensor, specs: tuple[TensorSpec, ...]
+    ) -> None:
+        self._receiver = receiver
+        self._work = work
+        self._buffer = buffer
+        self._specs = specs
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        self._work.wait(WAIT_LIMIT)
+        tensors = _unpack(self._buffer, self._specs)
+        if self._receiver._staged:
+            tensors = tuple(tensor.to(self._receiver._device) for tensor in tensors)
+        return tensors
+
+    def release(self) -> None:
+        self._receiver._free.append(self._buffer)
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The tensors as one row of bytes, each at a multiple of `ALIGNMENT`."""
+    rows = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    if len(rows) == 1 and rows[0].numel() % ALIGNMENT == 0:
+        return rows[0]
+    message = torch.zeros(sum(_padded(row.numel()) for row in rows), dtype=torch.uint8, device=rows[0].device)
+    start = 0
+    for row in rows:
+        message[start : start + row.numel()] = row
+        start += _padded(row.numel())
+    return message
+
+
+def _unpack(message: torch.Tensor, specs: Sequence[TensorSpec]) -> tuple[torch.Tensor, ...]:
+    tensors = []
+    start = 0
+    for spec in specs:
+        tensors.append(message[start : start + spec.nbytes].view(spec.dtype).view(spec.shape))
+        start += _padded(spec.nbytes)
+    return tuple(tensors)

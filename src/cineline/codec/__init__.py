@@ -1,0 +1,1 @@
+"""Text, images and frames in and out of the latent space."""

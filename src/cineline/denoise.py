@@ -1,0 +1,77 @@
+"""Denoising as pure functions of a request: timesteps, expert choice, guidance.
+
+The solver is diffusers' own scheduler object, one a request: a multistep solver keeps a history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+
+from cineline.errors import CheckpointError
+from cineline.request import Branch, Job
+
+
+@dataclass(frozen=True)
+class Step:
+    """One solver step.
+
+    Attributes:
+        timestep: int64 or float32 scalar tensor, as the solver gives it.
+        expert: 0 (high noise) or 1 (low noise).
+        guidance: classifier-free guidance scale; used when the job has two branches.
+    """
+
+    timestep: torch.Tensor
+    expert: int
+    guidance: float
+
+
+def make_solver(class_name: str, config: Mapping[str, Any], job: Job, device: torch.device) -> Any:
+    """A diffusers scheduler, ready for the job's first step.
+
+    `flow_shift` replaces the parameter of that meaning: UniPC's `flow_shift`, Euler's `shift`.
+
+    Raises:
+        CheckpointError: diffusers has no such scheduler, or one that cannot be stepped this way.
+    """
+    solver_class = getattr(diffusers, class_name, None)
+    if solver_class is None:
+        raise CheckpointError(f"The checkpoint's scheduler {class_name!r} is not in diffusers {diffusers.__version__}.")
+    shift = {}
+    if job.flow_shift is not None:
+        shift = {"flow_shift" if "flow_shift" in config else "shift": job.flow_shift}
+    solver = solver_class.from_config(dict(config), **shift)
+    solver.set_timesteps(job.steps, device=device)
+    if len(solver.timesteps) != job.steps:
+        raise CheckpointError(
+            f"{class_name} makes {len(solver.timesteps)} timesteps of {job.steps} steps: "
+            "use a solver with one forward a step, such as UniPCMultistepScheduler."
+        )
+    solver.set_begin_index(0)
+    return solver
+
+
+def make_steps(solver: Any, job: Job) -> list[Step]:
+    """Timestep, expert and guidance of every step (as in diffusers' `WanPipeline.__call__`)."""
+    boundary = None if job.boundary_ratio is None else job.boundary_ratio * solver.config.num_train_timesteps
+    steps = []
+    for timestep in solver.timesteps:
+        expert = 0 if boundary is None or timestep >= boundary else 1
+        guidance = job.guidance_scale if expert == 0 else job.guidance_scale_2
+        assert guidance is not None
+        steps.append(Step(timestep, expert, guidance))
+    return steps
+
+
+def combine(predictions: Mapping[Branch, torch.Tensor], guidance: float) -> torch.Tensor:
+    """Classifier-free guidance, uncond + g (cond - uncond) (Ho & Salimans 2022, arXiv 2207.12598)."""
+    cond = predictions[Branch.COND]
+    if Branch.UNCOND not in predictions:
+        return cond
+    uncond = predictions[Branch.UNCOND]
+    return uncond + guidance * (cond - uncond)

@@ -1,0 +1,355 @@
+"""The engine: starts the ranks, submits requests to the line, hands back handles.
+
+It lives in the caller's process, which never joins `torch.distributed`, so that several engines can
+live side by side. One thread listens to the ranks; a lock guards the scheduler and the handles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass, field
+from multiprocessing import connection as mp_connection
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cineline import control
+from cineline.config import DeviceConfig, Dtype, ParallelConfig
+from cineline.errors import CinelineError, EngineClosed, RankFailed, RequestCancelled, ResultTimeout
+from cineline.hub import open_model
+from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun
+from cineline.request import Job, Kind, Video, VideoRequest, WorkItem
+from cineline.scheduler import Scheduler
+from cineline.spec import FamilySpec, load_image
+from cineline.trace import Slice, write_trace
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+START_LIMIT_S = 3600.0
+
+
+class RequestHandle:
+    """One submitted request.
+
+    Attributes:
+        job: the request as it runs, with nothing left open.
+    """
+
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self._engine = engine
+        self.job = job
+        self._future: Future[Video] = Future()
+        self._steps_done = 0
+        self._latents: np.ndarray | None = None
+        self._chunks: list[np.ndarray] = []
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Solver steps done, and of how many."""
+        return self._steps_done, self.job.steps
+
+    @property
+    def decoded(self) -> tuple[int, int]:
+        """Decode chunks done, and of how many."""
+        return len(self._chunks), self.job.chunks
+
+    @property
+    def done(self) -> bool:
+        """Finished, failed or cancelled."""
+        return self._future.done()
+
+    def cancel(self) -> bool:
+        """Stop the request; false if it was already done. The others are not touched."""
+        return self._engine._cancel(self)
+
+    def result(self, timeout: float | None = None) -> Video:
+        """Wait for the video, `timeout` seconds at most.
+
+        Raises:
+            ResultTimeout: it is not done yet.
+            RequestCancelled, RankFailed, EngineClosed: it will never be.
+        """
+        try:
+            return self._future.result(timeout)
+        except FutureTimeout:
+            raise ResultTimeout(
+                f"Request {self.job.id} is not done after {timeout} s (step {self._steps_done} of {self.job.steps}): "
+                "wait longer or cancel it."
+            ) from None
+
+    def _take(self, done: control.Done) -> None:
+        if done.item.kind is Kind.DENOISE:
+            self._steps_done = done.item.number + 1
+            self._latents = done.result
+        elif done.item.kind is Kind.DECODE:
+            assert done.result is not None
+            self._chunks.append(done.result)
+
+    def _finish(self) -> None:
+        import torch
+
+        assert self._latents is not None
+        frames = np.concatenate(self._chunks) if self._chunks else None
+        self._future.set_result(Video(torch.from_numpy(self._latents.copy()), frames, self.job.fps))
+
+    def _fail(self, error: CinelineError) -> None:
+        if not self._future.done():
+            self._future.set_exception(error)
+
+
+@dataclass
+class _Line:
+    """What the lock guards."""
+
+    scheduler: Scheduler
+    handles: dict[int, RequestHandle] = field(default_factory=dict)
+    images: dict[int, Image.Image] = field(default_factory=dict)
+    next_id: int = 0
+    broken: CinelineError | None = None
+
+
+class Engine:
+    """A model on its ranks, ready for requests. Use it as a context manager, or call `close`.
+
+    Args:
+        model: a folder in diffusers format, a hub id, or another family's spec; None for the built-in one.
+        parallel: how the model is divided.
+        device: "cpu" or "cuda"; None takes cuda where there is one.
+        dtype: of transformers and text encoder; None is float32 on the CPU, bfloat16 elsewhere.
+        vae_dtype: of the VAE.
+        in_flight: requests that denoise at once; None fills the line with one to spare.
+        trace: write a Chrome trace there on close.
+        launcher: start the ranks here, or be rank 0 of a torchrun world.
+        pin_cores: pin rank r to core r (benchmarks).
+
+    Raises:
+        InvalidConfig, CheckpointError: before or while the ranks start; none is left running.
+        RankFailed: a rank raised or died while it started.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | FamilySpec | None = None,
+        parallel: ParallelConfig | None = None,
+        *,
+        device: str | None = None,
+        dtype: Dtype | None = None,
+        vae_dtype: Dtype = "float32",
+        in_flight: int | None = None,
+        trace: str | Path | None = None,
+        launcher: Launcher = "local",
+        pin_cores: bool = False,
+    ) -> None:
+        parallel = parallel or ParallelConfig()
+        device = device or _default_device()
+        if in_flight is not None and in_flight < 1:
+            raise CinelineError(f"in_flight={in_flight} is below 1: give 1 or more.")
+        config = DeviceConfig(device, dtype or ("float32" if device == "cpu" else "bfloat16"), vae_dtype, pin_cores)
+        self.spec = open_model(model)
+        cut = tuple(parallel.cut(self.spec.layers))
+        self._trace = None if trace is None else Path(trace)
+        self._slices: list[Slice] = []
+        self._closed = False
+        self._lock = threading.RLock()
+        self._line = _Line(Scheduler(parallel.pp, in_flight, self._admit))
+        environment = config.rank_environment(parallel.pp if launcher == "local" else 1)
+        if launcher == "local":
+            self._ranks = launch_local(parallel.pp, environment)
+        else:
+            self._ranks = launch_torchrun(parallel.pp, environment, START_LIMIT_S)
+        try:
+            self.bytes_read = self._start(cut, config)
+        except BaseException:
+            self._end_ranks(0.0)
+            self._disconnect()
+            raise
+        self._listener = threading.Thread(target=self._listen, name="cineline-engine", daemon=True)
+        self._listener.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(self, request: VideoRequest) -> RequestHandle:
+        """Queue a request; returns at once.
+
+        Raises:
+            InvalidRequest: it breaks one of the model's rules.
+            EngineClosed, RankFailed: the engine takes no more.
+        """
+        image = None if request.image is None else load_image(request.image)
+        with self._lock:
+            job = self.spec.resolve(request, self._line.next_id)
+            if self._line.broken is not None:
+                raise self._line.broken
+            if self._closed:
+                raise EngineClosed("The engine is closed: make a new one.")
+            self._line.next_id += 1
+            handle = RequestHandle(self, job)
+            self._line.handles[job.id] = handle
+            if image is not None:
+                self._line.images[job.id] = image
+            self._line.scheduler.submit(job)
+            self._emit(self._line.scheduler.pump())
+        return handle
+
+    def close(self) -> None:
+        """End the ranks; requests that are not done raise `EngineClosed`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            idle = not self._line.handles and self._line.broken is None
+            self._fail_all(EngineClosed("The engine was closed before the request was done."))
+            if idle:
+                for rank in self._ranks:
+                    self._say(rank, control.Stop())
+        # Idle ranks end by themselves and hand in their timelines; the others wait for tensors that never come.
+        if idle:
+            self._listener.join(GRACE_S)
+        self._end_ranks(GRACE_S if idle else 0.0)
+        self._listener.join(GRACE_S)
+        self._disconnect()
+        if self._trace is not None:
+            write_trace(self._slices, self._trace)
+
+    # Starting.
+
+    def _start(self, cut: tuple[range, ...], config: DeviceConfig) -> list[int]:
+        """Tell every rank what it is and wait until all are ready; the bytes of weights each has read."""
+        deadline = time.monotonic() + START_LIMIT_S
+        port = None
+        for rank in self._ranks:
+            setup = control.Setup(
+                self.spec, rank.rank, cut, config, rank.local_rank, rank.ranks_on_host, port, self._trace is not None
+            )
+            self._say(rank, setup)
+            if rank.rank == 0 and len(self._ranks) > 1 and self._ranks[1].process is not None:
+                opened = self._hear([rank], deadline)[1]
+                assert isinstance(opened, control.StoreOpen)
+                port = opened.port
+        ready: dict[int, int] = {}
+        while len(ready) < len(self._ranks):
+            rank, message = self._hear([rank for rank in self._ranks if rank.rank not in ready], deadline)
+            assert isinstance(message, control.Ready)
+            ready[rank.rank] = message.bytes_read
+        return [ready[rank.rank] for rank in self._ranks]
+
+    def _hear(self, ranks: list[RankProcess], deadline: float) -> tuple[RankProcess, control.Message]:
+        """The next message of any rank while it starts.
+
+        Raises:
+            CinelineError: the rank's own error, or `RankFailed`.
+        """
+        by_connection: dict[Any, RankProcess] = {rank.connection: rank for rank in ranks}
+        heard = mp_connection.wait(list(by_connection), timeout=max(0.0, deadline - time.monotonic()))
+        if not heard:
+            raise RankFailed(ranks[0].rank, f"it was not ready after {START_LIMIT_S:.0f} s")
+        rank = by_connection[heard[0]]
+        message = self._receive(rank)
+        if isinstance(message, control.Failed):
+            raise message.error or RankFailed(rank.rank, message.cause)
+        return rank, message
+
+    def _receive(self, rank: RankProcess) -> control.Message:
+        try:
+            return control.receive(rank.connection)
+        except (EOFError, OSError):
+            return control.Failed(rank.describe_end())
+
+    def _say(self, rank: RankProcess, message: control.Message) -> None:
+        with contextlib.suppress(OSError):  # it is gone; the listener hears of that and knows the cause
+            control.send(rank.connection, message)
+
+    # Running. All of these hold the lock.
+
+    def _admit(self, job: Job) -> None:
+        for rank in self._ranks:
+            image = self._line.images.pop(job.id, None) if rank.rank == 0 else None
+            self._say(rank, control.Admit(job, image))
+
+    def _emit(self, items: list[WorkItem]) -> None:
+        for item in items:
+            for rank in self._ranks:
+                self._say(rank, item)
+
+    def _cancel(self, handle: RequestHandle) -> bool:
+        with self._lock:
+            if self._line.handles.pop(handle.job.id, None) is None:
+                return False
+            self._line.images.pop(handle.job.id, None)
+            drop = self._line.scheduler.cancel(handle.job.id)
+            self._emit(([drop] if drop else []) + self._line.scheduler.pump())
+            handle._fail(RequestCancelled(f"Request {handle.job.id} was cancelled at step {handle.progress[0]}."))
+        return True
+
+    def _take(self, done: control.Done) -> None:
+        handle = self._line.handles.get(done.item.request)
+        finished = self._line.scheduler.complete(done.item)
+        self._emit(self._line.scheduler.pump())
+        if handle is None:
+            return
+        handle._take(done)
+        if finished:
+            del self._line.handles[handle.job.id]
+            handle._finish()
+
+    def _fail_all(self, error: CinelineError) -> None:
+        for handle in self._line.handles.values():
+            handle._fail(error)
+        self._line.handles.clear()
+
+    # Listening.
+
+    def _listen(self) -> None:
+        """Take in what the ranks say until all have ended, or the first has failed."""
+        open_ranks: dict[Any, RankProcess] = {rank.connection: rank for rank in self._ranks}
+        while open_ranks:
+            for connection in mp_connection.wait(list(open_ranks)):
+                rank = open_ranks[connection]
+                message = self._receive(rank)
+                if isinstance(message, control.Timeline):
+                    self._slices.extend(message.slices)
+                    del open_ranks[connection]
+                elif isinstance(message, control.Failed):
+                    self._break(RankFailed(rank.rank, message.cause))
+                    return
+                elif isinstance(message, control.Done):
+                    with self._lock:
+                        self._take(message)
+
+    def _break(self, error: RankFailed) -> None:
+        """A rank is lost, and with it the line: fail what is in it and end the others."""
+        with self._lock:
+            if not self._closed:
+                self._line.broken = error
+            self._fail_all(error)
+        self._end_ranks(0.0)
+        self._disconnect()
+
+    def _end_ranks(self, grace_s: float) -> None:
+        deadline = time.monotonic() + grace_s
+        for rank in self._ranks:
+            rank.end(deadline)
+
+    def _disconnect(self) -> None:
+        """Close the connections, which also ends ranks on other hosts. Nobody may be listening any more."""
+        for rank in self._ranks:
+            rank.connection.close()
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,65 @@
+"""Every error that Cineline raises on purpose.
+
+CinelineError
+├── InvalidRequest      a field of a request breaks a rule
+├── InvalidConfig       options that cannot work together, or not on this machine
+├── CheckpointError     the model's folder is not what it should be
+├── OutputError         a result cannot be written where it was asked for
+├── RankFailed          a rank raised or died; `rank` and `cause` say which and why
+├── RequestCancelled    the request was cancelled before it was done
+├── ResultTimeout       `result(timeout=...)` ran out of time; the request goes on
+└── EngineClosed        the engine was closed before the request was done
+
+A message is one sentence with the value, the rule and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class CinelineError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class InvalidRequest(CinelineError, ValueError):
+    """A field of a request breaks a rule."""
+
+
+class InvalidConfig(CinelineError, ValueError):
+    """Options that cannot work together, or not on this machine."""
+
+
+class CheckpointError(CinelineError):
+    """The model's folder is not what it should be."""
+
+
+class OutputError(CinelineError, OSError):
+    """A result cannot be written where it was asked for."""
+
+
+class RankFailed(CinelineError, RuntimeError):
+    """A rank raised or died.
+
+    Attributes:
+        rank: the rank's number in the world.
+        cause: what happened to it, in words.
+    """
+
+    def __init__(self, rank: int, cause: str) -> None:
+        super().__init__(f"Rank {rank} failed: {cause}")
+        self.rank = rank
+        self.cause = cause
+
+    def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str]]:
+        return type(self), (self.rank, self.cause)
+
+
+class RequestCancelled(CinelineError):
+    """The request was cancelled before it was done."""
+
+
+class ResultTimeout(CinelineError, TimeoutError):
+    """`result(timeout=...)` ran out of time; the request itself goes on."""
+
+
+class EngineClosed(CinelineError, RuntimeError):
+    """The engine was closed before the request was done."""

@@ -1,0 +1,180 @@
+"""Starts the rank processes: on this machine, or as the ranks of an existing torchrun world.
+
+A rank is a process of its own with one connection to the engine. Its death closes the connection and
+the engine's death closes all of them, so neither can outlive the other, whatever ended it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, Listener
+from typing import Literal
+
+from cineline.control import ENGINE_ADDRESS
+from cineline.errors import InvalidConfig
+
+Launcher = Literal["local", "torchrun"]
+
+GRACE_S = 5.0
+"""Seconds that a rank gets to end by itself before it is killed."""
+
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass
+class RankProcess:
+    """A rank as the engine sees it.
+
+    Attributes:
+        rank: its number in the world.
+        local_rank, ranks_on_host: its number on its host, of how many.
+        connection: to its process.
+        process: None when another host's torchrun owns it.
+    """
+
+    rank: int
+    local_rank: int
+    ranks_on_host: int
+    connection: Connection
+    process: subprocess.Popen[bytes] | None
+
+    def describe_end(self) -> str:
+        """How the process ended, in words."""
+        if self.process is None:
+            return "its connection closed (the process or its host is gone)"
+        try:
+            code = self.process.wait(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            return "its connection closed while the process went on"
+        if code < 0:
+            return f"the process was killed by {signal.Signals(-code).name}"
+        return f"the process ended with exit code {code}"
+
+    def end(self, deadline: float) -> None:
+        """See to it that the process is gone soon after `deadline` (`time.monotonic`)."""
+        if self.process is None:
+            return
+        try:
+            self.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def launch_local(ranks: int, environment: Mapping[str, str]) -> list[RankProcess]:
+    """Start all ranks on this machine, each at the end of a pipe."""
+    started = []
+    for rank in range(ranks):
+        connection, process = _start(environment)
+        started.append(RankProcess(rank, rank, ranks, connection, process))
+    return started
+
+
+def _start(environment: Mapping[str, str]) -> tuple[Connection, subprocess.Popen[bytes]]:
+    ours, theirs = Pipe()
+    arguments = ["--fd", str(theirs.fileno())]
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    process = _popen(arguments, {**loopback, **environment}, inherited=(theirs.fileno(),))
+    theirs.close()
+    return ours, process
+
+
+def _popen(arguments: list[str], environment: Mapping[str, str], inherited: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "cineline.worker", *arguments],
+        env={**QUIET, **environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL,
+        pass_fds=inherited,
+        start_new_session=True,  # a Ctrl-C at the terminal is for the engine alone
+    )
+
+
+def _has_descriptor() -> bool:
+    try:
+        return sys.stderr.fileno() >= 0
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def torchrun_rank() -> int | None:
+    """This process's rank in a torchrun world, or None outside one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
+        return None
+    return int(os.environ["RANK"])
+
+
+def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) -> list[RankProcess]:
+    """Rank 0 of a torchrun world: start the own rank and wait for the connections of all.
+
+    Raises:
+        InvalidConfig: the world's size is not `ranks`, or not all ranks called within `limit_s`.
+    """
+    world = int(os.environ["WORLD_SIZE"])
+    if world != ranks:
+        raise InvalidConfig(f"torchrun started {world} processes for pp={ranks}: make the two equal.")
+    host = socket.gethostbyname(os.environ["MASTER_ADDR"])
+    key = secrets.token_bytes(32)
+    listener = Listener((host, 0), backlog=ranks, authkey=key)
+    address = f"{host},{listener.address[1]},{key.hex()}"
+    own = _popen([], {**environment, ENGINE_ADDRESS: address}, inherited=())
+    try:
+        connections = _accept(listener, ranks, limit_s)
+    except InvalidConfig:
+        own.kill()
+        own.wait()
+        raise
+    per_host = int(os.environ["LOCAL_WORLD_SIZE"])
+    return [
+        RankProcess(rank, rank % per_host, per_host, connections[rank], own if rank == 0 else None)
+        for rank in range(ranks)
+    ]
+
+
+def _accept(listener: Listener, ranks: int, limit_s: float) -> dict[int, Connection]:
+    connections: dict[int, Connection] = {}
+
+    def accept_all() -> None:
+        while len(connections) < ranks:
+            try:
+                connection = listener.accept()
+                rank = connection.recv()
+                assert isinstance(connection, Connection)
+                connections[rank] = connection
+            except OSError:
+                return
+
+    thread = threading.Thread(target=accept_all, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    listener.close()
+    if len(connections) < ranks:
+        missing = sorted(set(range(ranks)) - connections.keys())
+        raise InvalidConfig(f"Ranks {missing} did not call within {limit_s:.0f} s: check their hosts' output.")
+    return connections
+
+
+def serve_torchrun_rank(environment: Mapping[str, str]) -> int:
+    """Any other rank of a torchrun world: run the rank's process to its end; its exit code."""
+    process = _popen([], environment, inherited=())
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()

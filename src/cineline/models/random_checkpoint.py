@@ -1,0 +1,142 @@
+"""Small Wan 2.2 checkpoints with random weights, in diffusers format: for tests, benchmarks and a first try.
+
+They have the real classes and file layout, and make noise instead of pictures.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from cineline.spec import DEFAULTS_FILE, WanKind
+
+FORMAT = 1
+"""Raised whenever what is built changes, so that a cached checkpoint of an older version is not used."""
+
+
+@dataclass(frozen=True)
+class RandomConfig:
+    """Shapes of a random checkpoint.
+
+    Attributes:
+        kind: which Wan 2.2 model it is like.
+        layers, heads, head_dim, ffn_dim: of the transformer(s).
+        seed: of the weights.
+        boundary_ratio: of the two-expert kinds.
+        flow_shift: of the solver.
+        max_shard_size: of the transformer's files.
+    """
+
+    kind: WanKind = "ti2v"
+    layers: int = 4
+    heads: int = 2
+    head_dim: int = 24
+    ffn_dim: int = 96
+    seed: int = 0
+    boundary_ratio: float = 0.875
+    flow_shift: float = 5.0
+    max_shard_size: str = "5GB"
+
+
+def save_random_checkpoint(folder: Path, config: RandomConfig) -> Path:
+    """Build the checkpoint and put it at `folder`, complete or not at all; returns `folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        unfinished = Path(temporary) / "checkpoint"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            _build(config).save_pretrained(unfinished, max_shard_size=config.max_shard_size)
+        unfinished.rename(folder)
+    return folder
+
+
+def builtin_checkpoint() -> Path:
+    """The model that is used when none is named, made on first use in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cineline"
+    folder = cache / f"random-ti2v-{FORMAT}"
+    if not (folder / DEFAULTS_FILE).exists():
+        try:
+            save_random_checkpoint(folder, RandomConfig(layers=8, heads=4))
+        except OSError:
+            if not (folder / "model_index.json").exists():  # else another process was faster
+                raise
+        defaults = '{"height": 128, "width": 128, "num_frames": 17, "fps": 8, "num_inference_steps": 20}'
+        (folder / DEFAULTS_FILE).write_text(defaults)
+    return folder
+
+
+def _build(config: RandomConfig) -> WanPipeline | WanImageToVideoPipeline:
+    two_experts = config.kind != "ti2v"
+    vae = _vae(config.kind)
+    channels = vae.config.z_dim
+    components = {
+        "tokenizer": _tokenizer(),
+        "text_encoder": _text_encoder(),
+        "vae": vae,
+        "scheduler": UniPCMultistepScheduler(
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=config.flow_shift,
+            num_train_timesteps=1000,
+        ),
+        "transformer": _transformer(config, channels),
+        "transformer_2": _transformer(config, channels) if two_experts else None,
+        "boundary_ratio": config.boundary_ratio if two_experts else None,
+        "expand_timesteps": config.kind == "ti2v",
+    }
+    return WanImageToVideoPipeline(**components) if config.kind == "i2v" else WanPipeline(**components)
+
+
+def _transformer(config: RandomConfig, latent_channels: int) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=config.head_dim,
+        in_channels=2 * latent_channels + 4 if config.kind == "i2v" else latent_channels,
+        out_channels=latent_channels,
+        text_dim=32,
+        freq_dim=64,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.layers,
+    )
+
+
+def _vae(kind: WanKind) -> AutoencoderKLWan:
+    channels = 16
+    statistics = {
+        "latents_mean": [0.1 * (channel % 5 - 2) for channel in range(channels)],
+        "latents_std": [0.5 + 0.1 * (channel % 7) for channel in range(channels)],
+    }
+    shape = {"base_dim": 4, "z_dim": channels, "num_res_blocks": 1}
+    if kind == "ti2v":  # the Wan 2.2 VAE
+        shape |= {
+            "decoder_base_dim": 8,
+            "is_residual": True,
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "scale_factor_spatial": 16,
+        }
+    return AutoencoderKLWan(**shape, **statistics)
+
+
+def _text_encoder() -> UMT5EncoderModel:
+    return UMT5EncoderModel(UMT5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+
+
+def _tokenizer() -> T5Tokenizer:
+    """Letter by letter: no vocabulary file can be downloaded, and none is needed here."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
+    letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'-!?"]
+    return T5Tokenizer(vocab=[*special, *letters], extra_ids=0)

@@ -1,0 +1,165 @@
+"""Reads a module's own tensors, and no others, from a component's folder of safetensors files.
+
+File format: 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and
+offsets, the data (github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from cineline.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what it is, from the file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """The safetensors files of one component.
+
+    Args:
+        folder: holds one `*.safetensors` file, or several and an index.
+
+    Attributes:
+        bytes_read: of all tensors read so far.
+
+    Raises:
+        CheckpointError: no such file, or one that is truncated.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._stored: dict[str, StoredTensor] = {}
+        self.bytes_read = 0
+        for file in self._files():
+            for name, shape in _read_header(file).items():
+                self._stored[name] = StoredTensor(file, shape)
+
+    def _files(self) -> list[Path]:
+        indexes = sorted(self._folder.glob("*.safetensors.index.json"))
+        if not indexes:
+            files = sorted(self._folder.glob("*.safetensors"))
+            if len(files) != 1:
+                raise CheckpointError(
+                    f"{self._folder} has {len(files)} safetensors files and no index: "
+                    "it must hold one file, or several and their index."
+                )
+            return files
+        try:
+            names = json.loads(indexes[0].read_text())["weight_map"].values()
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{indexes[0]} cannot be read ({error!r}): download it again.") from None
+        return [self._folder / name for name in sorted(set(names))]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def check_names(self, expected: Iterable[str], ignored: Iterable[str] = ()) -> None:
+        """Compare the stored names with those of the whole component.
+
+        Args:
+            expected: names of all the component's tensors, on whichever stage.
+            ignored: parts of names that may be stored without being used.
+
+        Raises:
+            CheckpointError: a tensor is missing or extra; the first one is named.
+        """
+        wanted = set(expected)
+        missing = sorted(wanted - self._stored.keys())
+        if missing:
+            raise CheckpointError(
+                f"{self._folder} lacks tensor {missing[0]!r} ({len(missing)} missing): download it again."
+            )
+        extra = sorted(
+            name for name in self._stored.keys() - wanted if not any(part in name.split(".") for part in ignored)
+        )
+        if extra:
+            raise CheckpointError(
+                f"{self._folder} has a tensor {extra[0]!r} that its config does not know ({len(extra)} extra): "
+                "use the config.json that belongs to it."
+            )
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """One tensor, converted and copied out of the file's memory map.
+
+        Raises:
+            CheckpointError: it is missing, has another shape, or cannot be read.
+        """
+        stored = self._stored.get(name)
+        if stored is None:
+            raise CheckpointError(f"{self._folder} lacks tensor {name!r}: download it again.")
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, but the config says {list(shape)}: "
+                "use the config.json that belongs to it."
+            )
+        try:
+            with safe_open(stored.file, framework="pt") as file:
+                tensor: torch.Tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{stored.file}: tensor {name!r} cannot be read ({error}).") from None
+        self.bytes_read += tensor.nbytes
+        target = dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device=device, dtype=target, copy=True)
+
+    def load(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        fp32: Iterable[str] = (),
+        aliases: Mapping[str, str] | None = None,
+    ) -> None:
+        """Fill a module that was built on the meta device.
+
+        Args:
+            module: its state-dict names are the stored names.
+            dtype: of the floating-point tensors.
+            fp32: parts of names that stay float32 (diffusers' `_keep_in_fp32_modules`).
+            aliases: stored name to use instead, for tied tensors that are stored once.
+
+        Raises:
+            CheckpointError: see `read`.
+        """
+        keep = set(fp32)
+        state = {}
+        for name, tensor in module.state_dict().items():
+            wanted = torch.float32 if keep.intersection(name.split(".")) else dtype
+            stored = (aliases or {}).get(name, name)
+            state[name] = self.read(stored, tuple(tensor.shape), wanted, device)
+        module.load_state_dict(state, strict=True, assign=True)
+        module.requires_grad_(False).eval()
+
+
+def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, size)))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist, but the index names it: download it again.") from None
+    except (OSError, ValueError):
+        raise CheckpointError(
+            f"{file} is no safetensors file, or its header is truncated: download it again."
+        ) from None
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][1]):
+        end = 8 + length + entry["data_offsets"][1]
+        if end > size:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} is truncated (it ends at byte {end}, the file at {size}): download it again."
+            )
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}

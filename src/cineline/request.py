@@ -1,0 +1,179 @@
+"""The nouns: what a user asks for, what the line carries, what the user gets."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cineline.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class VideoRequest(BaseModel):
+    """One video to generate. A field left out (None) takes the model's default.
+
+    Attributes:
+        prompt: what the video shows; not empty.
+        negative_prompt: what it should not show; used only with guidance on.
+        image: the first frame, a file's path or a PIL image; only for models that take one.
+        height, width: in pixels, on the model's grid (VAE scale x patch).
+        num_frames: 4k + 1 for Wan's VAEs.
+        num_inference_steps: solver steps, at least 1.
+        guidance_scale: classifier-free guidance is on when this is above 1.
+        guidance_scale_2: the low-noise expert's scale; only for models with two experts.
+        flow_shift: the solver's time shift.
+        boundary_ratio: share of the training timesteps below which the low-noise expert runs.
+        seed: of the CPU generator that draws the noise, 0 <= seed < 2**63.
+        fps: frames a second of the video file.
+        decode: False stops at the latents.
+
+    Raises:
+        InvalidRequest: an unknown field or a value of the wrong type.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    prompt: str
+    negative_prompt: str = ""
+    image: Path | Image.Image | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
+    flow_shift: float | None = None
+    boundary_ratio: float | None = None
+    seed: int = 0
+    fps: int | None = None
+    decode: bool = True
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise InvalidRequest(_first_sentence(error)) from None
+
+
+def _first_sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][:1])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(VideoRequest.model_fields)
+        return f"Unknown request field {field!r}: the fields are {known}."
+    if first["type"] == "missing":
+        return f"The request has no {field!r}: give one."
+    reason = first["msg"][0].lower() + first["msg"][1:]
+    return f"{field}={first['input']!r} cannot be used: {reason}; give a value of that type."
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with nothing left open: what every stage is told at admission.
+
+    Attributes:
+        id: unique in its engine.
+        steps: solver steps. branches: forwards a step, 2 with guidance and 1 without.
+        chunks: decode items, one a latent frame; 0 when the request stops at the latents.
+        has_image: whether the head is handed a first frame.
+        The other fields are `VideoRequest`'s, resolved; a scale that a model does not use is None.
+    """
+
+    id: int
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_frames: int
+    steps: int
+    branches: int
+    chunks: int
+    guidance_scale: float
+    guidance_scale_2: float | None
+    flow_shift: float | None
+    boundary_ratio: float | None
+    seed: int
+    fps: int
+    has_image: bool
+
+
+class Kind(enum.IntEnum):
+    """What a work item does."""
+
+    ENCODE = 0
+    DENOISE = 1
+    DECODE = 2
+    DROP = 3
+
+
+class Branch(enum.IntEnum):
+    """The two forwards of classifier-free guidance, in the order they run."""
+
+    COND = 0
+    UNCOND = 1
+
+
+class WorkItem(NamedTuple):
+    """One entry of the ordered stream that all stages execute.
+
+    Attributes:
+        kind: what to do.
+        request: the job's id.
+        number: the solver step (DENOISE) or the chunk (DECODE).
+        branch: of a DENOISE item.
+        last: whether this item ends its turn: the step's last branch, or any other whole item.
+    """
+
+    kind: Kind
+    request: int
+    number: int = 0
+    branch: Branch = Branch.COND
+    last: bool = True
+
+    def pack(self) -> bytes:
+        """The item as a header of `HEADER.size` bytes."""
+        return HEADER.pack(self.kind, self.request, self.number, self.branch, self.last)
+
+    @classmethod
+    def unpack(cls, header: bytes) -> WorkItem:
+        """The item that `pack` wrote."""
+        kind, request, number, branch, last = HEADER.unpack(header)
+        return cls(Kind(kind), request, number, Branch(branch), last)
+
+
+HEADER = struct.Struct("<BQIB?")
+"""Wire format of a work item: kind, request, number, branch, last."""
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished request.
+
+    Attributes:
+        latents: float32 [C, F', H', W'], before decoding (C channels, F' latent frames).
+        frames: uint8 [F, H, W, 3], or None when the request stopped at the latents.
+        fps: frames a second.
+    """
+
+    latents: torch.Tensor
+    frames: np.ndarray | None
+    fps: int
+
+    def save(self, path: str | Path) -> None:
+        """Write the frames as H.264, yuv420p.
+
+        Raises:
+            OutputError: there are no frames, or the file cannot be written.
+        """
+        from cineline.codec.video import write_video
+
+        write_video(self.frames, self.fps, Path(path))
