@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from cineline.errors import InvalidConfig
 
 Dtype = Literal["float32", "bfloat16"]
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class DeviceConfig:
     pin_cores: bool = False
 
     def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise InvalidConfig(f"device={self.device!r} has not been tried: use {' or '.join(DEVICES)}.")
         for name in ("dtype", "vae_dtype"):
             value = getattr(self, name)
             if value not in get_args(Dtype):

@@ -21,9 +21,9 @@ import numpy as np
 
 from cineline import control
 from cineline.config import DeviceConfig, Dtype, ParallelConfig
-from cineline.errors import CinelineError, EngineClosed, RankFailed, RequestCancelled, ResultTimeout
+from cineline.errors import CinelineError, EngineClosed, InvalidConfig, RankFailed, RequestCancelled, ResultTimeout
 from cineline.hub import open_model
-from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun
+from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun, torchrun_world
 from cineline.request import Job, Kind, Video, VideoRequest, WorkItem
 from cineline.scheduler import Scheduler
 from cineline.spec import FamilySpec, load_image
@@ -150,7 +150,7 @@ class Engine:
         parallel = parallel or ParallelConfig()
         device = device or _default_device()
         if in_flight is not None and in_flight < 1:
-            raise CinelineError(f"in_flight={in_flight} is below 1: give 1 or more.")
+            raise InvalidConfig(f"in_flight={in_flight} is below 1: give 1 or more.")
         config = DeviceConfig(device, dtype or ("float32" if device == "cpu" else "bfloat16"), vae_dtype, pin_cores)
         self.spec = open_model(model)
         cut = tuple(parallel.cut(self.spec.layers))
@@ -159,7 +159,7 @@ class Engine:
         self._closed = False
         self._lock = threading.RLock()
         self._line = _Line(Scheduler(parallel.pp, in_flight, self._admit))
-        environment = config.rank_environment(parallel.pp if launcher == "local" else 1)
+        environment = config.rank_environment(parallel.pp if launcher == "local" else torchrun_world()[1])
         if launcher == "local":
             self._ranks = launch_local(parallel.pp, environment)
         else:

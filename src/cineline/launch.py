@@ -119,13 +119,18 @@ def torchrun_rank() -> int | None:
     return int(os.environ["RANK"])
 
 
+def torchrun_world() -> tuple[int, int]:
+    """Processes in this torchrun world, and on this host."""
+    return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+
+
 def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) -> list[RankProcess]:
     """Rank 0 of a torchrun world: start the own rank and wait for the connections of all.
 
     Raises:
         InvalidConfig: the world's size is not `ranks`, or not all ranks called within `limit_s`.
     """
-    world = int(os.environ["WORLD_SIZE"])
+    world, per_host = torchrun_world()
     if world != ranks:
         raise InvalidConfig(f"torchrun started {world} processes for pp={ranks}: make the two equal.")
     host = socket.gethostbyname(os.environ["MASTER_ADDR"])
@@ -139,7 +144,6 @@ def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) 
         own.kill()
         own.wait()
         raise
-    per_host = int(os.environ["LOCAL_WORLD_SIZE"])
     return [
         RankProcess(rank, rank % per_host, per_host, connections[rank], own if rank == 0 else None)
         for rank in range(ranks)

@@ -33,8 +33,6 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     """
     if name == "cpu":
         return torch.device("cpu")
-    if name != "cuda":
-        raise InvalidConfig(f"device={name!r} has not been tried: use cpu or cuda.")
     if not torch.cuda.is_available():
         raise InvalidConfig(f"device={name!r}: torch {torch.__version__} finds no CUDA device here: use --device cpu.")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cineline.output import whole_file
 from cineline.request import Kind, WorkItem
 
 
@@ -61,6 +62,5 @@ def write_trace(slices: Iterable[Slice], path: Path) -> None:
         }
         for entry in ordered
     ]
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps({"traceEvents": names + events, "displayTimeUnit": "ms"}))

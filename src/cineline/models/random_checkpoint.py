@@ -5,8 +5,10 @@ They have the real classes and file layout, and make noise instead of pictures.
 
 from __future__ import annotations
 
-import os
+import json
+import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,7 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from cineline.spec import DEFAULTS_FILE, WanKind
 
-FORMAT = 1
-"""Raised whenever what is built changes, so that a cached checkpoint of an older version is not used."""
+BUILTIN_DEFAULTS = {"height": 128, "width": 128, "num_frames": 17, "fps": 8, "num_inference_steps": 20}
 
 
 @dataclass(frozen=True)
@@ -50,30 +51,20 @@ class RandomConfig:
     max_shard_size: str = "5GB"
 
 
-def save_random_checkpoint(folder: Path, config: RandomConfig) -> Path:
-    """Build the checkpoint and put it at `folder`, complete or not at all; returns `folder`."""
+def save_random_checkpoint(folder: Path, config: RandomConfig, defaults: Mapping[str, float] | None = None) -> Path:
+    """Build the checkpoint and put it at `folder`, complete or not at all; returns `folder`.
+
+    `defaults` are written beside it as its default request.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         unfinished = Path(temporary) / "checkpoint"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             _build(config).save_pretrained(unfinished, max_shard_size=config.max_shard_size)
+        if defaults:
+            (unfinished / DEFAULTS_FILE).write_text(json.dumps(dict(defaults)))
         unfinished.rename(folder)
-    return folder
-
-
-def builtin_checkpoint() -> Path:
-    """The model that is used when none is named, made on first use in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cineline"
-    folder = cache / f"random-ti2v-{FORMAT}"
-    if not (folder / DEFAULTS_FILE).exists():
-        try:
-            save_random_checkpoint(folder, RandomConfig(layers=8, heads=4))
-        except OSError:
-            if not (folder / "model_index.json").exists():  # else another process was faster
-                raise
-        defaults = '{"height": 128, "width": 128, "num_frames": 17, "fps": 8, "num_inference_steps": 20}'
-        (folder / DEFAULTS_FILE).write_text(defaults)
     return folder
 
 
@@ -140,3 +131,7 @@ def _tokenizer() -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'-!?"]
     return T5Tokenizer(vocab=[*special, *letters], extra_ids=0)
+
+
+if __name__ == "__main__":  # the model that is used when none is named, at the folder that is named
+    save_random_checkpoint(Path(sys.argv[1]), RandomConfig(layers=8, heads=4), defaults=BUILTIN_DEFAULTS)

@@ -172,7 +172,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         """
         embed = self._experts[expert].condition_embedder
         if self._spec.kind != "ti2v":
-            return _time_rows(embed, step.timestep.reshape(1), self._dtype)
+            return _time_rows(embed, step.timestep.reshape(1), self._dtype, per_token=False)
         tokens = state.rotary[0].shape[1]
         per_frame = tokens // state.latent_shape[2]
         times = [step.timestep]
@@ -182,14 +182,14 @@ class WanStages(PipelineParallelMixin[WanState]):
         picked = torch.arange(len(times), device=few.device)
 
         def from_few() -> tuple[torch.Tensor, torch.Tensor]:
-            time, modulation = _time_rows(embed, few, self._dtype)
+            time, modulation = _time_rows(embed, few, self._dtype, per_token=True)
             return time[picked * FEW_ROWS], modulation[picked * FEW_ROWS]
 
         def from_all() -> tuple[torch.Tensor, torch.Tensor]:
             all_rows = times[-1].float().repeat(tokens)
             if len(times) == 2:
                 all_rows[:per_frame] = 0
-            time, modulation = _time_rows(embed, all_rows, self._dtype)
+            time, modulation = _time_rows(embed, all_rows, self._dtype, per_token=True)
             rows = torch.tensor([0, tokens - 1][-len(times) :], device=few.device)
             return time[rows], modulation[rows]
 
@@ -303,10 +303,12 @@ def _text_name(expert: int, branch: Branch) -> str:
     return f"text.{expert}.{branch.name.lower()}"
 
 
-def _time_rows(embedder: Any, timesteps: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _time_rows(
+    embedder: Any, timesteps: torch.Tensor, dtype: torch.dtype, per_token: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Time embedding [B, D] and modulation [B, 6, D] of timesteps [B] (`WanTimeTextImageEmbedding.forward`)."""
     frequencies = embedder.timesteps_proj(timesteps)
-    if len(timesteps) > 1:
+    if per_token:
         frequencies = frequencies.unsqueeze(0)  # diffusers has a batch dimension here, and products may see it
     frequencies = frequencies.to(next(embedder.time_embedder.parameters()).dtype)
     time = embedder.time_embedder(frequencies).to(dtype)

@@ -1,0 +1,3 @@
+from cineline.cli import main
+
+main()

@@ -1,0 +1,113 @@
+"""From options and a JSONL file to requests, each with the files its result goes to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cineline.errors import InvalidRequest, OutputError
+from cineline.output import LATENT_SUFFIXES, VIDEO_SUFFIXES, check_folder, check_output
+from cineline.request import VideoRequest
+from cineline.spec import FamilySpec, load_image
+
+DEFAULT_OUTPUT = Path("out.mp4")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One request and where its result goes; at least one of the two files is set."""
+
+    request: VideoRequest
+    video: Path | None
+    latents: Path | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The options that say where results go."""
+
+    output: Path | None
+    output_dir: Path | None
+    save_latents: Path | None
+
+
+def single_task(prompt: str, fields: Mapping[str, Any], outputs: Outputs) -> Task:
+    """The task of `cineline generate PROMPT`.
+
+    Raises:
+        InvalidRequest, OutputError: a field or an output cannot be used.
+    """
+    if outputs.output and outputs.output_dir:
+        raise OutputError(f"Both --output {outputs.output} and --output-dir {outputs.output_dir} are given: use one.")
+    latents_only = outputs.save_latents and not (outputs.output or outputs.output_dir)
+    video = None
+    if not latents_only:
+        video = outputs.output_dir / "0001.mp4" if outputs.output_dir else outputs.output or DEFAULT_OUTPUT
+        check_output(video, VIDEO_SUFFIXES)
+    if outputs.save_latents:
+        check_output(outputs.save_latents, LATENT_SUFFIXES)
+    return Task(VideoRequest(prompt=prompt, decode=video is not None, **fields), video, outputs.save_latents)
+
+
+def tasks_of_file(path: Path, fields: Mapping[str, Any], outputs: Outputs) -> list[Task]:
+    """The tasks of `cineline generate --requests FILE.jsonl`; `fields` are each line's defaults.
+
+    Raises:
+        InvalidRequest: a line cannot be used; its number is named, and no task is returned.
+        OutputError: an output cannot be used.
+    """
+    if outputs.output:
+        raise OutputError(f"--output {outputs.output} holds one video: use --output-dir with --requests.")
+    for folder in (outputs.output_dir, outputs.save_latents):
+        if folder is not None:
+            check_folder(folder)
+    if outputs.output_dir is None and outputs.save_latents is None:
+        raise OutputError("--requests needs a folder for the videos: give --output-dir.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"--requests {path} cannot be read ({error}): give a text file.") from None
+    tasks = [_task_of_line(path, number, line, fields, outputs) for number, line in enumerate(lines, 1) if line.strip()]
+    if not tasks:
+        raise InvalidRequest(f"--requests {path} has no requests: write one JSON object a line.")
+    return tasks
+
+
+def _task_of_line(path: Path, number: int, line: str, fields: Mapping[str, Any], outputs: Outputs) -> Task:
+    where = f"{path}, line {number}"
+    try:
+        own = json.loads(line)
+    except ValueError as error:
+        raise InvalidRequest(f"{where}: this is no JSON ({error}): write one JSON object a line.") from None
+    if not isinstance(own, dict):
+        raise InvalidRequest(f"{where}: {line.strip()[:40]!r} is no JSON object: write one JSON object a line.")
+    try:
+        request = VideoRequest(**{"decode": outputs.output_dir is not None, **fields, **own})
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{where}: {error}") from None
+    if request.decode and outputs.output_dir is None:
+        raise OutputError(f"{where}: decode=true needs a folder for the video: give --output-dir.")
+    if not request.decode and outputs.save_latents is None:
+        raise OutputError(f"{where}: decode=false leaves only the latents: give --save-latents.")
+    video = outputs.output_dir / f"{number:04}.mp4" if outputs.output_dir and request.decode else None
+    latents = outputs.save_latents / f"{number:04}.safetensors" if outputs.save_latents else None
+    return Task(request, video, latents)
+
+
+def check_tasks(spec: FamilySpec, tasks: list[Task], file: Path | None) -> None:
+    """Hold every request against the model's rules before anything runs.
+
+    Raises:
+        InvalidRequest: with the line's number where the requests come from a file.
+    """
+    for number, task in enumerate(tasks):
+        try:
+            if task.request.image is not None:
+                load_image(task.request.image)
+            spec.resolve(task.request, number)
+        except InvalidRequest as error:
+            line = (task.video or task.latents or Path()).stem.lstrip("0")
+            raise InvalidRequest(f"{file}, line {line}: {error}" if file else str(error)) from None

@@ -1,0 +1,201 @@
+"""`cineline generate`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
+from cineline.cli.progress import make_view
+from cineline.config import DeviceConfig, Dtype, ParallelConfig
+from cineline.engine import Engine
+from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
+from cineline.hub import open_model
+from cineline.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
+from cineline.output import check_output, whole_file
+from cineline.request import Job, Video
+
+POLL_S = 0.1
+
+_REQUEST, _PARALLEL, _RUN = "The request", "The line", "The run"
+
+
+def _option(panel: str, text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False)
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
+    model: Annotated[str | None, _option(_RUN, "Folder in diffusers format, or hub id; a small built-in one.")] = None,
+    negative_prompt: Annotated[str | None, _option(_REQUEST, "What it should not show.")] = None,
+    image: Annotated[Path | None, _option(_REQUEST, "First frame, for models that take one.")] = None,
+    height: Annotated[int | None, _option(_REQUEST, "Pixels, on the model's grid.")] = None,
+    width: Annotated[int | None, _option(_REQUEST, "Pixels, on the model's grid.")] = None,
+    num_frames: Annotated[int | None, _option(_REQUEST, "4k+1.")] = None,
+    num_inference_steps: Annotated[int | None, _option(_REQUEST, "Solver steps.")] = None,
+    guidance_scale: Annotated[float | None, _option(_REQUEST, "Classifier-free guidance, on above 1.")] = None,
+    guidance_scale_2: Annotated[float | None, _option(_REQUEST, "The low-noise expert's.")] = None,
+    flow_shift: Annotated[float | None, _option(_REQUEST, "The solver's time shift.")] = None,
+    boundary_ratio: Annotated[float | None, _option(_REQUEST, "Where the low-noise expert takes over.")] = None,
+    seed: Annotated[int | None, _option(_REQUEST, "Of the noise; 0.")] = None,
+    fps: Annotated[int | None, _option(_REQUEST, "Frames a second of the file.")] = None,
+    requests: Annotated[
+        Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
+    ] = None,
+    output: Annotated[Path | None, _option(_RUN, "The video's file; out.mp4.")] = None,
+    output_dir: Annotated[Path | None, _option(_RUN, "Folder for 0001.mp4 and so on, by line.")] = None,
+    save_latents: Annotated[
+        Path | None, _option(_RUN, "Latents' .safetensors file (with --requests a folder); alone, no video is made.")
+    ] = None,
+    pp: Annotated[int | None, _option(_PARALLEL, "Pipeline stages; 1, or torchrun's world.")] = None,
+    split: Annotated[str | None, _option(_PARALLEL, "Blocks on each stage, such as 5,2,1.")] = None,
+    in_flight: Annotated[int | None, _option(_PARALLEL, "Requests that denoise at once; fills the line.")] = None,
+    device: Annotated[str | None, _option(_PARALLEL, "cpu or cuda; cuda where there is one.")] = None,
+    dtype: Annotated[str | None, _option(_PARALLEL, "float32 or bfloat16; float32 on the CPU.")] = None,
+    vae_dtype: Annotated[str, _option(_PARALLEL, "float32 or bfloat16; float32.")] = "float32",
+    launcher: Annotated[str | None, _option(_PARALLEL, "local or torchrun; torchrun inside its world.")] = None,
+    quiet: Annotated[bool, _option(_RUN, "No progress, no settings.", "--quiet")] = False,
+    trace: Annotated[Path | None, _option(_RUN, "Write a timeline for ui.perfetto.dev, .json.")] = None,
+) -> None:
+    """Generate a video from a prompt, or many from a file of requests."""
+    options = {
+        "negative_prompt": negative_prompt,
+        "image": image,
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_scale_2": guidance_scale_2,
+        "flow_shift": flow_shift,
+        "boundary_ratio": boundary_ratio,
+        "seed": seed,
+        "fps": fps,
+    }
+    fields = {name: value for name, value in options.items() if value is not None}
+    parallel = ParallelConfig(_stages(pp), _split(split))
+    console = Console(stderr=True)
+    launch = _launcher(launcher)
+    if launch == "torchrun" and torchrun_rank() != 0:
+        sys.exit(serve_torchrun_rank(DeviceConfig(device or "cpu").rank_environment(torchrun_world()[1])))
+
+    outputs = Outputs(output, output_dir, save_latents)
+    if requests is None:
+        if prompt is None:
+            raise InvalidRequest("There is no prompt: give one, or --requests FILE.jsonl.")
+        tasks = [single_task(prompt, fields, outputs)]
+    elif prompt is not None:
+        raise InvalidRequest(f"Both a prompt ({prompt!r}) and --requests {requests} are given: use one.")
+    else:
+        tasks = tasks_of_file(requests, fields, outputs)
+    if trace is not None:
+        check_output(trace, (".json",))
+    spec = open_model(model)
+    check_tasks(spec, tasks, requests)
+
+    with Engine(
+        spec,
+        parallel,
+        device=device,
+        dtype=_dtype("dtype", dtype),
+        vae_dtype=_dtype("vae_dtype", vae_dtype) or "float32",
+        in_flight=in_flight,
+        trace=trace,
+        launcher=launch,
+    ) as engine:
+        failed = _run(engine, tasks, quiet, console)
+    if failed:
+        raise failed
+
+
+def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, console: Console) -> CinelineError | None:
+    """Submit all, write each result as it comes; the first error, after the others are done."""
+    handles = [engine.submit(task.request) for task in tasks]
+    labels = [(task.video or task.latents or Path()).name for task in tasks]
+    if not quiet:
+        for label, handle in zip(labels, handles, strict=True):
+            console.print(f"{label}: {_describe(handle.job)}", highlight=False, soft_wrap=True)
+    view = make_view(labels, quiet, console)
+    unwritten = dict(enumerate(handles))
+    failed: CinelineError | None = None
+    try:
+        while unwritten:
+            time.sleep(POLL_S)
+            view.update(handles)
+            for number in [number for number, handle in unwritten.items() if handle.done]:
+                try:
+                    _write(tasks[number], unwritten.pop(number).result())
+                except CinelineError as error:
+                    failed = failed or error
+        view.update(handles)
+    finally:
+        view.close()
+    return failed
+
+
+def _write(task: Task, video: Video) -> None:
+    if task.latents is not None:
+        from safetensors.torch import save_file
+
+        with whole_file(task.latents) as temporary:
+            save_file({"latents": video.latents.contiguous()}, temporary)
+        print(task.latents, flush=True)
+    if task.video is not None:
+        video.save(task.video)
+        print(task.video, flush=True)
+
+
+def _describe(job: Job) -> str:
+    """The settings that the request runs with, given or not."""
+    guidance = f"guidance {job.guidance_scale:g}"
+    if job.guidance_scale_2 is not None:
+        guidance += f" / {job.guidance_scale_2:g}"
+    shift = "" if job.flow_shift is None else f", flow shift {job.flow_shift:g}"
+    return (
+        f"{job.width}x{job.height}, {job.num_frames} frames at {job.fps} fps, {job.steps} steps, {guidance}{shift}, "
+        f"seed {job.seed}"
+    )
+
+
+def _stages(pp: int | None) -> int:
+    if pp is not None:
+        return pp
+    return torchrun_world()[0] if torchrun_rank() is not None else 1
+
+
+def _split(split: str | None) -> list[int] | None:
+    if split is None:
+        return None
+    try:
+        return [int(size) for size in split.split(",")]
+    except ValueError:
+        raise InvalidConfig(f"split={split!r} is no list of whole numbers: write it as 5,2,1.") from None
+
+
+def _launcher(name: str | None) -> Launcher:
+    inside = torchrun_rank() is not None
+    if name is None:
+        return "torchrun" if inside else "local"
+    if name == "local":
+        return "local"
+    if name != "torchrun":
+        raise InvalidConfig(f"launcher={name!r} is not known: use local or torchrun.")
+    if not inside:
+        raise InvalidConfig("launcher='torchrun' needs a torchrun world: start with torchrun -m cineline generate.")
+    return "torchrun"
+
+
+def _dtype(name: str, value: str | None) -> Dtype | None:
+    if value == "float32":
+        return "float32"
+    if value == "bfloat16":
+        return "bfloat16"
+    if value is None:
+        return None
+    raise InvalidConfig(f"{name}={value!r} is not supported: use float32 or bfloat16.")

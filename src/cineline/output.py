@@ -1,0 +1,57 @@
+"""Files that results go to: checked before anything is computed, written whole or not at all (no torch)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cineline.errors import OutputError
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
+LATENT_SUFFIXES = (".safetensors",)
+
+
+def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises:
+        OutputError: its suffix is not one of `suffixes`, its folder does not exist or cannot be written.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise OutputError(f"{path} ends in {path.suffix!r}: use {' or '.join(suffixes)}.")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: give a file's name.")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be written into.
+
+    Raises:
+        OutputError: it does not exist, is a file, or cannot be written.
+    """
+    if not folder.exists():
+        raise OutputError(f"The folder {folder} does not exist: make it first.")
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is no folder: give one.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"The folder {folder} cannot be written: choose another, or change its permissions.")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path` at the end, and goes if writing fails.
+
+    Raises:
+        OutputError: instead of an operating-system error, and where the disk is full.
+    """
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written ({error}): check the disk and the folder.") from None
+    finally:
+        temporary.unlink(missing_ok=True)

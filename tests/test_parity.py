@@ -1,0 +1,112 @@
+"""Bits: what the line makes equals what diffusers makes, whatever the cut and the company."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracle import Oracle, assert_equal
+from PIL import Image
+
+from cineline import Engine, ParallelConfig, VideoRequest
+from cineline.models.random_checkpoint import RandomConfig
+
+KINDS = ("ti2v", "t2v", "i2v")
+DTYPES = ("float32", "bfloat16")
+
+
+def picture(height: int, width: int, seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def mixed_requests(kind: str) -> list[VideoRequest]:
+    """Different sizes, lengths, steps, prompts, seeds; guidance on and off; images where they may be."""
+    second = {} if kind == "ti2v" else {"guidance_scale_2": 2.5}
+    image = {"image": picture(70, 90, seed=1)} if kind != "t2v" else {}
+    required = image if kind == "i2v" else {}
+    common = dict(height=64, width=64, num_frames=5, num_inference_steps=3, guidance_scale=4.0, **second)
+    return [
+        VideoRequest(**common | image | dict(prompt="a cat runs", negative_prompt="blurry", num_frames=9, seed=11)),
+        VideoRequest(**common | required | dict(prompt="a dog", height=32, width=96, guidance_scale=1.0, seed=7)),
+        VideoRequest(**common | required | dict(prompt="rain & snow", num_inference_steps=6, height=96, seed=2**40)),
+        VideoRequest(**common | image | dict(prompt="one picture", num_frames=1, num_inference_steps=1, seed=0)),
+    ]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_mixed_requests_in_flight_equal_diffusers(kind, dtype, stages, checkpoint, oracle: Oracle) -> None:
+    folder = checkpoint(RandomConfig(kind=kind, seed=3))
+    requests = mixed_requests(kind)
+    with Engine(folder, ParallelConfig(pp=stages), dtype=dtype, device="cpu", in_flight=4) as engine:
+        videos = [handle.result(120) for handle in [engine.submit(request) for request in requests]]
+    for request, video in zip(requests, videos, strict=True):
+        assert_equal(video, oracle.run(folder, dtype, request))
+
+
+@pytest.mark.parametrize("in_flight", [1, 2, 3])
+def test_the_number_in_flight_changes_no_bit(in_flight, checkpoint, oracle: Oracle) -> None:
+    folder = checkpoint(RandomConfig(kind="t2v", seed=3))
+    requests = mixed_requests("t2v")[:3]
+    with Engine(folder, ParallelConfig(pp=2), dtype="float32", device="cpu", in_flight=in_flight) as engine:
+        videos = [handle.result(120) for handle in [engine.submit(request) for request in requests]]
+    for request, video in zip(requests, videos, strict=True):
+        assert_equal(video, oracle.run(folder, "float32", request))
+
+
+@pytest.mark.parametrize(("kind", "split"), [("ti2v", [5, 2, 1]), ("i2v", [1, 6, 1]), ("t2v", [1, 7])])
+def test_an_uneven_split_of_another_checkpoint_equals_diffusers(kind, split, checkpoint, oracle: Oracle) -> None:
+    folder = checkpoint(RandomConfig(kind, layers=8, heads=3, head_dim=16, ffn_dim=80, seed=17, max_shard_size="100KB"))
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 1  # sharded, with an index
+    requests = mixed_requests(kind)[:2]
+    with Engine(folder, ParallelConfig(pp=len(split), split=split), device="cpu") as engine:
+        videos = [handle.result(120) for handle in [engine.submit(request) for request in requests]]
+    for request, video in zip(requests, videos, strict=True):
+        assert_equal(video, oracle.run(folder, "float32", request))
+
+
+def test_as_many_stages_as_blocks_equal_diffusers(checkpoint, oracle: Oracle) -> None:
+    folder = checkpoint(RandomConfig(layers=5, seed=9))
+    request = mixed_requests("ti2v")[0]
+    with Engine(folder, ParallelConfig(pp=5), device="cpu") as engine:
+        assert_equal(engine.submit(request).result(120), oracle.run(folder, "float32", request))
+
+
+@pytest.mark.parametrize(("height", "width", "frames"), [(32, 32, 1), (32, 32, 5), (32, 64, 1), (160, 32, 13)])
+def test_few_tokens_equal_diffusers(height, width, frames, checkpoint, oracle: Oracle, one_stage) -> None:
+    """With fewer than four tokens the time embedding has fewer rows than the ones it is computed on."""
+    folder, engine = one_stage
+    for image in (None, picture(40, 40, seed=5)):
+        request = VideoRequest(
+            prompt="few", image=image, height=height, width=width, num_frames=frames, num_inference_steps=3, seed=4
+        )
+        assert_equal(engine.submit(request).result(120), oracle.run(folder, "bfloat16", request))
+
+
+@pytest.fixture(scope="module")
+def one_stage(checkpoint) -> tuple[Path, Engine]:
+    folder = checkpoint(RandomConfig(seed=21))
+    with Engine(folder, device="cpu", dtype="bfloat16") as engine:
+        yield folder, engine
+
+
+def test_one_engine_after_another_request_gives_the_same_bits(one_stage) -> None:
+    _, engine = one_stage
+    request = VideoRequest(prompt="again", height=64, width=64, num_frames=5, num_inference_steps=2, seed=8)
+    first, second = engine.submit(request).result(60), engine.submit(request).result(60)
+    assert first.latents.equal(second.latents)
+
+
+def test_flow_shift_and_boundary_ratio_of_a_request_replace_the_checkpoints(checkpoint, oracle: Oracle) -> None:
+    folder = checkpoint(RandomConfig("t2v", seed=3))
+    other = checkpoint(RandomConfig("t2v", seed=3, flow_shift=2.0, boundary_ratio=0.5))
+    plain = VideoRequest(
+        prompt="x", height=32, width=32, num_frames=5, num_inference_steps=6, guidance_scale=3.0, guidance_scale_2=2.0
+    )
+    replaced = plain.model_copy(update={"flow_shift": 2.0, "boundary_ratio": 0.5})
+    with Engine(folder, device="cpu") as engine:
+        video = engine.submit(replaced).result(60)
+    assert_equal(video, oracle.run(other, "float32", plain))
+    assert not video.latents.equal(oracle.run(folder, "float32", plain)[0])
