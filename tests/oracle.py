@@ -12,26 +12,30 @@ from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 
 from cineline import Video, VideoRequest
 
-FIELDS = "negative_prompt image height width num_frames num_inference_steps guidance_scale guidance_scale_2".split()
+FIELDS = (
+    *("negative_prompt", "image", "height", "width", "num_frames"),
+    *("num_inference_steps", "guidance_scale", "guidance_scale_2"),
+)
+
+
+@cache
+def _pipeline(folder: Path, dtype: str, with_image: bool) -> Any:
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+    cls = WanImageToVideoPipeline if with_image else WanPipeline
+    pipeline = cls.from_pretrained(folder, vae=vae, torch_dtype=getattr(torch, dtype))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 class Oracle:
     """Latents and frames of a request, from diffusers."""
-
-    @cache
-    def _pipeline(self, folder: Path, dtype: str, with_image: bool) -> Any:
-        vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
-        cls = WanImageToVideoPipeline if with_image else WanPipeline
-        pipeline = cls.from_pretrained(folder, vae=vae, torch_dtype=getattr(torch, dtype))
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
 
     def run(self, folder: Path, dtype: str, request: VideoRequest) -> tuple[torch.Tensor, np.ndarray]:
         """Latents float32 [C, F', H', W'] and frames uint8 [F, H, W, 3].
 
         The pipeline runs twice, to its latents and to its pictures.
         """
-        pipeline = self._pipeline(folder, dtype, request.image is not None)
+        pipeline = _pipeline(folder, dtype, request.image is not None)
         arguments = {name: getattr(request, name) for name in FIELDS if getattr(request, name) is not None}
         generator = torch.Generator("cpu").manual_seed(request.seed)
         latents = pipeline(prompt=request.prompt, generator=generator, output_type="latent", **arguments).frames

@@ -22,16 +22,18 @@ def picture(height: int, width: int, seed: int) -> Image.Image:
 
 def mixed_requests(kind: str) -> list[VideoRequest]:
     """Different sizes, lengths, steps, prompts, seeds; guidance on and off; images where they may be."""
-    second = {} if kind == "ti2v" else {"guidance_scale_2": 2.5}
+    common = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 4.0}
+    if kind != "ti2v":
+        common["guidance_scale_2"] = 2.5
     image = {"image": picture(70, 90, seed=1)} if kind != "t2v" else {}
     required = image if kind == "i2v" else {}
-    common = dict(height=64, width=64, num_frames=5, num_inference_steps=3, guidance_scale=4.0, **second)
-    return [
-        VideoRequest(**common | image | dict(prompt="a cat runs", negative_prompt="blurry", num_frames=9, seed=11)),
-        VideoRequest(**common | required | dict(prompt="a dog", height=32, width=96, guidance_scale=1.0, seed=7)),
-        VideoRequest(**common | required | dict(prompt="rain & snow", num_inference_steps=6, height=96, seed=2**40)),
-        VideoRequest(**common | image | dict(prompt="one picture", num_frames=1, num_inference_steps=1, seed=0)),
+    own = [
+        image | {"prompt": "a cat runs", "negative_prompt": "blurry", "num_frames": 9, "seed": 11},
+        required | {"prompt": "a dog", "height": 32, "width": 96, "guidance_scale": 1.0, "seed": 7},
+        required | {"prompt": "rain & snow", "num_inference_steps": 6, "height": 96, "seed": 2**40},
+        image | {"prompt": "one picture", "num_frames": 1, "num_inference_steps": 1, "seed": 0},
     ]
+    return [VideoRequest(**common | fields) for fields in own]
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])

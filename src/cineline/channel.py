@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from cineline.errors import CinelineError
+from cineline.errors import CinelineError, EdgeBroken
 
 SENDS_UNDERWAY = 8
 """Sends that may be unfinished on an edge before the sender waits for the oldest one."""
@@ -148,16 +148,14 @@ class TorchSender:
         message = _pack(tensors)
         if self._staged:
             message = message.cpu()
-        work = dist.isend(message, self._peer, group=self._group)
+        try:
+            work = dist.isend(message, self._peer, group=self._group)
+        except RuntimeError as error:
+            raise EdgeBroken(f"the edge to rank {self._peer} broke ({error})") from None
         assert work is not None
         self._underway.append((work, message))
         if len(self._underway) > SENDS_UNDERWAY:
-            self._underway.popleft()[0].wait(WAIT_LIMIT)
-
-    def flush(self) -> None:
-        """Wait for all sends."""
-        while self._underway:
-            self._underway.popleft()[0].wait(WAIT_LIMIT)
+            _wait(self._underway.popleft()[0], self._peer)
 
 
 class TorchReceiver:
@@ -176,7 +174,10 @@ class TorchReceiver:
     def post(self, specs: Sequence[TensorSpec]) -> Pending:
         size = sum(_padded(spec.nbytes) for spec in specs)
         buffer = self._buffer(size)
-        work = dist.irecv(buffer[:size], self._peer, group=self._group)
+        try:
+            work = dist.irecv(buffer[:size], self._peer, group=self._group)
+        except RuntimeError as error:
+            raise EdgeBroken(f"the edge from rank {self._peer} broke ({error})") from None
         assert work is not None
         return _TorchPending(self, work, buffer, tuple(specs))
 
@@ -201,7 +202,7 @@ class _TorchPending:
         self._specs = specs
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        self._work.wait(WAIT_LIMIT)
+        _wait(self._work, self._receiver._peer)
         tensors = _unpack(self._buffer, self._specs)
         if self._receiver._staged:
             tensors = tuple(tensor.to(self._receiver._device) for tensor in tensors)
@@ -209,6 +210,13 @@ class _TorchPending:
 
     def release(self) -> None:
         self._receiver._free.append(self._buffer)
+
+
+def _wait(work: dist.Work, peer: int) -> None:
+    try:
+        work.wait(WAIT_LIMIT)
+    except RuntimeError as error:
+        raise EdgeBroken(f"the edge to or from rank {peer} broke ({error})") from None
 
 
 def _padded(nbytes: int) -> int:

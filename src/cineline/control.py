@@ -81,7 +81,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """Rank to engine: it raised and ends. `error` is set when it is one of Cineline's own."""
+    """Rank to engine: it raised and ends. `error` is set when it is one of Cineline's own.
+
+    The engine also makes one of the end of a rank's connection.
+    """
 
     cause: str
     error: CinelineError | None = None

@@ -21,7 +21,15 @@ import numpy as np
 
 from cineline import control
 from cineline.config import DeviceConfig, Dtype, ParallelConfig
-from cineline.errors import CinelineError, EngineClosed, InvalidConfig, RankFailed, RequestCancelled, ResultTimeout
+from cineline.errors import (
+    CinelineError,
+    EdgeBroken,
+    EngineClosed,
+    InvalidConfig,
+    RankFailed,
+    RequestCancelled,
+    ResultTimeout,
+)
 from cineline.hub import open_model
 from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun, torchrun_world
 from cineline.request import Job, Kind, Video, VideoRequest, WorkItem
@@ -33,6 +41,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 START_LIMIT_S = 3600.0
+
+CULPRIT_LIMIT_S = 3.0
+"""Seconds between a rank's word that its neighbour is gone and the neighbour's own end."""
 
 
 class RequestHandle:
@@ -313,21 +324,41 @@ class Engine:
     # Listening.
 
     def _listen(self) -> None:
-        """Take in what the ranks say until all have ended, or the first has failed."""
+        """Take in what the ranks say until all have ended, or one has failed."""
+        try:
+            failure = self._listen_until_failure()
+        except Exception as error:  # the thread's edge: without it nobody would ever be answered
+            failure = RankFailed(0, f"what it reported could not be taken in ({type(error).__name__}: {error})")
+        if failure is not None:
+            self._break(failure)
+
+    def _listen_until_failure(self) -> RankFailed | None:
         open_ranks: dict[Any, RankProcess] = {rank.connection: rank for rank in self._ranks}
+        symptom: RankFailed | None = None
+        deadline: float | None = None
         while open_ranks:
-            for connection in mp_connection.wait(list(open_ranks)):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            heard = mp_connection.wait(list(open_ranks), timeout=left)
+            if not heard:
+                return symptom
+            for connection in heard:
                 rank = open_ranks[connection]
                 message = self._receive(rank)
                 if isinstance(message, control.Timeline):
                     self._slices.extend(message.slices)
                     del open_ranks[connection]
                 elif isinstance(message, control.Failed):
-                    self._break(RankFailed(rank.rank, message.cause))
-                    return
+                    failure = RankFailed(rank.rank, message.cause)
+                    if not isinstance(message.error, EdgeBroken):
+                        return failure
+                    # It only lost its neighbour. The one that failed is heard of within moments.
+                    symptom = symptom or failure
+                    deadline = deadline or time.monotonic() + CULPRIT_LIMIT_S
+                    del open_ranks[connection]
                 elif isinstance(message, control.Done):
                     with self._lock:
                         self._take(message)
+        return symptom
 
     def _break(self, error: RankFailed) -> None:
         """A rank is lost, and with it the line: fail what is in it and end the others."""

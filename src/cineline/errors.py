@@ -6,6 +6,7 @@ CinelineError
 ├── CheckpointError     the model's folder is not what it should be
 ├── OutputError         a result cannot be written where it was asked for
 ├── RankFailed          a rank raised or died; `rank` and `cause` say which and why
+├── EdgeBroken          inside a rank: a neighbour is gone; the engine looks for the one that failed
 ├── RequestCancelled    the request was cancelled before it was done
 ├── ResultTimeout       `result(timeout=...)` ran out of time; the request goes on
 └── EngineClosed        the engine was closed before the request was done
@@ -51,6 +52,10 @@ class RankFailed(CinelineError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str]]:
         return type(self), (self.rank, self.cause)
+
+
+class EdgeBroken(CinelineError, RuntimeError):
+    """Inside a rank: a neighbour is gone. A symptom; the engine looks for the rank that failed."""
 
 
 class RequestCancelled(CinelineError):

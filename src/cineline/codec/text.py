@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -47,8 +48,12 @@ class TextEncoder:
 
     def encode(self, prompt: str) -> torch.Tensor:
         """Embedding [1, 512, D] of one prompt (D the encoder's width), zero behind its last token."""
+        cleaned = prompt_clean(prompt)
+        count = len(self._tokenizer(cleaned).input_ids)
+        if count > TOKENS:
+            warnings.warn(f"A prompt of {count} tokens is cut off after {TOKENS}: {cleaned[:40]!r}...", stacklevel=2)
         tokens = self._tokenizer(
-            [prompt_clean(prompt)],
+            [cleaned],
             padding="max_length",
             max_length=TOKENS,
             truncation=True,

@@ -8,8 +8,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
-from cineline.output import VIDEO_SUFFIXES, check_output, whole_file
 from cineline.errors import OutputError
+from cineline.output import VIDEO_SUFFIXES, check_output, whole_file
 
 
 def write_video(frames: np.ndarray | None, fps: int, path: Path) -> None:

@@ -1,0 +1,5 @@
+"""Benchmarks."""
+
+import typer
+
+app = typer.Typer()

@@ -1,0 +1,223 @@
+"""The command line: what it writes, and one sentence for every error a user can cause."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import psutil
+import pytest
+from oracle import Oracle
+from safetensors.torch import load_file
+
+from cineline import VideoRequest
+from cineline.cli import main
+from cineline.models.random_checkpoint import RandomConfig
+
+SMALL = ["--height", "32", "--width", "64", "--num-frames", "5", "--num-inference-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def t2v(checkpoint) -> str:
+    return str(checkpoint(RandomConfig("t2v", seed=3)))
+
+
+@pytest.fixture(scope="module")
+def ti2v(checkpoint) -> str:
+    return str(checkpoint(RandomConfig("ti2v", seed=3)))
+
+
+def run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cineline", *arguments], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_a_prompt_becomes_a_video_and_latents_on_two_stages(ti2v, tmp_path, oracle: Oracle) -> None:
+    video, latents, trace = tmp_path / "a.mp4", tmp_path / "a.safetensors", tmp_path / "t.json"
+    files = ["--output", str(video), "--save-latents", str(latents), "--trace", str(trace)]
+    done = run("generate", "a cat", "--model", ti2v, "--pp", "2", "--seed", "5", *SMALL, *files)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(latents), str(video)]
+    assert "64x32, 5 frames at 24 fps, 2 steps, guidance 5, seed 5" in done.stderr
+    request = VideoRequest(prompt="a cat", height=32, width=64, num_frames=5, num_inference_steps=2, seed=5)
+    expected, _ = oracle.run(Path(ti2v), "float32", request)
+    assert load_file(latents)["latents"].equal(expected)
+    with av.open(str(video)) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert sum(1 for _ in container.decode(video=0)) == 5
+    rows = {event["tid"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert rows == {0, 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.safetensors", "t.json"]
+
+
+def test_a_file_of_requests_is_numbered_by_line_with_options_as_defaults(ti2v, tmp_path, oracle: Oracle) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"prompt": "one"}\n\n{"prompt": "two", "seed": 9, "num_frames": 1}\n')
+    out = tmp_path / "out"
+    out.mkdir()
+    where = ["--output-dir", str(out), "--save-latents", str(out), "--quiet"]
+    done = run("generate", "--requests", str(file), "--model", ti2v, "--guidance-scale", "1", *SMALL, *where)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert sorted(path.name for path in out.glob("*.mp4")) == ["0001.mp4", "0003.mp4"]
+    request = VideoRequest(
+        prompt="two", seed=9, height=32, width=64, num_frames=1, num_inference_steps=2, guidance_scale=1.0
+    )
+    expected, _ = oracle.run(Path(ti2v), "float32", request)
+    assert load_file(out / "0003.safetensors")["latents"].equal(expected)
+
+
+def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """The one sentence that a refused command prints; it must end with a non-zero exit."""
+    monkeypatch.setattr(sys, "argv", ["cineline", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code not in (0, None)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+BAD_OPTIONS = [
+    (["--height", "33"], ["height=33", "multiple of 32", "use 32 or 64"]),
+    (["--width", "0"], ["width=0", "multiple of 32"]),
+    (["--num-frames", "6"], ["num_frames=6", "4k+1", "use 5 or 9"]),
+    (["--num-inference-steps", "0"], ["num_inference_steps=0", "below 1"]),
+    (["--guidance-scale", "nan"], ["guidance_scale=nan", "finite"]),
+    (["--flow-shift", "-1"], ["flow_shift=-1", "positive"]),
+    (["--guidance-scale-2", "3"], ["guidance_scale_2=3", "two experts"]),
+    (["--boundary-ratio", "0.5"], ["boundary_ratio=0.5", "two experts"]),
+    (["--seed", "-1"], ["seed=-1", "out of range"]),
+    (["--image", "no-such.png"], ["no-such.png", "cannot be read"]),
+    (["--output", "video.txt"], ["video.txt", ".mp4"]),
+    (["--output", "no/such/folder/video.mp4"], ["no/such/folder", "does not exist"]),
+    (["--output-dir", "no/such/folder"], ["no/such/folder", "does not exist"]),
+    (["--save-latents", "latents.pt"], ["latents.pt", ".safetensors"]),
+    (["--trace", "trace.txt"], ["trace.txt", ".json"]),
+    (["--pp", "0"], ["pp=0", "at least 1"]),
+    (["--pp", "99"], ["pp=99", "4 blocks"]),
+    (["--pp", "2", "--split", "3,2"], ["[3, 2]", "adds up to 5", "4 blocks"]),
+    (["--pp", "2", "--split", "a,b"], ["split='a,b'", "5,2,1"]),
+    (["--in-flight", "0"], ["in_flight=0", "1 or more"]),
+    (["--dtype", "float8"], ["float8", "bfloat16"]),
+    (["--device", "toaster"], ["toaster", "cpu"]),
+    (["--launcher", "torchrun"], ["torchrun"]),
+    (["--no-such-option"], ["--no-such-option"]),
+    (["--height", "tall"], ["tall"]),
+]
+
+
+@pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=lambda value: " ".join(value))
+def test_a_bad_option_is_refused_in_one_sentence(options, words, ti2v, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = complaint(capsys, monkeypatch, "generate", "a cat", "--model", ti2v, *options)
+    for word in words:
+        assert word in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_refusals(ti2v, t2v, capsys, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "file").write_text("no folder")
+
+    def error(*arguments: str) -> str:
+        return complaint(capsys, monkeypatch, "generate", *arguments)
+
+    assert "empty" in error("  ", "--model", ti2v)
+    assert "no prompt" in error("--model", ti2v)
+    assert "text.png" in error("x", "--model", ti2v, "--image", "text.png")
+    assert "takes no image" in error("x", "--model", t2v, "--image", "text.png")
+    assert "no-such-model" in error("x", "--model", "no-such-model")
+    assert "model_index.json" in error("x", "--model", str(tmp_path))
+    assert "is a file" in error("x", "--model", "file")
+
+
+def test_an_image_model_without_image_is_refused(checkpoint, capsys, monkeypatch) -> None:
+    folder = str(checkpoint(RandomConfig("i2v", seed=3)))
+    assert "needs an image" in complaint(capsys, monkeypatch, "generate", "x", "--model", folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_is_refused(ti2v, capsys, monkeypatch, tmp_path) -> None:
+    tmp_path.chmod(0o500)
+    error = complaint(capsys, monkeypatch, "generate", "x", "--model", ti2v, "--output", str(tmp_path / "a.mp4"))
+    assert "cannot be written" in error
+
+
+BAD_LINES = [
+    ("{", "no JSON"),
+    ("[1]", "no JSON object"),
+    ('{"prompt": "x", "colour": 1}', "colour"),
+    ('{"prompt": "x", "num_frames": 6}', "num_frames=6"),
+    ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale=nan"),
+    ('{"prompt": "x", "height": "tall"}', "height='tall'"),
+    ('{"seed": 1}', "prompt"),
+    ('{"prompt": ""}', "empty"),
+    ('{"prompt": "x", "image": "no-such.png"}', "no-such.png"),
+    ('{"prompt": "x", "decode": false}', "--save-latents"),
+]
+
+
+@pytest.mark.parametrize(("line", "word"), BAD_LINES, ids=[word for _, word in BAD_LINES])
+def test_one_bad_line_refuses_the_file_and_names_the_line(line, word, ti2v, capsys, monkeypatch, tmp_path) -> None:
+    file = tmp_path / "requests.jsonl"
+    file.write_text(f'{{"prompt": "good"}}\n\n{line}\n')
+    out = tmp_path / "out"
+    out.mkdir()
+    error = complaint(
+        capsys, monkeypatch, "generate", "--requests", str(file), "--output-dir", str(out), "--model", ti2v
+    )
+    assert "line 3" in error
+    assert word in error
+    assert list(out.iterdir()) == []
+
+
+def test_a_broken_weight_file_is_refused_in_one_sentence(checkpoint, tmp_path) -> None:
+    import shutil
+
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint(RandomConfig(seed=3)), folder)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = run("generate", "x", "--model", str(folder), "--pp", "2", *SMALL, "--output", str(tmp_path / "a.mp4"))
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "truncated" in done.stderr
+    assert not (tmp_path / "a.mp4").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_in_the_middle_leaves_no_process_and_no_file(number, ti2v, tmp_path) -> None:
+    command = ["generate", "x", "--model", ti2v, "--pp", "2", "--num-inference-steps", "100000"]
+    size = ["--height", "32", "--width", "32", "--num-frames", "1", "--output", str(tmp_path / "a.mp4")]
+    process = subprocess.Popen([sys.executable, "-m", "cineline", *command, *size], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert "a.mp4" in process.stderr.readline()  # printed once the ranks are ready
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) == 2
+    time.sleep(0.5)
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode != 0
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchrun_starts_the_same_line(ti2v, tmp_path, oracle: Oracle) -> None:
+    latents = tmp_path / "a.safetensors"
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "cineline"]
+    arguments = ["generate", "a cat", "--model", ti2v, *SMALL, "--save-latents", str(latents), "--quiet"]
+    done = subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    request = VideoRequest(prompt="a cat", height=32, width=64, num_frames=5, num_inference_steps=2)
+    assert load_file(latents)["latents"].equal(oracle.run(Path(ti2v), "float32", request)[0])
