@@ -64,8 +64,15 @@ class Sender(Protocol):
 class Receiver(Protocol):
     """The far end of an edge."""
 
-    def post(self, specs: Sequence[TensorSpec]) -> Pending:
-        """Get ready for the next message, whose tensors have these shapes."""
+    def reserve(self, specs: Sequence[TensorSpec], count: int) -> None:
+        """Have `count` buffers that are large enough for such a message."""
+        ...
+
+    def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
+        """Get ready for the next message, whose tensors have these shapes.
+
+        Its buffer is one of those reserved and wants to be released, or (`keep`) a new one.
+        """
         ...
 
 
@@ -101,7 +108,10 @@ class LocalChannel:
             self._sent.append(tuple(tensors))
             self._match()
 
-    def post(self, specs: Sequence[TensorSpec]) -> Pending:
+    def reserve(self, specs: Sequence[TensorSpec], count: int) -> None:
+        pass  # a message is the sender's own tensors
+
+    def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
         pending = _LocalPending(specs)
         with self._lock:
             self._posted.append(pending)
@@ -159,7 +169,7 @@ class TorchSender:
 
 
 class TorchReceiver:
-    """Receives over `torch.distributed`, from one peer, into buffers that are used again.
+    """Receives over `torch.distributed`, from one peer, into buffers that are made once and used again.
 
     Args: as `TorchSender`'s, and `device`, where the tensors are wanted.
     """
@@ -170,10 +180,23 @@ class TorchReceiver:
         self._device = device
         self._staged = staged
         self._free: list[torch.Tensor] = []
+        self._lent = 0
+        self._size = 0
 
-    def post(self, specs: Sequence[TensorSpec]) -> Pending:
-        size = sum(_padded(spec.nbytes) for spec in specs)
-        buffer = self._buffer(size)
+    def reserve(self, specs: Sequence[TensorSpec], count: int) -> None:
+        self._size = max(self._size, _message_size(specs))
+        self._free = [buffer for buffer in self._free if buffer.numel() >= self._size]
+        while self._lent + len(self._free) < count:
+            self._free.append(self._allocate(self._size))
+
+    def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
+        size = _message_size(specs)
+        if keep:
+            buffer = self._allocate(size)
+        else:
+            assert size <= self._size, "reserve comes first"
+            buffer = self._free.pop() if self._free else self._allocate(self._size)
+            self._lent += 1
         try:
             work = dist.irecv(buffer[:size], self._peer, group=self._group)
         except RuntimeError as error:
@@ -181,13 +204,21 @@ class TorchReceiver:
         assert work is not None
         return _TorchPending(self, work, buffer, tuple(specs))
 
-    def _buffer(self, size: int) -> torch.Tensor:
-        fitting = [buffer for buffer in self._free if buffer.numel() >= size]
-        if fitting:
-            smallest = min(fitting, key=lambda buffer: buffer.numel())
-            self._free = [buffer for buffer in self._free if buffer is not smallest]
-            return smallest
-        self._free.clear()  # too small for what travels now
+    def take_back(self, buffer: torch.Tensor) -> None:
+        """A buffer that was lent; it goes where a larger one has been asked for since."""
+        self._lent -= 1
+        if buffer.numel() >= self._size:
+            self._free.append(buffer)
+
+    def deliver(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Received tensors, where they are wanted."""
+        return tuple(tensor.to(self._device) for tensor in tensors) if self._staged else tensors
+
+    def wait(self, work: dist.Work) -> None:
+        """Wait for a receive."""
+        _wait(work, self._peer)
+
+    def _allocate(self, size: int) -> torch.Tensor:
         where = torch.device("cpu") if self._staged else self._device
         return torch.empty(size, dtype=torch.uint8, device=where, pin_memory=self._staged)
 
@@ -202,14 +233,11 @@ class _TorchPending:
         self._specs = specs
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        _wait(self._work, self._receiver._peer)
-        tensors = _unpack(self._buffer, self._specs)
-        if self._receiver._staged:
-            tensors = tuple(tensor.to(self._receiver._device) for tensor in tensors)
-        return tensors
+        self._receiver.wait(self._work)
+        return self._receiver.deliver(_unpack(self._buffer, self._specs))
 
     def release(self) -> None:
-        self._receiver._free.append(self._buffer)
+        self._receiver.take_back(self._buffer)
 
 
 def _wait(work: dist.Work, peer: int) -> None:
@@ -217,6 +245,10 @@ def _wait(work: dist.Work, peer: int) -> None:
         work.wait(WAIT_LIMIT)
     except RuntimeError as error:
         raise EdgeBroken(f"the edge to or from rank {peer} broke ({error})") from None
+
+
+def _message_size(specs: Sequence[TensorSpec]) -> int:
+    return sum(_padded(spec.nbytes) for spec in specs)
 
 
 def _padded(nbytes: int) -> int:

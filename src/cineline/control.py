@@ -68,6 +68,13 @@ class Admit:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """Tail to engine: an item that ends a turn, and all it needs, is here."""
+
+    item: WorkItem
+
+
+@dataclass(frozen=True)
 class Done:
     """Tail to engine: an item that ends a turn is done.
 
@@ -102,7 +109,7 @@ class Stop:
     """Engine to rank: end."""
 
 
-Message = Setup | StoreOpen | Ready | Admit | WorkItem | Done | Failed | Timeline | Stop
+Message = Setup | StoreOpen | Ready | Admit | WorkItem | Begun | Done | Failed | Timeline | Stop
 
 _ITEM, _PICKLE = b"i", b"p"
 

@@ -355,6 +355,10 @@ class Engine:
                     symptom = symptom or failure
                     deadline = deadline or time.monotonic() + CULPRIT_LIMIT_S
                     del open_ranks[connection]
+                elif isinstance(message, control.Begun):
+                    with self._lock:
+                        self._line.scheduler.begun(message.item)
+                        self._emit(self._line.scheduler.pump())
                 elif isinstance(message, control.Done):
                     with self._lock:
                         self._take(message)

@@ -25,6 +25,8 @@ from cineline.errors import InvalidConfig
 
 Launcher = Literal["local", "torchrun"]
 
+WORKER = "cineline.worker"
+
 GRACE_S = 5.0
 """Seconds that a rank gets to end by itself before it is killed."""
 
@@ -80,15 +82,16 @@ def launch_local(ranks: int, environment: Mapping[str, str]) -> list[RankProcess
     """Start all ranks on this machine, each at the end of a pipe."""
     started = []
     for rank in range(ranks):
-        connection, process = _start(environment)
+        connection, process = start_piped(WORKER, environment)
         started.append(RankProcess(rank, rank, ranks, connection, process))
     return started
 
 
-def _start(environment: Mapping[str, str]) -> tuple[Connection, subprocess.Popen[bytes]]:
+def start_piped(module: str, environment: Mapping[str, str]) -> tuple[Connection, subprocess.Popen[bytes]]:
+    """Start `python -m module --fd N` on this machine, N being its end of a pipe; our end and the process."""
     ours, theirs = Pipe()
-    arguments = ["--fd", str(theirs.fileno())]
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    arguments = [module, "--fd", str(theirs.fileno())]
     process = _popen(arguments, {**loopback, **environment}, inherited=(theirs.fileno(),))
     theirs.close()
     return ours, process
@@ -96,7 +99,7 @@ def _start(environment: Mapping[str, str]) -> tuple[Connection, subprocess.Popen
 
 def _popen(arguments: list[str], environment: Mapping[str, str], inherited: tuple[int, ...]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "cineline.worker", *arguments],
+        [sys.executable, "-m", *arguments],
         env={**QUIET, **environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL,
@@ -137,7 +140,7 @@ def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) 
     key = secrets.token_bytes(32)
     listener = Listener((host, 0), backlog=ranks, authkey=key)
     address = f"{host},{listener.address[1]},{key.hex()}"
-    own = _popen([], {**environment, ENGINE_ADDRESS: address}, inherited=())
+    own = _popen([WORKER], {**environment, ENGINE_ADDRESS: address}, inherited=())
     try:
         connections = _accept(listener, ranks, limit_s)
     except InvalidConfig:
@@ -175,7 +178,7 @@ def _accept(listener: Listener, ranks: int, limit_s: float) -> dict[int, Connect
 
 def serve_torchrun_rank(environment: Mapping[str, str]) -> int:
     """Any other rank of a torchrun world: run the rank's process to its end; its exit code."""
-    process = _popen([], environment, inherited=())
+    process = _popen([WORKER], environment, inherited=())
     try:
         return process.wait()
     finally:

@@ -1,11 +1,10 @@
 """Which work item comes next: the one place that decides the order (no torch).
 
-A request is a row of turns: encode, one turn a solver step, one a decode chunk. A turn is one or
-more work items, emitted together. Requests take turns in a ring. The line is first in, first out, so
-latents come back in the order of emission, and taking turns is already the best such order.
-
-A request may have two turns out at once: headers then run ahead of the tensors and no stage waits for
-one, while a cancel or a new request waits for two turns at most.
+A request is a row of turns: encode and first step, one turn a further step, one a decode chunk. A turn
+is one or more work items, emitted together. The next turn of a request is emitted when the tail begins
+the last item of the turn before. Headers thus run one stage's work ahead of the tensors, so that no
+stage waits for one; requests take turns in the order in which they come back; and the line never holds
+two turns of one request while another could go, which would leave a bubble between the two.
 """
 
 from __future__ import annotations
@@ -17,22 +16,30 @@ from fractions import Fraction
 
 from cineline.request import Branch, Job, Kind, WorkItem
 
-TURNS_AHEAD = 2
-
 
 def default_in_flight(stages: int, branches: int) -> int:
     """Requests that fill a line of `stages`, with one to spare: P/2 + 2 with guidance, P + 1 without."""
     return stages // 2 + 2 if branches == 2 else stages + 1
 
 
+def speed_up_limit(stages: int, in_flight: int, branches: int) -> Fraction:
+    """Throughput of P equal stages with M requests in flight, against one stage.
+
+    With B branches a step, M B items are in the line at most, and a request's items come back after
+    P + B - 1 slots: B M P / max(B M, P + B - 1), so 2 M P / max(2 M, P + 1) with guidance.
+    """
+    items = branches * in_flight
+    return Fraction(items * stages, max(items, stages + branches - 1))
+
+
 def turns_of(job: Job) -> Iterator[list[WorkItem]]:
     """The job's turns, in order."""
-    yield [WorkItem(Kind.ENCODE, job.id)]
     for step in range(job.steps):
-        yield [
+        items = [
             WorkItem(Kind.DENOISE, job.id, step, Branch(branch), last=branch == job.branches - 1)
             for branch in range(job.branches)
         ]
+        yield items if step else [WorkItem(Kind.ENCODE, job.id, last=False), *items]
     for chunk in range(job.chunks):
         yield [WorkItem(Kind.DECODE, job.id, chunk)]
 
@@ -41,11 +48,12 @@ def turns_of(job: Job) -> Iterator[list[WorkItem]]:
 class _Entry:
     job: Job
     turns: deque[list[WorkItem]] = field(default_factory=deque)
-    outstanding: int = 0
+    unfinished: int = 0
     steps_done: int = 0
 
     def __post_init__(self) -> None:
         self.turns.extend(turns_of(self.job))
+        self.unfinished = len(self.turns)
 
     @property
     def denoising(self) -> bool:
@@ -67,9 +75,9 @@ class Scheduler:
         self._in_flight = in_flight
         self._admit = admit
         self._waiting: deque[Job] = deque()
-        self._ring: deque[_Entry] = deque()
         self._active: dict[int, _Entry] = {}
-        self._decoder: int | None = None
+        self._ready: deque[_Entry] = deque()
+        self._decoder: _Entry | None = None
 
     def submit(self, job: Job) -> None:
         """Queue a job; `pump` admits it when there is room."""
@@ -77,25 +85,35 @@ class Scheduler:
 
     def pump(self) -> list[WorkItem]:
         """All items that may be emitted now, in order."""
+        while self._waiting and self._load() + self._share(self._waiting[0]) <= 1:
+            job = self._waiting.popleft()
+            self._admit(job)
+            self._active[job.id] = _Entry(job)
+            self._ready.append(self._active[job.id])
         items: list[WorkItem] = []
-        while True:
-            self._admit_waiting()
-            turn = self._next_turn()
-            if turn is None:
-                return items
-            items.extend(turn)
+        while (entry := next(filter(self._may_go, self._ready), None)) is not None:
+            self._ready.remove(entry)
+            items.extend(entry.turns.popleft())
+            if items[-1].kind is Kind.DECODE:
+                self._decoder = entry
+        return items
+
+    def begun(self, item: WorkItem) -> None:
+        """Record that the tail has begun `item`, the last of its turn: the request's next turn may go."""
+        entry = self._active.get(item.request)
+        if entry is not None and entry.turns:
+            self._ready.append(entry)
 
     def complete(self, item: WorkItem) -> bool:
-        """Record that the tail has finished `item`; true when that was the request's last one."""
+        """Record that the tail has finished `item`, the last of its turn; true when it was the request's last."""
         entry = self._active.get(item.request)
-        if entry is None or not item.last:
+        if entry is None:
             return False
-        entry.outstanding -= 1
         entry.steps_done += item.kind is Kind.DENOISE
-        if entry.turns or entry.outstanding:
-            return False
-        self._forget(entry)
-        return True
+        entry.unfinished -= 1
+        if not entry.unfinished:
+            self._forget(entry)
+        return not entry.unfinished
 
     def cancel(self, request: int) -> WorkItem | None:
         """Forget a request; the drop item to emit when it was already in the line."""
@@ -108,18 +126,9 @@ class Scheduler:
 
     def _forget(self, entry: _Entry) -> None:
         del self._active[entry.job.id]
-        if entry.turns:
-            self._ring.remove(entry)
-        if self._decoder == entry.job.id:
+        self._ready = deque(other for other in self._ready if other is not entry)
+        if self._decoder is entry:
             self._decoder = None
-
-    def _admit_waiting(self) -> None:
-        while self._waiting and self._load() + self._share(self._waiting[0]) <= 1:
-            job = self._waiting.popleft()
-            self._admit(job)
-            entry = _Entry(job)
-            self._active[job.id] = entry
-            self._ring.append(entry)
 
     def _share(self, job: Job) -> Fraction:
         return Fraction(1, self._in_flight or default_in_flight(self._stages, job.branches))
@@ -127,23 +136,6 @@ class Scheduler:
     def _load(self) -> Fraction:
         return sum((self._share(entry.job) for entry in self._active.values() if entry.denoising), Fraction(0))
 
-    def _next_turn(self) -> list[WorkItem] | None:
-        entry = next((entry for entry in self._ring if self._may_go(entry)), None)
-        if entry is None:
-            return None
-        self._ring.remove(entry)
-        turn = entry.turns.popleft()
-        entry.outstanding += 1
-        if turn[0].kind is Kind.DECODE:
-            self._decoder = entry.job.id
-        if entry.turns:
-            self._ring.append(entry)
-        return turn
-
     def _may_go(self, entry: _Entry) -> bool:
-        if entry.outstanding >= TURNS_AHEAD:
-            return False
-        if entry.turns[0][0].kind is Kind.DECODE:
-            # One request decodes at a time: a VAE decoder's cache takes gigabytes.
-            return self._decoder in (None, entry.job.id)
-        return True
+        # One request decodes at a time: a VAE decoder's cache takes gigabytes.
+        return entry.turns[0][0].kind is not Kind.DECODE or self._decoder in (None, entry)

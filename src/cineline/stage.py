@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cineline.channel import Edges, Pending
-from cineline.control import Admit, Done, Message, Stop
+from cineline.control import Admit, Begun, Done, Message, Stop
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
 from cineline.request import Branch, Kind, WorkItem
 from cineline.trace import Slice
@@ -74,16 +74,23 @@ class StageLoop:
             if isinstance(message, Stop):
                 self._stopping = True
             elif isinstance(message, Admit):
-                self._states[message.job.id] = self._family.admit(message.job, message.image)
+                self._admit(message)
             elif isinstance(message, WorkItem):
                 self._ahead.append((message, self._post(message)))
+
+    def _admit(self, message: Admit) -> None:
+        state = self._states[message.job.id] = self._family.admit(message.job, message.image)
+        if self._edges.forward_in is not None:
+            self._edges.forward_in.reserve(self._family.hidden_specs(state), RECEIVES_AHEAD + 1)
+        if self._edges.return_in is not None:
+            self._edges.return_in.reserve([self._family.latents_spec(state)], len(self._states))
 
     def _post(self, item: WorkItem) -> Pending | None:
         if self._edges.forward_in is None:
             return None
         if item.kind is Kind.ENCODE:
             specs = self._family.conditioning_specs(self._states[item.request])
-            return self._edges.forward_in.post(tuple(specs.values()))
+            return self._edges.forward_in.post(tuple(specs.values()), keep=True) if specs else None
         if item.kind is Kind.DENOISE:
             return self._edges.forward_in.post(self._family.hidden_specs(self._states[item.request]))
         return None
@@ -92,6 +99,8 @@ class StageLoop:
         asked = time.time_ns()
         received = pending.wait() if pending else ()
         self._await_latents(item)
+        if item.last and self._part.is_tail and item.kind is not Kind.DROP:
+            self._report(Begun(item))
         start = time.time_ns()
         if item.kind is Kind.ENCODE:
             self._encode(item, received)
@@ -115,10 +124,8 @@ class StageLoop:
             state.conditioning.update(self._family.encode(state))
         else:
             state.conditioning.update(zip(names, received, strict=True))
-        if self._edges.forward_out:
+        if self._edges.forward_out and names:
             self._edges.forward_out.send([state.conditioning[name] for name in names])
-        if self._part.is_tail:
-            self._report(Done(item))
 
     def _denoise(self, item: WorkItem, received: Hidden) -> None:
         state = self._states[item.request]

@@ -12,6 +12,7 @@ import queue
 import signal
 import sys
 import threading
+import traceback
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
@@ -35,6 +36,8 @@ def main() -> None:
         _serve(connection, outbox, store)
     except Exception as error:  # the process's edge: whatever it was, the engine must hear of it
         own = error if isinstance(error, CinelineError) else None
+        if own is None:
+            traceback.print_exc()  # a defect, which its one sentence would not place
         outbox.put(control.Failed(f"{type(error).__name__}: {error}", own))
         status = 1
     outbox.put(None)

@@ -1,5 +1,1 @@
-"""Benchmarks."""
-
-import typer
-
-app = typer.Typer()
+"""Benchmarks: what is measured, apart from the command line that asks for it."""

@@ -8,7 +8,7 @@ from types import FrameType
 
 import typer
 
-from cineline.bench import app as bench_app
+from cineline.cli.bench import app as bench_app
 from cineline.cli.generate import generate
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError
 

@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
+from cineline.cli.options import dtype_of, whole_numbers
 from cineline.cli.progress import make_view
-from cineline.config import DeviceConfig, Dtype, ParallelConfig
+from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
 from cineline.hub import open_model
@@ -79,7 +80,7 @@ def generate(
         "fps": fps,
     }
     fields = {name: value for name, value in options.items() if value is not None}
-    parallel = ParallelConfig(_stages(pp), _split(split))
+    parallel = ParallelConfig(_stages(pp), None if split is None else whole_numbers("split", split))
     console = Console(stderr=True)
     launch = _launcher(launcher)
     if launch == "torchrun" and torchrun_rank() != 0:
@@ -103,8 +104,8 @@ def generate(
         spec,
         parallel,
         device=device,
-        dtype=_dtype("dtype", dtype),
-        vae_dtype=_dtype("vae_dtype", vae_dtype) or "float32",
+        dtype=dtype_of("dtype", dtype),
+        vae_dtype=dtype_of("vae_dtype", vae_dtype) or "float32",
         in_flight=in_flight,
         trace=trace,
         launcher=launch,
@@ -169,15 +170,6 @@ def _stages(pp: int | None) -> int:
     return torchrun_world()[0] if torchrun_rank() is not None else 1
 
 
-def _split(split: str | None) -> list[int] | None:
-    if split is None:
-        return None
-    try:
-        return [int(size) for size in split.split(",")]
-    except ValueError:
-        raise InvalidConfig(f"split={split!r} is no list of whole numbers: write it as 5,2,1.") from None
-
-
 def _launcher(name: str | None) -> Launcher:
     inside = torchrun_rank() is not None
     if name is None:
@@ -189,13 +181,3 @@ def _launcher(name: str | None) -> Launcher:
     if not inside:
         raise InvalidConfig("launcher='torchrun' needs a torchrun world: start with torchrun -m cineline generate.")
     return "torchrun"
-
-
-def _dtype(name: str, value: str | None) -> Dtype | None:
-    if value == "float32":
-        return "float32"
-    if value == "bfloat16":
-        return "bfloat16"
-    if value is None:
-        return None
-    raise InvalidConfig(f"{name}={value!r} is not supported: use float32 or bfloat16.")

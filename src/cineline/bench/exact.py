@@ -1,0 +1,103 @@
+"""What is equal, bit for bit, on the device at hand: the line at several cuts and fills, and diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cineline.bench.reference import reference
+from cineline.config import DeviceConfig, ParallelConfig
+from cineline.engine import Engine
+from cineline.request import Video, VideoRequest
+from cineline.spec import WanSpec
+
+LIMIT_S = 3600.0
+
+SIZES = [(2, 2, 2), (3, 2, 1), (1, 4, 3)]
+"""Height and width in units of the model's grid, latent frames; one row a request."""
+
+
+@dataclass(frozen=True)
+class Equality:
+    """One cut and number in flight, against diffusers.
+
+    Attributes:
+        latents, frames: of how many requests they are equal.
+        requests: of how many.
+        deviation: largest difference of two latents.
+    """
+
+    kind: str
+    stages: int
+    in_flight: int
+    latents: int
+    frames: int
+    requests: int
+    deviation: float
+
+    @property
+    def exact(self) -> bool:
+        return self.latents == self.frames == self.requests
+
+
+def compare(
+    folder: Path, config: DeviceConfig, stages: Iterable[int], in_flight: Sequence[int], tell: Callable[[str], None]
+) -> Iterator[Equality]:
+    """Compare each cut with each number in flight, over requests of different sizes, with guidance and without."""
+    spec = WanSpec.open(folder)
+    requests = _requests(spec)
+    tell(f"{folder.name}: {len(requests)} requests through diffusers")
+    with reference(folder, config, with_image=spec.kind == "i2v") as pipeline:
+        expected = [(pipeline.latents(request)[0], pipeline.frames(request)) for request in requests]
+    for count in stages:
+        for many in in_flight:
+            tell(f"{folder.name}: pp={count}, {many} in flight")
+            engine = Engine(
+                spec,
+                ParallelConfig(pp=count),
+                device=config.device,
+                dtype=config.dtype,
+                vae_dtype=config.vae_dtype,
+                in_flight=many,
+            )
+            with engine:
+                videos = [handle.result(LIMIT_S) for handle in [engine.submit(request) for request in requests]]
+            yield _judge(spec.kind, count, many, videos, expected)
+
+
+def _judge(
+    kind: str, stages: int, in_flight: int, videos: Sequence[Video], expected: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> Equality:
+    latents = frames = 0
+    deviation = 0.0
+    for video, (their_latents, their_frames) in zip(videos, expected, strict=True):
+        theirs = torch.from_numpy(their_latents)
+        latents += torch.equal(video.latents, theirs)
+        frames += video.frames is not None and np.array_equal(video.frames, their_frames)
+        deviation = max(deviation, float((video.latents - theirs).abs().max()))
+    return Equality(kind, stages, in_flight, latents, frames, len(videos), deviation)
+
+
+def _requests(spec: WanSpec) -> list[VideoRequest]:
+    rows, columns = spec.grid
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
+    two_experts = {"guidance_scale_2": 3.0} if spec.boundary_ratio is not None else {}
+    return [
+        VideoRequest(
+            prompt=f"video number {number}",
+            image=image if spec.kind == "i2v" else None,
+            height=height * rows,
+            width=width * columns,
+            num_frames=(frames - 1) * spec.vae_frames + 1,
+            num_inference_steps=4 + number,
+            guidance_scale=1.0 if number == 1 else 4.0,
+            seed=number,
+            **two_experts,
+        )
+        for number, (height, width, frames) in enumerate(SIZES)
+    ]

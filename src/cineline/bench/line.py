@@ -1,0 +1,102 @@
+"""Real compute, one core and one thread a stage: the line against one stage and against diffusers."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from cineline.bench.measure import Run, interleave
+from cineline.bench.reference import Reference, reference
+from cineline.config import DeviceConfig, ParallelConfig
+from cineline.engine import Engine
+from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.request import VideoRequest
+from cineline.spec import WanKind
+
+LIMIT_S = 3600.0
+
+DIFFUSERS = "diffusers"
+"""The arm that all others are compared with."""
+
+
+@dataclass(frozen=True)
+class LineCase:
+    """What is timed.
+
+    Attributes:
+        kind: of the model, 8 blocks of width 512 with random weights.
+        stages: P of the divided arm.
+        in_flight: M, requests at once; each is timed with all arms.
+        steps: solver steps of a request of 1,536 tokens.
+        rounds: runs of each arm.
+    """
+
+    kind: WanKind
+    stages: int
+    in_flight: Sequence[int]
+    steps: int
+    rounds: int
+
+    def requests(self, count: int) -> list[VideoRequest]:
+        """That many requests of 1,536 tokens, which stop at their latents."""
+        side = 512 if self.kind == "ti2v" else 256
+        scales = {"guidance_scale": 4.0} | ({} if self.kind == "ti2v" else {"guidance_scale_2": 3.0})
+        sizes = {"height": side, "width": side, "num_frames": 21, "num_inference_steps": self.steps}
+        prompt = "a red square moving left on a blue background"
+        return [VideoRequest(prompt=prompt, seed=seed, decode=False, **sizes, **scales) for seed in range(count)]
+
+    def pp(self, stages: int) -> str:
+        """An arm's name."""
+        return f"pp={stages}"
+
+
+def time_line(case: LineCase, config: DeviceConfig, tell: Callable[[str], None]) -> dict[int, dict[str, list[Run]]]:
+    """Runs by number in flight and arm: diffusers, one stage, all stages."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+        save_random_checkpoint(folder, RandomConfig(case.kind, layers=8, heads=4, head_dim=128, ffn_dim=2048))
+        engines = {case.pp(stages): _engine(stack, folder, stages, config) for stages in sorted({1, case.stages})}
+        pipeline = stack.enter_context(reference(folder, config))
+        arms: dict[tuple[int, str], Callable[[], float]] = {}
+        for count in case.in_flight:
+            requests = case.requests(count)
+            arms[count, DIFFUSERS] = partial(_time_reference, pipeline, requests)
+            for name, engine in engines.items():
+                arms[count, name] = partial(time_requests, engine, requests)
+        warm_up = [request.model_copy(update={"num_inference_steps": 1}) for request in case.requests(1)]
+        _time_reference(pipeline, warm_up)
+        for engine in engines.values():
+            time_requests(engine, warm_up)
+        runs = interleave({f"M={count} {name}": arm for (count, name), arm in arms.items()}, case.rounds, tell)
+    return {count: {name: runs[f"M={count} {name}"] for name in (DIFFUSERS, *engines)} for count in case.in_flight}
+
+
+def time_requests(engine: Engine, requests: Sequence[VideoRequest]) -> float:
+    """Seconds from the first submit to the last result."""
+    started = time.monotonic()
+    for handle in [engine.submit(request) for request in requests]:
+        handle.result(LIMIT_S)
+    return time.monotonic() - started
+
+
+def _time_reference(pipeline: Reference, requests: Sequence[VideoRequest]) -> float:
+    """Seconds that diffusers takes for the same requests, one after another."""
+    return sum(pipeline.latents(request)[1] for request in requests)
+
+
+def _engine(stack: ExitStack, folder: Path, stages: int, config: DeviceConfig) -> Engine:
+    return stack.enter_context(
+        Engine(
+            folder,
+            ParallelConfig(pp=stages),
+            device=config.device,
+            dtype=config.dtype,
+            vae_dtype=config.vae_dtype,
+            pin_cores=config.pin_cores,
+        )
+    )

@@ -1,0 +1,108 @@
+"""A family whose blocks sleep: the real line at any number of stages, on a machine with few cores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cineline.channel import TensorSpec
+from cineline.denoise import combine
+from cineline.errors import InvalidRequest
+from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
+from cineline.request import Branch, Job, VideoRequest
+
+LATENTS = TensorSpec((16, 6, 32, 32), torch.float32)
+"""As large as those of `cineline bench line`: 0.4 MB."""
+
+
+@dataclass(frozen=True)
+class SleepingSpec:
+    """A model of blocks that sleep.
+
+    Attributes:
+        layers: blocks.
+        block_s: seconds that one block sleeps.
+        hidden_bytes: of the hidden states that travel from stage to stage.
+    """
+
+    layers: int
+    block_s: float
+    hidden_bytes: int
+    stages_class: ClassVar[str] = f"{__name__}:SleepingStages"
+
+    def resolve(self, request: VideoRequest, number: int) -> Job:
+        """See `FamilySpec.resolve`; steps and guidance are all that counts here."""
+        if request.num_inference_steps is None or request.guidance_scale is None:
+            raise InvalidRequest("A sleeping model has no defaults: give num_inference_steps and guidance_scale.")
+        return Job(
+            id=number,
+            prompt=request.prompt,
+            negative_prompt="",
+            height=1,
+            width=1,
+            num_frames=1,
+            steps=request.num_inference_steps,
+            branches=2 if request.guidance_scale > 1 else 1,
+            chunks=0,
+            guidance_scale=request.guidance_scale,
+            guidance_scale_2=None,
+            flow_shift=None,
+            boundary_ratio=None,
+            seed=request.seed,
+            fps=1,
+            has_image=False,
+        )
+
+
+class SleepingStages(PipelineParallelMixin[RequestState]):
+    """One stage of it. What travels is made once and never written to."""
+
+    def __init__(self, spec: SleepingSpec) -> None:
+        self._spec = spec
+
+    def load(self, part: StagePart) -> int:
+        self._sleep_s = self._spec.block_s * len(part.layers)
+        self._hidden = torch.zeros(self._spec.hidden_bytes, dtype=torch.uint8)
+        return 0
+
+    def admit(self, job: Job, image: Image.Image | None) -> RequestState:
+        return RequestState(job, latents=torch.zeros(LATENTS.shape))
+
+    def encode(self, state: RequestState) -> Mapping[str, torch.Tensor]:
+        return {}
+
+    def conditioning_specs(self, state: RequestState) -> Mapping[str, TensorSpec]:
+        return {}
+
+    def hidden_specs(self, state: RequestState) -> tuple[TensorSpec, ...]:
+        return (TensorSpec((self._spec.hidden_bytes,), torch.uint8),)
+
+    def latents_spec(self, state: RequestState) -> TensorSpec:
+        return LATENTS
+
+    def embed(self, state: RequestState, step: int, branch: Branch) -> Hidden:
+        return (self._hidden,)
+
+    def run_blocks(self, state: RequestState, step: int, branch: Branch, hidden: Hidden) -> Hidden:
+        time.sleep(self._sleep_s)
+        return (self._hidden,)
+
+    def predict(self, state: RequestState, step: int, branch: Branch, hidden: Hidden) -> torch.Tensor:
+        return torch.zeros(LATENTS.shape)
+
+    def advance(self, state: RequestState, step: int) -> torch.Tensor:
+        state.latents = combine(state.predictions, state.job.guidance_scale)
+        return state.latents
+
+    def final_latents(self, state: RequestState) -> torch.Tensor:
+        assert state.latents is not None
+        return state.latents
+
+    def decode(self, state: RequestState, chunk: int) -> np.ndarray:
+        raise NotImplementedError("a sleeping model has no frames: ask with decode=False")

@@ -1,3 +1,0 @@
-from cineline.cli import main
-
-main()
