@@ -26,3 +26,10 @@ class FaultyStages(ToyStages):
                 raise ValueError("a fault on purpose")
             os._exit(77)
         return super().run_blocks(state, step, branch, hidden)
+
+
+@dataclass(frozen=True)
+class UnloadableSpec(ToySpec):
+    """A toy whose class does not exist, so that its ranks fail while they start."""
+
+    stages_class = "toy_family:NoSuchClass"

@@ -1,7 +1,6 @@
-"""A second, tiny family: proof that the line knows nothing of Wan. `toy_reference` is its model in one piece.
+"""A second, tiny family: proof that the line knows nothing of Wan. `toy_reference.py` has it in one piece.
 
-Blocks are products with a tanh; two tensors travel over an edge, of different dtypes; the solver has a
-history (the step before). Legend: B batch of 1, C channels, F' latent frames, L layers.
+Two tensors travel over an edge, of different dtypes; the solver has a history. Legend: C channels.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 from PIL import Image
 
 from cineline.channel import TensorSpec
-from cineline.errors import InvalidRequest
+from cineline.denoise import combine
 from cineline.models.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
 from cineline.request import Branch, Job, VideoRequest
 
@@ -30,14 +29,11 @@ class ToySpec:
     stages_class: ClassVar[str] = "toy_family:ToyStages"
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
-        if request.prompt == "refuse":
-            raise InvalidRequest("prompt='refuse' is refused: say something else.")
         steps, frames, scale = request.num_inference_steps or 4, request.num_frames or 5, request.guidance_scale or 1.0
-        chunks = frames if request.decode else 0
         sizes = {"height": 1, "width": 1, "num_frames": frames, "steps": steps, "branches": 2 if scale > 1 else 1}
         rest = {"guidance_scale_2": None, "flow_shift": None, "boundary_ratio": None, "fps": 1, "has_image": False}
-        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-        return Job(id=number, chunks=chunks, guidance_scale=scale, seed=request.seed, **texts, **sizes, **rest)
+        given = request.model_dump(include={"prompt", "negative_prompt", "seed"})
+        return Job(id=number, chunks=frames * request.decode, guidance_scale=scale, **given, **sizes, **rest)
 
 
 def block(layer: int, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -59,7 +55,7 @@ class ToyStages(PipelineParallelMixin[RequestState]):
 
     def load(self, part: StagePart) -> int:
         self.part = part
-        return 0
+        return 0  # bytes of weights
 
     def admit(self, job: Job, image: Image.Image | None) -> RequestState:
         noise = torch.randn(job.num_frames, C, generator=torch.Generator().manual_seed(job.seed))
@@ -87,16 +83,13 @@ class ToyStages(PipelineParallelMixin[RequestState]):
         return states, count + len(self.part.layers)
 
     def predict(self, state, step, branch, hidden) -> torch.Tensor:
-        states, count = hidden
-        assert count == self.spec.layers
-        return states
+        assert hidden[1] == self.spec.layers
+        return hidden[0]
 
     def advance(self, state: RequestState, step: int) -> torch.Tensor:
-        cond = state.predictions[Branch.COND]
-        uncond = state.predictions.get(Branch.UNCOND, cond)
-        prediction = uncond + state.job.guidance_scale * (cond - uncond)
-        state.latents = step_of(state.latents, prediction, getattr(state, "before", torch.zeros(())))
-        state.before = prediction
+        prediction = combine(state.predictions, state.job.guidance_scale)
+        before = getattr(state, "before", torch.zeros(()))
+        state.latents, state.before = step_of(state.latents, prediction, before), prediction
         return state.latents
 
     def final_latents(self, state: RequestState) -> torch.Tensor:

@@ -157,7 +157,7 @@ class TorchSender:
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
         message = _pack(tensors)
         if self._staged:
-            message = message.cpu()
+            message = torch.empty_like(message, device="cpu", pin_memory=True).copy_(message)
         try:
             work = dist.isend(message, self._peer, group=self._group)
         except RuntimeError as error:

@@ -14,6 +14,7 @@ import torch
 from cineline.channel import Edges, Pending
 from cineline.control import Admit, Begun, Done, Message, Stop
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
+from cineline.pace import Pace, marker
 from cineline.request import Branch, Kind, WorkItem
 from cineline.trace import Slice
 
@@ -48,6 +49,7 @@ class StageLoop:
         self._inbox = inbox
         self._report = report
         self._record = record
+        self._pace = Pace(report, marker(part.device))
         self._states: dict[int, Any] = {}
         self._ahead: deque[tuple[WorkItem, Pending | None]] = deque()
         self._dropped_returns: deque[tuple[int, Pending]] = deque()
@@ -60,17 +62,20 @@ class StageLoop:
         while True:
             self._look_ahead()
             if not self._ahead:
+                self._pace.settle()
                 return
             item, pending = self._ahead.popleft()
             self._execute(item, pending)
+            self._pace.end_item()
 
     def _look_ahead(self) -> None:
         """Take in messages, posting the receive of each item; waits only when there is nothing to do."""
         while len(self._ahead) < RECEIVES_AHEAD and not self._stopping:
-            try:
-                message = self._inbox.get(block=not self._ahead)
-            except queue.Empty:
-                return
+            if self._inbox.empty():
+                if self._ahead:
+                    return
+                self._pace.settle()
+            message = self._inbox.get()
             if isinstance(message, Stop):
                 self._stopping = True
             elif isinstance(message, Admit):
@@ -153,9 +158,9 @@ class StageLoop:
         if item.number + 1 < state.job.steps:
             assert self._edges.return_out is not None
             self._edges.return_out.send([latents])
-            self._report(Done(item))
+            self._pace.report(Done(item))
         else:
-            self._report(Done(item, self._family.final_latents(state).float().cpu().numpy()))
+            self._pace.report(Done(item, self._family.final_latents(state).float().cpu().numpy()))
 
     def _post_return(self, state: Any) -> None:
         """Head: get ready for the latents of the step just begun. Both ends of the edge follow the
@@ -186,7 +191,7 @@ class StageLoop:
         frames: np.ndarray = self._family.decode(state, item.number)
         if item.number + 1 == state.job.chunks:
             del self._states[item.request]
-        self._report(Done(item, frames))
+        self._pace.report(Done(item, frames))
 
     def _drop(self, item: WorkItem) -> None:
         state = self._states.pop(item.request, None)

@@ -19,6 +19,10 @@ from cineline.output import whole_file
 LIBRARIES = ("cineline", "torch", "diffusers", "transformers")
 
 
+FILE_WIDTH = 120
+"""Columns of what is printed where there is no terminal."""
+
+
 def machine(device: str) -> dict[str, Any]:
     """Hardware, versions and command, to stand beside every figure."""
     facts = {
@@ -54,6 +58,8 @@ def report(
     for row in rows:
         table.add_row(*row)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
     console.print(table)
     console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
     if json_file is not None:

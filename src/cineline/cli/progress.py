@@ -86,19 +86,22 @@ class _Lines:
     def __init__(self, labels: Sequence[str], console: Console) -> None:
         self._labels = labels
         self._console = console
-        self._started = self._printed = time.monotonic()
+        self._printed = time.monotonic()
+        self._begun: dict[str, tuple[float, int]] = {}
 
     def update(self, handles: Sequence[RequestHandle]) -> None:
         now = time.monotonic()
-        if now - self._printed < LINES_EVERY_S:
-            return
-        self._printed = now
+        due = now - self._printed >= LINES_EVERY_S
+        if due:
+            self._printed = now
         for label, handle in zip(self._labels, handles, strict=True):
             done, total = _count(handle)
-            if not done or handle.done:
+            if not done:
                 continue
-            remaining = (now - self._started) / done * (total - done)
-            self._console.print(f"{label}: {_phase(handle)}, about {remaining:.0f} s left", highlight=False)
+            since, done_then = self._begun.setdefault(label, (now, done))
+            if due and not handle.done and done > done_then:
+                remaining = (now - since) / (done - done_then) * (total - done)
+                self._console.print(f"{label}: {_phase(handle)}, about {remaining:.0f} s left", highlight=False)
 
     def close(self) -> None:
         pass

@@ -1,0 +1,115 @@
+"""The benchmarks' machinery: what counts as a run, and that each command prints and writes what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cineline.bench import measure
+from cineline.bench.measure import CpuClock, Run, Summary, interleave, ratios, run_quietly
+from cineline.models.random_checkpoint import RandomConfig
+
+
+def burn(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_the_clock_tells_our_cpu_and_our_childrens_from_others() -> None:
+    clock = CpuClock()
+    (busy, ours), code = clock.read(), "import time\nwhile time.process_time() < 0.5: pass"
+    burn(0.3)
+    subprocess.run([sys.executable, "-c", code], check=True)
+    busy_after, ours_after = clock.read()
+    assert 0.7 < ours_after - ours < 2
+    assert busy_after - busy > 0.7
+
+
+def test_a_run_is_repeated_while_others_use_the_machine_and_the_quietest_counts(monkeypatch) -> None:
+    shares = iter([0.5, 0.2, 0.01])
+    seconds = iter([3.0, 2.0, 1.0])
+    busy = 0.0
+
+    class Clock:
+        def read(self) -> tuple[float, float]:
+            return busy, 0.0
+
+    def arm() -> float:
+        nonlocal busy
+        time.sleep(0.05)
+        busy += next(shares) * 0.05 * (measure.psutil.cpu_count() or 1)
+        return next(seconds)
+
+    monkeypatch.setattr(measure, "CpuClock", Clock)
+    run = run_quietly(arm)
+    assert (run.seconds, run.repeats) == (1.0, 2)
+    assert run.others < 0.03
+
+
+def test_arms_take_turns_in_an_order_that_moves_on(monkeypatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(measure, "OTHERS_LIMIT", 1.0)
+    arms = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+    runs = interleave(arms, 2, lambda line: None)
+    assert "".join(order) == "abcbca"
+    assert {name: len(own) for name, own in runs.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    base, arm = [Run(4.0, 0), Run(9.0, 0), Run(8.0, 0)], [Run(2.0, 0), Run(3.0, 0), Run(2.0, 0)]
+    assert ratios(base, arm) == Summary(3.0, 2.0, 4.0)
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cineline", "bench", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_schedule_prints_and_writes_its_runs(tmp_path) -> None:
+    file = tmp_path / "s.json"
+    sizes = ["--stage-ms", "5", "--hidden-mb", "0.1", "--steps", "3", "--runs", "2"]
+    done = bench("schedule", "--pp", "3", "--in-flight", "1,2", *sizes, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert {count: len(runs) for count, runs in result["runs"].items()} == {"1": 2, "2": 2}
+    assert all(run["seconds"] >= 3 * (3 + 1) * 0.005 for run in result["runs"]["1"])
+    assert "torch" in result["machine"]
+    assert "1.50" in done.stdout  # 2MP / (P + 1)
+
+
+def test_exact_says_what_is_equal(checkpoint, tmp_path) -> None:
+    file = tmp_path / "e.json"
+    folder = str(checkpoint(RandomConfig("t2v", seed=3)))
+    done = bench("exact", "--model", folder, "--pp", "2", "--in-flight", "3", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(file.read_text())["rows"]
+    assert (row["latents"], row["frames"], row["requests"], row["deviation"]) == (3, 3, 3, 0.0)
+
+
+def test_line_times_all_arms_in_one_run(tmp_path) -> None:
+    file = tmp_path / "l.json"
+    done = bench("line", "--in-flight", "1", "--steps", "1", "--runs", "1", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_text())["runs"]["1"].keys() == {"diffusers", "pp=1", "pp=2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["line", "--in-flight", "1,x"], "in_flight='1,x'"),
+        (["line", "--kind", "sora"], "kind='sora'"),
+        (["schedule", "--in-flight", "0"], "in_flight='0'"),
+        (["exact", "--json", "no/such/folder/x.json"], "does not exist"),
+        (["exact", "--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_bad_option_is_refused(arguments, words) -> None:
+    done = bench(*arguments)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,211 @@
+"""The engine with real rank processes: bits, cancels, failures, and that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from faulty_family import FaultySpec, UnloadableSpec
+from toy_family import ToySpec
+from toy_reference import toy_reference
+
+from cineline import (
+    CinelineError,
+    Engine,
+    EngineClosed,
+    InvalidConfig,
+    InvalidRequest,
+    ParallelConfig,
+    RankFailed,
+    RequestCancelled,
+    RequestHandle,
+    ResultTimeout,
+    VideoRequest,
+)
+
+LIMIT_S = 30.0
+
+
+def request(prompt: str = "abc", **fields: object) -> VideoRequest:
+    return VideoRequest(**{"prompt": prompt, "num_inference_steps": 6, "guidance_scale": 3.0} | fields)
+
+
+def engine(spec: ToySpec, stages: int, **options: object) -> Engine:
+    return Engine(spec, ParallelConfig(pp=stages), device="cpu", **options)
+
+
+def assert_right(handle: RequestHandle, wanted: VideoRequest) -> None:
+    video = handle.result(LIMIT_S)
+    latents, frames = toy_reference(ToySpec(), wanted)
+    assert video.latents.equal(latents)
+    assert frames is None or np.array_equal(video.frames, frames)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 5])
+def test_another_family_runs_over_real_processes(stages) -> None:
+    wanted = [request(seed=seed, num_frames=1 + 7 * seed, guidance_scale=1.0 + seed) for seed in range(5)]
+    with engine(ToySpec(), stages) as line:
+        handles = [line.submit(one) for one in wanted]
+        for handle, one in zip(handles, wanted, strict=True):
+            assert_right(handle, one)
+            assert handle.progress == (6, 6)
+            assert handle.decoded == (one.num_frames, one.num_frames)
+
+
+def test_two_engines_live_side_by_side() -> None:
+    with engine(ToySpec(), 2) as first, engine(ToySpec(layers=3), 3) as second:
+        handles = first.submit(request(seed=1)), second.submit(request(seed=1))
+        assert_right(handles[0], request(seed=1))
+        assert handles[1].result(LIMIT_S).latents.equal(toy_reference(ToySpec(layers=3), request(seed=1))[0])
+
+
+def test_cancelling_one_of_three_leaves_the_others_equal() -> None:
+    wanted = [request("slow", seed=seed, num_inference_steps=30) for seed in range(3)]
+    with engine(FaultySpec(), 2) as line:
+        handles = [line.submit(one) for one in wanted]
+        while handles[1].progress[0] < 3:
+            time.sleep(0.01)
+        assert handles[1].cancel()
+        assert not handles[1].cancel()
+        with pytest.raises(RequestCancelled, match="cancelled at step"):
+            handles[1].result(LIMIT_S)
+        assert_right(handles[0], wanted[0])
+        assert_right(handles[2], wanted[2])
+        assert not handles[0].cancel()
+        again = request(seed=9)
+        assert_right(line.submit(again), again)
+
+
+def test_a_result_that_takes_too_long_times_out_and_goes_on() -> None:
+    with engine(FaultySpec(), 2) as line:
+        handle = line.submit(request("slow"))
+        with pytest.raises(ResultTimeout, match="not done after"):
+            handle.result(0.01)
+        assert_right(handle, request("slow"))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("raise", ["ValueError", "a fault on purpose"]), ("die", ["exit code 77"])],
+)
+def test_a_rank_that_fails_ends_every_request_and_is_named(fault, words, stage) -> None:
+    with engine(FaultySpec(), 3) as line:
+        ranks = psutil.Process().children()
+        handles = [line.submit(request(prompt)) for prompt in ("slow", f"{fault} {stage} 2", "slow")]
+        started = time.monotonic()
+        for handle in handles:
+            with pytest.raises(RankFailed) as failed:
+                handle.result(LIMIT_S)
+            assert failed.value.rank == stage
+            for word in words:
+                assert word in str(failed.value)
+        assert time.monotonic() - started < 10
+        with pytest.raises(RankFailed):
+            line.submit(request())
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_rank_that_is_killed_is_named(stage) -> None:
+    with engine(FaultySpec(), 2) as line:
+        ranks = sorted(psutil.Process().children(), key=lambda process: process.pid)
+        handle = line.submit(request("slow", num_inference_steps=500))
+        while handle.progress[0] < 2:
+            time.sleep(0.01)
+        ranks[stage].send_signal(signal.SIGKILL)
+        with pytest.raises(RankFailed, match=f"Rank {stage} failed: the process was killed by SIGKILL"):
+            handle.result(10)
+
+
+def test_an_idle_rank_that_is_killed_is_named_at_the_next_request() -> None:
+    with engine(ToySpec(), 2) as line:
+        psutil.Process().children()[1].send_signal(signal.SIGKILL)
+        with pytest.raises(RankFailed, match="SIGKILL"):
+            line.submit(request()).result(10)
+
+
+def test_a_rank_that_fails_while_it_starts_ends_the_others() -> None:
+    before = set(psutil.Process().children())
+    with pytest.raises(CinelineError):
+        engine(UnloadableSpec(), 2)
+    assert not psutil.wait_procs(set(psutil.Process().children()) - before, timeout=5)[1]
+
+
+def test_a_closed_engine_ends_what_is_not_done() -> None:
+    line = engine(FaultySpec(), 2)
+    ranks = psutil.Process().children()
+    handle = line.submit(request("slow", num_inference_steps=1000))
+    line.close()
+    line.close()
+    with pytest.raises(EngineClosed):
+        handle.result(LIMIT_S)
+    with pytest.raises(EngineClosed):
+        line.submit(request())
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+def test_an_engine_leaves_no_shared_memory_and_no_port_behind() -> None:
+    shared = set(Path("/dev/shm").iterdir())
+    with engine(ToySpec(), 3) as line:
+        line.submit(request()).result(LIMIT_S)
+    assert set(Path("/dev/shm").iterdir()) <= shared
+    assert not [entry for entry in psutil.Process().net_connections() if entry.status == psutil.CONN_LISTEN]
+
+
+def test_a_program_that_forgets_to_close_leaves_no_process_behind() -> None:
+    code = """
+import psutil
+from cineline import Engine, ParallelConfig, VideoRequest
+from faulty_family import FaultySpec, UnloadableSpec
+engine = Engine(FaultySpec(), ParallelConfig(pp=2), device="cpu")
+engine.submit(VideoRequest(prompt="slow", num_inference_steps=1000))
+print(*[child.pid for child in psutil.Process().children()])
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
+    deadline = time.monotonic() + 5
+    ranks = [int(pid) for pid in done.stdout.split()]
+    assert len(ranks) == 2
+    while any(psutil.pid_exists(pid) for pid in ranks):
+        assert time.monotonic() < deadline, "a rank outlived its engine"
+        time.sleep(0.05)
+
+
+def test_bad_configs_are_refused_before_anything_starts() -> None:
+    for options, words in [
+        ({"pp": 9}, "pp=9 is more than the model's 8 blocks"),
+        ({"pp": 0}, "pp=0 is too small"),
+        ({"pp": 2, "split": [7, 2]}, "adds up to 9"),
+        ({"pp": 2, "split": [8, 0]}, "empty stage"),
+        ({"pp": 2, "split": [8]}, "1 entries for pp=2"),
+    ]:
+        with pytest.raises(InvalidConfig, match=words):
+            Engine(ToySpec(), ParallelConfig(**options), device="cpu")
+    for options, words in [
+        ({"device": "toaster"}, "toaster"),
+        ({"dtype": "int8"}, "int8"),
+        ({"in_flight": 0}, "in_flight=0"),
+    ]:
+        with pytest.raises(InvalidConfig, match=words):
+            Engine(ToySpec(), **{"device": "cpu"} | options)
+    assert not psutil.Process().children()
+
+
+def test_unknown_and_misshapen_request_fields_are_refused() -> None:
+    for fields, words in [
+        ({"prompt": "x", "colour": 1}, "Unknown request field 'colour'"),
+        ({}, "no 'prompt'"),
+        ({"prompt": 3}, "prompt=3"),
+        ({"prompt": "x", "height": 1.5}, "height=1.5"),
+    ]:
+        with pytest.raises(InvalidRequest, match=words):
+            VideoRequest(**fields)

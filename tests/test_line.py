@@ -1,0 +1,59 @@
+"""The line, in one process: any requests, any cancels, any number of stages give what the model in one piece gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from local_line import LocalLine
+from toy_family import ToySpec
+from toy_reference import toy_reference
+
+from cineline import VideoRequest
+from cineline.request import Branch, Kind, WorkItem
+
+SPEC = ToySpec()
+
+requests = st.builds(
+    VideoRequest,
+    prompt=st.sampled_from(["a", "b", "abc"]),
+    negative_prompt=st.sampled_from(["", "not"]),
+    num_frames=st.integers(1, 6),
+    num_inference_steps=st.integers(1, 5),
+    guidance_scale=st.sampled_from([1.0, 3.0]),
+    seed=st.integers(0, 2**40),
+    decode=st.booleans(),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    wanted=st.lists(requests, min_size=1, max_size=6),
+    stages=st.integers(1, 8),
+    in_flight=st.one_of(st.none(), st.integers(1, 4)),
+    cancels=st.dictionaries(st.integers(0, 5), st.integers(0, 40), max_size=3),
+    rendezvous=st.booleans(),
+)
+def test_any_company_gives_the_bits_of_the_model_in_one_piece(wanted, stages, in_flight, cancels, rendezvous) -> None:
+    line = LocalLine(SPEC, stages, in_flight, rendezvous)
+    results = line.run(wanted, {number: after for number, after in cancels.items() if number < len(wanted)})
+    for number, (latents, frames) in results.items():
+        expected_latents, expected_frames = toy_reference(SPEC, wanted[number])
+        assert torch.equal(latents, expected_latents)
+        assert (frames is None) == (expected_frames is None)
+        assert frames is None or np.array_equal(frames, expected_frames)
+    assert all(not loop._states for loop in line.loops), "a stage kept a request"
+
+
+def test_headers_run_ahead_and_requests_take_turns() -> None:
+    """Three requests of two steps: no two turns of one request follow each other while another could go."""
+    line = LocalLine(SPEC, 2, in_flight=3)
+    line.run([VideoRequest(prompt=p, num_inference_steps=3, guidance_scale=2, decode=False) for p in "abc"], {})
+    order = [item.request for item in line.emitted if item.kind is Kind.DENOISE and item.last]
+    assert order == [0, 1, 2] * 3
+
+
+def test_a_work_item_survives_its_wire_format() -> None:
+    for item in (WorkItem(Kind.DENOISE, 2**40, 39, Branch.UNCOND, False), WorkItem(Kind.DROP, 0)):
+        assert WorkItem.unpack(item.pack()) == item

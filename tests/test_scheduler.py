@@ -1,0 +1,98 @@
+"""The scheduler alone, against a model of the line: order, limits, and that it always ends."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_family import ToySpec
+
+from cineline import VideoRequest
+from cineline.request import Job, Kind, WorkItem
+from cineline.scheduler import Scheduler, default_in_flight, speed_up_limit, turns_of
+
+
+def job(number: int, steps: int = 3, guidance: float = 2.0, chunks: int = 0) -> Job:
+    request = VideoRequest(
+        prompt="x",
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_frames=max(1, chunks),
+        decode=chunks > 0,
+    )
+    return ToySpec().resolve(request, number)
+
+
+jobs = st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1.0, 2.0]), st.integers(0, 3)), min_size=1, max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(shapes=jobs, stages=st.integers(1, 8), in_flight=st.one_of(st.none(), st.integers(1, 4)))
+def test_every_job_runs_whole_in_order_and_within_the_limits(shapes, stages, in_flight) -> None:
+    admitted: list[int] = []
+    scheduler = Scheduler(stages, in_flight, lambda job: admitted.append(job.id))
+    wanted = {number: job(number, *shape) for number, shape in enumerate(shapes)}
+    for one in wanted.values():
+        scheduler.submit(one)
+    stream: deque[WorkItem] = deque(scheduler.pump())
+    seen: dict[int, list[WorkItem]] = {number: [] for number in wanted}
+    finished: set[int] = set()
+    steps_left = {number: one.steps for number, one in wanted.items()}
+    decoding: set[int] = set()
+    while stream:
+        item = stream.popleft()
+        assert item.request in admitted, "emitted before it was admitted"
+        seen[item.request].append(item)
+        denoising = [number for number in admitted if steps_left[number]]
+        assert len(denoising) <= (in_flight or default_in_flight(stages, 1))
+        if item.kind is Kind.DECODE:
+            decoding.add(item.request)
+            assert len(decoding - finished) <= 1, "two requests decode at once"
+        if not item.last:
+            continue
+        scheduler.begun(item)
+        stream.extend(scheduler.pump())
+        steps_left[item.request] -= item.kind is Kind.DENOISE
+        if scheduler.complete(item):
+            finished.add(item.request)
+        stream.extend(scheduler.pump())
+    assert finished == wanted.keys()
+    for number, items in seen.items():
+        assert items == [item for turn in turns_of(wanted[number]) for item in turn]
+
+
+def test_a_cancelled_request_is_dropped_once_and_only_when_it_is_in_the_line() -> None:
+    scheduler = Scheduler(2, 1, lambda job: None)
+    scheduler.submit(job(0))
+    scheduler.submit(job(1))
+    scheduler.pump()
+    assert scheduler.cancel(1) is None  # still waiting
+    assert scheduler.cancel(0) == WorkItem(Kind.DROP, 0)
+    assert scheduler.cancel(0) is None
+    assert scheduler.pump() == []
+
+
+def test_a_cancel_makes_room() -> None:
+    scheduler = Scheduler(2, 1, lambda job: None)
+    scheduler.submit(job(0))
+    scheduler.submit(job(1))
+    assert {item.request for item in scheduler.pump()} == {0}
+    scheduler.cancel(0)
+    assert {item.request for item in scheduler.pump()} == {1}
+
+
+@pytest.mark.parametrize(("stages", "branches", "expected"), [(1, 2, 2), (2, 2, 3), (4, 2, 4), (8, 2, 6), (4, 1, 5)])
+def test_the_default_in_flight_fills_the_line_with_one_to_spare(stages, branches, expected) -> None:
+    assert default_in_flight(stages, branches) == expected
+    assert speed_up_limit(stages, expected - 1, branches) == stages
+
+
+@pytest.mark.parametrize(("stages", "row"), [(2, [1.33, 2, 2, 2]), (4, [1.60, 3.2, 4, 4]), (8, [1.78, 3.56, 5.33, 8])])
+def test_the_limit_with_guidance(stages, row) -> None:
+    assert [round(float(speed_up_limit(stages, count, 2)), 2) for count in (1, 2, 3, 5)] == row
+
+
+def test_the_limit_without_guidance() -> None:
+    assert [float(speed_up_limit(4, count, 1)) for count in (1, 2, 4, 5)] == [1, 2, 4, 4]

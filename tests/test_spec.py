@@ -1,0 +1,178 @@
+"""Checkpoints and requests as data: which kind, which defaults, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cineline import CheckpointError, InvalidRequest, VideoRequest
+from cineline.hub import open_model
+from cineline.models.random_checkpoint import RandomConfig
+from cineline.spec import WanSpec
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A checkpoint that a test may spoil."""
+
+    def make(kind: str) -> Path:
+        folder = tmp_path / kind
+        shutil.copytree(checkpoint(RandomConfig(kind, seed=3)), folder)
+        return folder
+
+    return make
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("kind", ["ti2v", "t2v", "i2v"])
+def test_the_kind_is_read_from_the_configs(kind, checkpoint) -> None:
+    assert WanSpec.open(checkpoint(RandomConfig(kind, seed=3))).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "steps", "guidance"),
+    [
+        ("ti2v", (704, 1280, 121, 24), 50, (5.0, None)),
+        ("t2v", (720, 1280, 81, 16), 40, (4.0, 3.0)),
+        ("i2v", (720, 1280, 81, 16), 40, (3.5, 3.5)),
+    ],
+)
+def test_fields_left_out_take_the_kinds_official_defaults(kind, size, steps, guidance, checkpoint) -> None:
+    spec = WanSpec.open(checkpoint(RandomConfig(kind, seed=3)))
+    sized = {"height": 720, "width": 1280} if kind == "i2v" else {}
+    image = Image.new("RGB", (64, 64)) if kind == "i2v" else None
+    job = spec.resolve(VideoRequest(prompt="x", image=image, **sized), 0)
+    assert (job.height, job.width, job.num_frames, job.fps) == size
+    assert (job.steps, job.guidance_scale, job.guidance_scale_2) == (steps, *guidance)
+    assert (job.seed, job.negative_prompt, job.branches) == (0, "", 2)
+
+
+def test_the_checkpoints_own_defaults_come_before_the_kinds_and_after_the_users(copy) -> None:
+    folder = copy("t2v")
+    (folder / "cineline.json").write_text(json.dumps({"num_frames": 9, "fps": 8, "guidance_scale": 2.0}))
+    job = WanSpec.open(folder).resolve(VideoRequest(prompt="x", fps=30), 0)
+    assert (job.num_frames, job.fps, job.guidance_scale, job.steps) == (9, 30, 2.0, 40)
+    (folder / "cineline.json").write_text(json.dumps({"frames": 9}))
+    with pytest.raises(CheckpointError, match=r"cineline.json: Unknown request field 'frames'"):
+        WanSpec.open(folder)
+
+
+def test_guidance_scale_2_follows_guidance_scale_where_the_kind_has_none(copy) -> None:
+    folder = copy("i2v")
+    spec = WanSpec.open(folder)
+    own = {name: value for name, value in spec.defaults.items() if name != "guidance_scale_2"}
+    object.__setattr__(spec, "defaults", own)
+    image = Image.new("RGB", (64, 64))
+    assert spec.resolve(VideoRequest(prompt="x", image=image, guidance_scale=2.5), 0).guidance_scale_2 == 2.5
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 100), (1600, 900), (300, 900), (4000, 100)])
+def test_an_image_without_sizes_gives_its_aspect_ratio_at_the_default_area(width, height, checkpoint) -> None:
+    spec = WanSpec.open(checkpoint(RandomConfig("i2v", seed=3)))
+    job = spec.resolve(VideoRequest(prompt="x", image=Image.new("RGB", (width, height))), 0)
+    rows, columns = spec.grid
+    assert job.height % rows == 0
+    assert job.width % columns == 0
+    assert abs(job.height * job.width / (720 * 1280) - 1) < 0.1
+    # Half a grid step either way.
+    assert abs(job.width - job.height * width / height) <= columns / 2 + rows / 2 * width / height + 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": " \n"}, ["empty"]),
+        ({"height": 100}, ["height=100", "multiple of 16 (VAE 8 x patch 2)", "use 96 or 112"]),
+        ({"width": -16}, ["width=-16", "use 16 or 32"]),
+        ({"height": 16 * 1025}, ["height=16400", "1025 tokens", "1024"]),
+        ({"num_frames": 0}, ["num_frames=0", "4k+1", "use 1 or 5"]),
+        ({"num_frames": 80}, ["num_frames=80", "use 77 or 81"]),
+        ({"num_frames": 4 * 1024 + 1}, ["num_frames=4097"]),
+        ({"num_inference_steps": 0}, ["num_inference_steps=0"]),
+        ({"fps": 0}, ["fps=0"]),
+        ({"seed": 2**63}, ["seed=9223372036854775808"]),
+        ({"guidance_scale": float("nan")}, ["guidance_scale=nan", "finite"]),
+        ({"guidance_scale_2": float("inf")}, ["guidance_scale_2=inf", "finite"]),
+        ({"flow_shift": 0.0}, ["flow_shift=0.0"]),
+        ({"flow_shift": float("nan")}, ["flow_shift=nan"]),
+        ({"boundary_ratio": 1.5}, ["boundary_ratio=1.5", "outside 0 to 1"]),
+        ({"boundary_ratio": float("nan")}, ["boundary_ratio=nan"]),
+        ({"image": Image.new("RGB", (8, 8))}, ["takes no image"]),
+    ],
+)
+def test_a_field_that_breaks_a_rule_is_refused_with_value_rule_and_remedy(fields, words, checkpoint) -> None:
+    spec = WanSpec.open(checkpoint(RandomConfig("t2v", seed=3)))
+    with pytest.raises(InvalidRequest) as refused:
+        spec.resolve(VideoRequest(**{"prompt": "x"} | fields), 0)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy, tmp_path) -> None:
+    def refusal(folder: Path) -> str:
+        with pytest.raises(CheckpointError) as refused:
+            open_model(folder)
+        return str(refused.value)
+
+    assert "model_index.json does not exist" in refusal(tmp_path)
+    folder = copy("t2v")
+    index = folder / "model_index.json"
+    good = index.read_text()
+    change(index, _class_name="FluxPipeline")
+    assert "FluxPipeline" in refusal(folder)
+    index.write_text("{")
+    assert "cannot be read" in refusal(folder)
+    index.write_text("[]")
+    assert "no JSON object" in refusal(folder)
+    index.write_text(good)
+    change(index, transformer=[None, None])
+    assert "names no 'transformer'" in refusal(folder)
+    index.write_text(good)
+    change(index, transformer_2=[None, None])
+    assert "boundary_ratio" in refusal(folder)
+    index.write_text(good)
+    config = folder / "transformer_2" / "config.json"
+    change(config, num_layers=7)
+    assert "different configs" in refusal(folder)
+    change(config, num_layers=4)
+    for name in ("transformer", "transformer_2"):
+        change(folder / name / "config.json", in_channels=17)
+    assert "17 input channels" in refusal(folder)
+    for name in ("transformer", "transformer_2"):
+        change(folder / name / "config.json", image_dim=1280)
+    assert "Wan 2.1" in refusal(folder)
+    (folder / "vae" / "config.json").unlink()
+    assert "vae/config.json does not exist" in refusal(folder)
+
+
+def test_a_model_that_cannot_be_found_is_refused(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        open_model("no/such/folder/anywhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        open_model(tmp_path / "file")
+    code = "from cineline.hub import open_model; open_model('nobody/nothing')"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert "CheckpointError: model='nobody/nothing' is no folder here and cannot be downloaded" in done.stderr
+
+
+def test_the_built_in_model_is_made_once_in_the_cache_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spec = open_model(None)
+    assert isinstance(spec, WanSpec)
+    assert spec.folder.is_relative_to(tmp_path)
+    made = spec.folder.stat().st_mtime_ns
+    assert open_model(None) == spec
+    assert spec.folder.stat().st_mtime_ns == made
+    assert spec.resolve(VideoRequest(prompt="x"), 0).height == 128

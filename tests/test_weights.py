@@ -1,0 +1,159 @@
+"""Weights: every stage reads its own tensors and no others, and a file that is wrong is named with its tensor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cineline import CheckpointError, ParallelConfig
+from cineline.config import DeviceConfig
+from cineline.models.pipeline_parallel import StagePart
+from cineline.models.random_checkpoint import RandomConfig
+from cineline.models.wan import WanStages
+from cineline.models.weights import Weights
+from cineline.spec import WanSpec
+
+COMPONENTS = ("transformer", "transformer_2", "text_encoder", "vae")
+
+VAE_ENCODER = ("encoder.", "quant_conv.")
+
+
+def load(folder: Path, stage: int = 0, stages: int = 1) -> int:
+    """Bytes that one stage reads."""
+    spec = WanSpec.open(folder)
+    layers = ParallelConfig(pp=stages).cut(spec.layers)[stage]
+    part = StagePart(stage, stages, layers, torch.device("cpu"), DeviceConfig())
+    with torch.no_grad():
+        return WanStages(spec).load(part)
+
+
+def stored(folder: Path) -> dict[tuple[str, str], int]:
+    """Bytes of every tensor by component and name, read without our own code."""
+    sizes = {}
+    for component in COMPONENTS:
+        for file in (folder / component).glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                sizes |= {(component, name): opened.get_tensor(name).nbytes for name in opened.keys()}  # noqa: SIM118
+    return sizes
+
+
+def owner(component: str, name: str, layers: list[range]) -> int | None:
+    """The stage that must read a tensor, None where nobody should."""
+    last = len(layers) - 1
+    if component == "text_encoder":
+        return 0
+    if component == "vae":
+        return 0 if name.startswith(VAE_ENCODER) else last
+    if name.startswith("blocks."):
+        return next(stage for stage, own in enumerate(layers) if int(name.split(".")[1]) in own)
+    return 0 if name.startswith(("patch_embedding.", "condition_embedder.")) else last
+
+
+@pytest.mark.parametrize("kind", ["ti2v", "t2v", "i2v"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_each_stage_reads_its_own_tensors_once_and_no_others(kind, stages, checkpoint, monkeypatch) -> None:
+    folder = checkpoint(RandomConfig(kind, seed=3))
+    read: list[tuple[int, str, str]] = []
+    original = Weights.read
+
+    def recorded(self, name, *arguments):
+        read.append((stage, self._folder.name, name))
+        return original(self, name, *arguments)
+
+    monkeypatch.setattr(Weights, "read", recorded)
+    sizes = stored(folder)
+    if kind == "t2v":  # it takes no image
+        sizes = {key: size for key, size in sizes.items() if not (key[0] == "vae" and key[1].startswith(VAE_ENCODER))}
+    layers = ParallelConfig(pp=stages).cut(WanSpec.open(folder).layers)
+    for stage in range(stages):
+        expected = {key: size for key, size in sizes.items() if owner(*key, layers) == stage}
+        assert load(folder, stage, stages) == sum(expected.values())
+        assert sorted((component, name) for at, component, name in read if at == stage) == sorted(expected)
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path) -> Callable[[str, Callable[[dict[str, torch.Tensor]], None]], Path]:
+    """A copy of a checkpoint with one component's tensors changed."""
+
+    def make(component: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+        folder = tmp_path / "broken"
+        shutil.copytree(checkpoint(RandomConfig("i2v", seed=3)), folder)
+        (file,) = (folder / component).glob("*.safetensors")
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("component", "name"),
+    [
+        ("transformer", "blocks.1.attn1.to_q.weight"),
+        ("transformer_2", "proj_out.bias"),
+        ("text_encoder", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        ("vae", "decoder.conv_in.weight"),
+    ],
+)
+def test_a_tensor_that_is_missing_extra_or_misshapen_is_named(component, name, broken, tmp_path) -> None:
+    def misshape(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.zeros(3, 5)
+
+    for change, rule in [
+        (lambda tensors: tensors.pop(name), "lacks tensor"),
+        (lambda tensors: tensors.update({f"{name}.more": torch.zeros(1)}), "has a tensor"),
+        (misshape, "has shape [3, 5]"),
+    ]:
+        folder = broken(component, change)
+        with pytest.raises(CheckpointError) as refused:
+            load(folder)
+        assert name in str(refused.value)
+        assert rule in str(refused.value)
+        assert component in str(refused.value)
+        shutil.rmtree(tmp_path / "broken")
+
+
+def test_a_truncated_file_names_its_first_lost_tensor(broken) -> None:
+    folder = broken("vae", lambda tensors: None)
+    (file,) = (folder / "vae").glob("*.safetensors")
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    header = json.loads(file.read_bytes()[8 : 8 + length])
+    ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    last = max(ends, key=lambda name: ends[name])
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"tensor '{last}' is truncated"):
+        load(folder)
+    file.write_bytes(file.read_bytes()[: 8 + length // 2])
+    with pytest.raises(CheckpointError, match="header is truncated"):
+        load(folder)
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="header is truncated"):
+        load(folder)
+
+
+def test_files_that_do_not_belong_together_are_refused(checkpoint, tmp_path) -> None:
+    folder = tmp_path / "sharded"
+    shutil.copytree(checkpoint(RandomConfig(seed=3, max_shard_size="50KB")), folder)
+    transformer = folder / "transformer"
+    files = sorted(transformer.glob("*.safetensors"))
+    assert len(files) > 2
+    assert load(folder) > 0
+    files[1].rename(tmp_path / "away")
+    with pytest.raises(CheckpointError, match=f"{files[1].name} does not exist, but the index names it"):
+        load(folder)
+    (tmp_path / "away").rename(files[1])
+    (index,) = transformer.glob("*.index.json")
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load(folder)
+    index.unlink()
+    with pytest.raises(CheckpointError, match="and no index"):
+        load(folder)
