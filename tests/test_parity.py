@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 from oracle import Oracle, assert_equal
 from PIL import Image
 
@@ -99,6 +102,25 @@ def test_one_engine_after_another_request_gives_the_same_bits(one_stage) -> None
     request = VideoRequest(prompt="again", height=64, width=64, num_frames=5, num_inference_steps=2, seed=8)
     first, second = engine.submit(request).result(60), engine.submit(request).result(60)
     assert first.latents.equal(second.latents)
+
+
+def test_another_solver_equals_diffusers_and_takes_its_own_shift(checkpoint, oracle: Oracle, tmp_path) -> None:
+    def with_euler(shift: float) -> Path:
+        folder = tmp_path / str(shift)
+        shutil.copytree(checkpoint(RandomConfig("t2v", seed=3)), folder)
+        FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(folder / "scheduler")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        return folder
+
+    plain = mixed_requests("t2v")[0]
+    folder = with_euler(3.0)
+    with Engine(folder, ParallelConfig(pp=2), device="cpu") as engine:
+        handles = [engine.submit(one) for one in (plain, plain.model_copy(update={"flow_shift": 7.0}))]
+        videos = [handle.result(60) for handle in handles]
+    assert_equal(videos[0], oracle.run(folder, "float32", plain))
+    assert_equal(videos[1], oracle.run(with_euler(7.0), "float32", plain))
 
 
 def test_flow_shift_and_boundary_ratio_of_a_request_replace_the_checkpoints(checkpoint, oracle: Oracle) -> None:

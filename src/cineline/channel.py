@@ -20,8 +20,8 @@ import torch.distributed as dist
 
 from cineline.errors import CinelineError, EdgeBroken
 
-SENDS_UNDERWAY = 8
-"""Sends that may be unfinished on an edge before the sender waits for the oldest one."""
+SENDS_UNDERWAY = 2
+"""Sends that may be unfinished on an edge before the sender waits for the oldest one; each keeps its tensors alive."""
 
 WAIT_LIMIT = timedelta(hours=2)
 """Last limit of a wait for a tensor; a peer's death is noticed through its process long before."""

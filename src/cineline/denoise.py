@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 
 from cineline.errors import CheckpointError
@@ -39,6 +38,8 @@ def make_solver(class_name: str, config: Mapping[str, Any], job: Job, device: to
     Raises:
         CheckpointError: diffusers has no such scheduler, or one that cannot be stepped this way.
     """
+    import diffusers  # late: it takes a second to load, which a family without it need not wait
+
     solver_class = getattr(diffusers, class_name, None)
     if solver_class is None:
         raise CheckpointError(f"The checkpoint's scheduler {class_name!r} is not in diffusers {diffusers.__version__}.")

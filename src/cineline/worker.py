@@ -12,12 +12,15 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
 from cineline import control
 from cineline.errors import CinelineError, InvalidConfig
+
+PARENT_EVERY_S = 0.5
 
 
 def main() -> None:
@@ -27,6 +30,7 @@ def main() -> None:
     if "--fd" in sys.argv:
         connection = Connection(int(sys.argv[sys.argv.index("--fd") + 1]))
     else:
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         store, connection = _find_engine()
     outbox: queue.SimpleQueue[control.Message | None] = queue.SimpleQueue()
     sender = threading.Thread(target=_send_all, args=(connection, outbox), daemon=True)
@@ -100,6 +104,13 @@ def _serve(connection: Connection, outbox: queue.SimpleQueue[control.Message | N
     slices: list[Any] = []
     StageLoop(family, part, edges, inbox, outbox.put, slices.append if setup.trace else None).run()
     outbox.put(control.Timeline(tuple(slices)))
+
+
+def _end_with_parent(parent: int) -> None:
+    """End when torchrun's process is gone: before the engine is found nothing else would tell."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_EVERY_S)
+    os._exit(1)
 
 
 def _find_engine() -> tuple[Any, Connection]:

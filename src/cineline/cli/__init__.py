@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
 
 import typer
+from pydantic import ValidationError
 
 from cineline.cli.bench import app as bench_app
 from cineline.cli.generate import generate
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError
+from cineline.launch import QUIET
 
 app = typer.Typer(
     help="Wan 2.2 video over pipeline stages: several requests in flight, bit for bit what one device gives.",
@@ -30,11 +33,31 @@ def _top() -> None:
 def main() -> None:
     """Run the command line; one sentence and a non-zero exit for every error a user can cause."""
     signal.signal(signal.SIGTERM, _terminated)
+    os.environ.update(QUIET | os.environ)
     try:
-        app()
+        status = app(standalone_mode=False)
     except CinelineError as error:
-        print(f"cineline: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (InvalidRequest, InvalidConfig, OutputError)) else 1)
+        status = _refuse(str(error), 2 if isinstance(error, (InvalidRequest, InvalidConfig, OutputError)) else 1)
+    except typer.Abort:
+        status = _refuse("Interrupted.", 130)
+    except typer.TyperException as error:
+        status = _refuse(_sentence(error), error.exit_code)
+    sys.exit(status)
+
+
+def _refuse(sentence: str, status: int) -> int:
+    if sentence:
+        print(f"cineline: {sentence}", file=sys.stderr)
+    return status
+
+
+def _sentence(error: typer.TyperException) -> str:
+    """What is wrong with the command's words; with the value, which typer leaves out."""
+    message = error.format_message().rstrip(".")
+    if isinstance(error.__context__, ValidationError):
+        message += f" (given: {error.__context__.errors()[0]['input']!r})"
+    command = error.ctx.command_path if isinstance(error, typer.BadParameter) and error.ctx else "cineline"
+    return message and f"{message}: see {command} --help."
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
