@@ -20,9 +20,9 @@ FIELDS = (
 
 @cache
 def _pipeline(folder: Path, dtype: str, with_image: bool) -> Any:
-    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
     cls = WanImageToVideoPipeline if with_image else WanPipeline
-    pipeline = cls.from_pretrained(folder, vae=vae, torch_dtype=getattr(torch, dtype))
+    pipeline = cls.from_pretrained(folder, vae=vae, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

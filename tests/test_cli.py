@@ -202,6 +202,7 @@ def test_a_signal_in_the_middle_leaves_no_process_and_no_file(number, ti2v, tmp_
     size = ["--height", "32", "--width", "32", "--num-frames", "1", "--output", str(tmp_path / "a.mp4")]
     process = subprocess.Popen([sys.executable, "-m", "cineline", *command, *size], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
+    assert "on 2 stages" in process.stderr.readline()
     assert "a.mp4" in process.stderr.readline()  # printed once the ranks are ready
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) == 2

@@ -91,12 +91,14 @@ def _load(folder: Path, config: DeviceConfig, with_image: bool) -> Any:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import torch
     from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+    from diffusers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     if config.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=getattr(torch, config.vae_dtype))
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=getattr(torch, config.vae_dtype))
     pipeline_class = WanImageToVideoPipeline if with_image else WanPipeline
-    pipeline = pipeline_class.from_pretrained(folder, vae=vae, torch_dtype=getattr(torch, config.dtype))
+    pipeline = pipeline_class.from_pretrained(folder, vae=vae, dtype=getattr(torch, config.dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(config.device)
 

@@ -99,6 +99,10 @@ def generate(
         check_output(trace, (".json",))
     spec = open_model(model)
     check_tasks(spec, tasks, requests)
+    if not quiet:
+        console.print(
+            f"Loading {model or 'the built-in model'} on {parallel.pp} {'stage' if parallel.pp == 1 else 'stages'}"
+        )
 
     with Engine(
         spec,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from pathlib import Path
 
 import torch
@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from cineline.errors import CheckpointError
 from cineline.models.weights import Weights
+
+log = logging.getLogger(__name__)
 
 TOKENS = 512
 """Rows of a prompt's embedding; shorter prompts are padded with zeros, longer ones cut off."""
@@ -51,7 +53,7 @@ class TextEncoder:
         cleaned = prompt_clean(prompt)
         count = len(self._tokenizer(cleaned).input_ids)
         if count > TOKENS:
-            warnings.warn(f"A prompt of {count} tokens is cut off after {TOKENS}: {cleaned[:40]!r}...", stacklevel=2)
+            log.warning("A prompt of %d tokens is cut off after %d: %r...", count, TOKENS, cleaned[:40])
         tokens = self._tokenizer(
             [cleaned],
             padding="max_length",

@@ -21,6 +21,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers.utils.logging import disable_progress_bar
 
 from cineline.spec import DEFAULTS_FILE, WanKind
 
@@ -56,6 +57,7 @@ def save_random_checkpoint(folder: Path, config: RandomConfig, defaults: Mapping
 
     `defaults` are written beside it as its default request.
     """
+    disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         unfinished = Path(temporary) / "checkpoint"
