@@ -19,8 +19,8 @@ FIELDS = (
 
 
 @cache
-def _pipeline(folder: Path, dtype: str, with_image: bool) -> Any:
-    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+def _pipeline(folder: Path, dtype: str, with_image: bool, vae_dtype: str) -> Any:
+    vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=getattr(torch, vae_dtype))
     cls = WanImageToVideoPipeline if with_image else WanPipeline
     pipeline = cls.from_pretrained(folder, vae=vae, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
@@ -30,12 +30,14 @@ def _pipeline(folder: Path, dtype: str, with_image: bool) -> Any:
 class Oracle:
     """Latents and frames of a request, from diffusers."""
 
-    def run(self, folder: Path, dtype: str, request: VideoRequest) -> tuple[torch.Tensor, np.ndarray]:
+    def run(
+        self, folder: Path, dtype: str, request: VideoRequest, vae_dtype: str = "float32"
+    ) -> tuple[torch.Tensor, np.ndarray]:
         """Latents float32 [C, F', H', W'] and frames uint8 [F, H, W, 3].
 
         The pipeline runs twice, to its latents and to its pictures.
         """
-        pipeline = _pipeline(folder, dtype, request.image is not None)
+        pipeline = _pipeline(folder, dtype, request.image is not None, vae_dtype)
         arguments = {name: getattr(request, name) for name in FIELDS if getattr(request, name) is not None}
         generator = torch.Generator("cpu").manual_seed(request.seed)
         latents = pipeline(prompt=request.prompt, generator=generator, output_type="latent", **arguments).frames

@@ -3,12 +3,13 @@
 The head holds patch and condition embedders, text encoder and VAE encoder; the tail the output
 projection and the VAE decoder; the blocks of all experts are shared out alike.
 
-Legend: S tokens, D model width, N distinct timesteps of a forward (2 with a given first frame in a
-TI2V model, else 1), B rows of a product.
+Legend: S tokens, D model width, B rows of a product, K distinct rows of a time embedding (1, or with
+`expand_timesteps` as many as `SLOTS` and S allow).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,11 @@ from cineline.models.weights import Weights
 from cineline.request import Branch, Job
 from cineline.spec import WanSpec
 
-FEW_ROWS = 4
-"""Rows of the time embedding's products that stand for S equal ones; fewer take another kernel."""
+SLOTS = 16
+"""Distinct rows of a time embedding that travel, of S. Two timesteps at most make rows that differ, and a
+product's first and last rows may go through another kernel."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,6 +48,7 @@ class WanState(RequestState):
         solver: on the tail, diffusers' scheduler with this request's history.
         condition: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'].
         decoding: on the tail, the decode under way.
+        uniform: by expert, for each of its steps whether all tokens have the same time embedding.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -52,6 +57,12 @@ class WanState(RequestState):
     solver: Any = None
     condition: torch.Tensor | None = None
     decoding: DecodeState | None = None
+    uniform: dict[int, list[bool]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """S."""
+        return self.rotary[0].shape[1]
 
     def position_in_expert(self, step: int) -> int:
         """The step's number among those of its expert."""
@@ -64,7 +75,6 @@ class WanStages(PipelineParallelMixin[WanState]):
     def __init__(self, spec: WanSpec) -> None:
         self._spec = spec
         self._experts: list[Any] = []
-        self._few_rows_equal: dict[tuple[int, int], bool] = {}
 
     def load(self, part: StagePart) -> int:
         self._part = part
@@ -119,7 +129,7 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def conditioning_specs(self, state: WanState) -> Mapping[str, TensorSpec]:
         width = self._spec.transformer["num_attention_heads"] * self._spec.transformer["attention_head_dim"]
-        rows = self._distinct(state)
+        rows = min(SLOTS, state.tokens) if self._spec.kind == "ti2v" else 1
         specs = {}
         for expert in self._experts_used(state):
             steps = sum(step.expert == expert for step in state.steps)
@@ -127,6 +137,8 @@ class WanStages(PipelineParallelMixin[WanState]):
                 specs[_text_name(expert, Branch(branch))] = TensorSpec((1, TOKENS, width), self._dtype)
             specs[f"time.{expert}"] = TensorSpec((steps, rows, width), self._dtype)
             specs[f"modulation.{expert}"] = TensorSpec((steps, rows, 6, width), self._dtype)
+            if self._spec.kind == "ti2v":
+                specs[f"row.{expert}"] = TensorSpec((steps, state.tokens), torch.uint8)
         if self._keeps_first_frame(state):
             _, channels, _, height, width_ = state.latent_shape
             specs["first_frame"] = TensorSpec((1, channels, 1, height, width_), torch.float32)
@@ -142,8 +154,8 @@ class WanStages(PipelineParallelMixin[WanState]):
             for branch, embedding in enumerate(embeddings):
                 made[_text_name(expert, Branch(branch))] = embedder.text_embedder(embedding)
             rows = [self._embed_time(state, expert, step) for step in state.steps if step.expert == expert]
-            made[f"time.{expert}"] = torch.stack([time for time, _ in rows])
-            made[f"modulation.{expert}"] = torch.stack([modulation for _, modulation in rows])
+            for name, stacked in zip(("time", "modulation", "row"), zip(*rows, strict=True), strict=True):
+                made[f"{name}.{expert}"] = torch.stack(stacked)
         if state.image is not None:
             condition = self._condition(state, state.image)
             state.image = None
@@ -163,47 +175,29 @@ class WanStages(PipelineParallelMixin[WanState]):
         given[:, :, 0] = 1
         return torch.cat([given, latents], dim=1)
 
-    def _embed_time(self, state: WanState, expert: int, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """Time embedding [N, D] and modulation [N, 6, D] of one step.
+    def _embed_time(self, state: WanState, expert: int, step: Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Time embedding [K, D] and modulation [K, 6, D] of one step, and each token's row in them, [S].
 
-        diffusers embeds one row a forward, or S with `expand_timesteps` of which at most two differ.
-        A product's bits depend on the number of its rows: where a few rows give another result than S,
-        which is tried once for each S, all S are computed.
+        diffusers embeds one row a forward, or S with `expand_timesteps`, of which at most two timesteps
+        differ. The bits of a row depend on the number of rows and on its place among them, so the product
+        is made of as many here, and its distinct rows are kept.
         """
         embed = self._experts[expert].condition_embedder
         if self._spec.kind != "ti2v":
-            return _time_rows(embed, step.timestep.reshape(1), self._dtype, per_token=False)
-        tokens = state.rotary[0].shape[1]
-        per_frame = tokens // state.latent_shape[2]
-        times = [step.timestep]
+            time, modulation = _time_rows(embed, step.timestep.reshape(1), self._dtype, per_token=False)
+            return time, modulation, torch.zeros(1, dtype=torch.uint8)
+        times = step.timestep.float().repeat(state.tokens)
         if self._keeps_first_frame(state):
-            times.insert(0, torch.zeros_like(step.timestep))
-        few = torch.stack(times).float().repeat_interleave(FEW_ROWS)
-        picked = torch.arange(len(times), device=few.device)
-
-        def from_few() -> tuple[torch.Tensor, torch.Tensor]:
-            time, modulation = _time_rows(embed, few, self._dtype, per_token=True)
-            return time[picked * FEW_ROWS], modulation[picked * FEW_ROWS]
-
-        def from_all() -> tuple[torch.Tensor, torch.Tensor]:
-            all_rows = times[-1].float().repeat(tokens)
-            if len(times) == 2:
-                all_rows[:per_frame] = 0
-            time, modulation = _time_rows(embed, all_rows, self._dtype, per_token=True)
-            rows = torch.tensor([0, tokens - 1][-len(times) :], device=few.device)
-            return time[rows], modulation[rows]
-
-        key = (tokens, len(times))
-        if key not in self._few_rows_equal:
-            pairs = zip(from_few(), from_all(), strict=True)
-            self._few_rows_equal[key] = all(torch.equal(small, large) for small, large in pairs)
-        return from_few() if self._few_rows_equal[key] else from_all()
+            times[: state.tokens // state.latent_shape[2]] = 0
+        time, modulation = _time_rows(embed, times, self._dtype, per_token=True)
+        first, row = _distinct_rows(torch.cat([time, modulation.flatten(1)], dim=1), min(SLOTS, state.tokens))
+        return time[first], modulation[first], row
 
     # Denoise: one forward of one branch of one step.
 
     def hidden_specs(self, state: WanState) -> tuple[TensorSpec, ...]:
         width = self._spec.transformer["num_attention_heads"] * self._spec.transformer["attention_head_dim"]
-        return (TensorSpec((1, state.rotary[0].shape[1], width), self._dtype),)
+        return (TensorSpec((1, state.tokens, width), self._dtype),)
 
     def latents_spec(self, state: WanState) -> TensorSpec:
         return TensorSpec(state.latent_shape, torch.float32)
@@ -220,9 +214,7 @@ class WanStages(PipelineParallelMixin[WanState]):
     def run_blocks(self, state: WanState, step: int, branch: Branch, hidden: Hidden) -> Hidden:
         expert = state.steps[step].expert
         text = state.conditioning[_text_name(expert, branch)]
-        modulation = state.conditioning[f"modulation.{expert}"][state.position_in_expert(step)]
-        if self._spec.kind == "ti2v":
-            modulation = self._per_token(state, modulation)
+        modulation = self._of_step(state, "modulation", step)
         (states,) = hidden
         for block in self._experts[expert].blocks.values():
             states = block(states, text, modulation, state.rotary)
@@ -232,9 +224,8 @@ class WanStages(PipelineParallelMixin[WanState]):
         """Output norm, projection and unpatchify, as the end of `WanTransformer3DModel.forward`."""
         expert = state.steps[step].expert
         model = self._experts[expert]
-        time = state.conditioning[f"time.{expert}"][state.position_in_expert(step)]
+        time = self._of_step(state, "time", step)
         if self._spec.kind == "ti2v":
-            time = self._per_token(state, time)  # [1, S or 1, D]
             shift, scale = (model.scale_shift_table.unsqueeze(0) + time.unsqueeze(2)).chunk(2, dim=2)
             shift, scale = shift.squeeze(2), scale.squeeze(2)
         else:
@@ -276,9 +267,6 @@ class WanStages(PipelineParallelMixin[WanState]):
         """TI2V with an image: the first latent frame is given, not denoised."""
         return self._spec.kind == "ti2v" and state.job.has_image
 
-    def _distinct(self, state: WanState) -> int:
-        return 2 if self._keeps_first_frame(state) else 1
-
     def _with_first_frame(self, state: WanState, latents: torch.Tensor) -> torch.Tensor:
         """The latents with the given first frame put back (diffusers' arithmetic, so that bits agree)."""
         if not self._keeps_first_frame(state):
@@ -287,16 +275,18 @@ class WanStages(PipelineParallelMixin[WanState]):
         mask[:, :, 0] = 0
         return (1 - mask) * state.conditioning["first_frame"] + mask * latents
 
-    def _per_token(self, state: WanState, rows: torch.Tensor) -> torch.Tensor:
-        """[N, ...] to [1, S, ...]: the first frame's tokens take row 0, or [1, 1, ...] where all are alike."""
-        if rows.shape[0] == 1:
-            return rows.unsqueeze(0)
-        tokens = state.rotary[0].shape[1]
-        per_frame = tokens // state.latent_shape[2]
-        first, rest = (
-            row.expand(count, *row.shape) for row, count in zip(rows, (per_frame, tokens - per_frame), strict=True)
-        )
-        return torch.cat([first, rest]).unsqueeze(0)
+    def _of_step(self, state: WanState, name: str, step: int) -> torch.Tensor:
+        """Time embedding or modulation of a step: [1, ...], or with `expand_timesteps` [1, S or 1, ...]."""
+        expert, position = state.steps[step].expert, state.position_in_expert(step)
+        rows = state.conditioning[f"{name}.{expert}"][position]
+        if self._spec.kind != "ti2v":
+            return rows
+        row = state.conditioning[f"row.{expert}"]
+        if expert not in state.uniform:
+            state.uniform[expert] = (row == 0).all(dim=1).tolist()
+        if state.uniform[expert][position]:
+            return rows[:1].unsqueeze(0)
+        return rows[row[position].long()].unsqueeze(0)
 
 
 def _text_name(expert: int, branch: Branch) -> str:
@@ -314,3 +304,22 @@ def _time_rows(
     time = embedder.time_embedder(frequencies).to(dtype)
     modulation = embedder.time_proj(embedder.act_fn(time))
     return time.flatten(0, -2), modulation.flatten(0, -2).unflatten(1, (6, -1))
+
+
+def _distinct_rows(rows: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places [slots] of the first rows that differ in any bit, and each row's number among them, uint8 [S]."""
+    rows = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16)
+    number = torch.full(rows.shape[:1], slots, dtype=torch.uint8, device=rows.device)
+    places = torch.zeros(slots, dtype=torch.int64, device=rows.device)
+    for slot in range(slots):
+        left = (number == slots).nonzero()
+        if not len(left):
+            break
+        places[slot] = left[0, 0]
+        alike = (rows == rows[left[0, 0]]).all(dim=1)
+        number[alike & (number == slots)] = slot
+    else:
+        if (number == slots).any():
+            log.warning("The time embedding has more than %d distinct rows: bits may differ from diffusers'.", slots)
+            number[number == slots] = 0
+    return places, number
