@@ -103,11 +103,15 @@ BAD_OPTIONS = [
     (["--output-dir", "no/such/folder"], ["no/such/folder", "does not exist"]),
     (["--save-latents", "latents.pt"], ["latents.pt", ".safetensors"]),
     (["--trace", "trace.txt"], ["trace.txt", ".json"]),
+    (["--output", f"{'x' * 300}.mp4"], ["xxx", "longer than 200 bytes"]),
+    (["--model", "x" * 300], ["xxx", "cannot be a folder"]),
+    (["--fps", "3000000000"], ["fps=3000000000", "above 1000"]),
+    (["--num-inference-steps", "1000000000000"], ["num_inference_steps=1000000000000", "above 10000"]),
     (["--pp", "0"], ["pp=0", "at least 1"]),
     (["--pp", "99"], ["pp=99", "4 blocks"]),
     (["--pp", "2", "--split", "3,2"], ["[3, 2]", "adds up to 5", "4 blocks"]),
     (["--pp", "2", "--split", "a,b"], ["split='a,b'", "5,2,1"]),
-    (["--in-flight", "0"], ["in_flight=0", "1 or more"]),
+    (["--in-flight", "0"], ["in_flight=0", "from 1 on"]),
     (["--dtype", "float8"], ["float8", "bfloat16"]),
     (["--device", "toaster"], ["toaster", "cpu"]),
     (["--launcher", "torchrun"], ["torchrun"]),
@@ -161,6 +165,7 @@ BAD_LINES = [
     ('{"prompt": "x", "num_frames": 6}', "num_frames=6"),
     ('{"prompt": "x", "guidance_scale": NaN}', "guidance_scale=nan"),
     ('{"prompt": "x", "height": "tall"}', "height='tall'"),
+    ("[" * 100_000, "no JSON"),
     ('{"seed": 1}', "prompt"),
     ('{"prompt": ""}', "empty"),
     ('{"prompt": "x", "image": "no-such.png"}', "no-such.png"),
@@ -189,7 +194,9 @@ def test_a_broken_weight_file_is_refused_in_one_sentence(checkpoint, tmp_path) -
     shutil.copytree(checkpoint(RandomConfig(seed=3)), folder)
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    done = run("generate", "x", "--model", str(folder), "--pp", "2", *SMALL, "--output", str(tmp_path / "a.mp4"))
+    done = run(
+        "generate", "x", "--model", str(folder), "--pp", "2", *SMALL, "--output", str(tmp_path / "a.mp4"), "--quiet"
+    )
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert "truncated" in done.stderr
@@ -198,7 +205,8 @@ def test_a_broken_weight_file_is_refused_in_one_sentence(checkpoint, tmp_path) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_in_the_middle_leaves_no_process_and_no_file(number, ti2v, tmp_path) -> None:
-    command = ["generate", "x", "--model", ti2v, "--pp", "2", "--num-inference-steps", "100000"]
+    command = ["generate", "x", "--model", ti2v, "--pp", "2", "--num-inference-steps", "10000"]
+    command += ["--trace", str(tmp_path / "t.json")]
     size = ["--height", "32", "--width", "32", "--num-frames", "1", "--output", str(tmp_path / "a.mp4")]
     process = subprocess.Popen([sys.executable, "-m", "cineline", *command, *size], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from toy_family import ToySpec
 from toy_reference import toy_reference
 
 from cineline import (
-    CinelineError,
     Engine,
     EngineClosed,
     InvalidConfig,
@@ -127,14 +127,15 @@ def test_a_rank_that_is_killed_is_named(stage) -> None:
 
 def test_an_idle_rank_that_is_killed_is_named_at_the_next_request() -> None:
     with engine(ToySpec(), 2) as line:
-        psutil.Process().children()[1].send_signal(signal.SIGKILL)
-        with pytest.raises(RankFailed, match="SIGKILL"):
+        ranks = sorted(psutil.Process().children(), key=lambda process: process.pid)
+        ranks[1].send_signal(signal.SIGKILL)
+        with pytest.raises(RankFailed, match="Rank 1 failed: the process was killed by SIGKILL"):
             line.submit(request()).result(10)
 
 
 def test_a_rank_that_fails_while_it_starts_ends_the_others() -> None:
     before = set(psutil.Process().children())
-    with pytest.raises(CinelineError):
+    with pytest.raises(RankFailed, match="NoSuchClass"):
         engine(UnloadableSpec(), 2)
     assert not psutil.wait_procs(set(psutil.Process().children()) - before, timeout=5)[1]
 
@@ -152,12 +153,22 @@ def test_a_closed_engine_ends_what_is_not_done() -> None:
     assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
-def test_an_engine_leaves_no_shared_memory_and_no_port_behind() -> None:
-    shared = set(Path("/dev/shm").iterdir())
+def test_an_engine_leaves_no_process_port_or_thread_behind() -> None:
+    def listening() -> set[int]:
+        return {entry.laddr.port for entry in psutil.net_connections() if entry.status == psutil.CONN_LISTEN}
+
+    threads = threading.active_count()
     with engine(ToySpec(), 3) as line:
+        ranks = psutil.Process().children()
+        ports = {
+            entry.laddr.port for rank in ranks for entry in rank.net_connections() if entry.status == psutil.CONN_LISTEN
+        }
+        assert len(ranks) == 3
+        assert ports
         line.submit(request()).result(LIMIT_S)
-    assert set(Path("/dev/shm").iterdir()) <= shared
-    assert not [entry for entry in psutil.Process().net_connections() if entry.status == psutil.CONN_LISTEN]
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+    assert not ports & listening()
+    assert threading.active_count() == threads
 
 
 def test_a_program_that_forgets_to_close_leaves_no_process_behind() -> None:
@@ -187,6 +198,9 @@ def test_bad_configs_are_refused_before_anything_starts() -> None:
         ({"pp": 2, "split": [7, 2]}, "adds up to 9"),
         ({"pp": 2, "split": [8, 0]}, "empty stage"),
         ({"pp": 2, "split": [8]}, "1 entries for pp=2"),
+        ({"pp": "2"}, "pp='2' is no whole number"),
+        ({"pp": 2, "split": "4,4"}, "split='4,4' is no list"),
+        ({"pp": 2, "split": [4.5, 3.5]}, "is no list of whole numbers"),
     ]:
         with pytest.raises(InvalidConfig, match=words):
             Engine(ToySpec(), ParallelConfig(**options), device="cpu")
@@ -194,6 +208,9 @@ def test_bad_configs_are_refused_before_anything_starts() -> None:
         ({"device": "toaster"}, "toaster"),
         ({"dtype": "int8"}, "int8"),
         ({"in_flight": 0}, "in_flight=0"),
+        ({"in_flight": "2"}, "in_flight='2'"),
+        ({"launcher": "ray"}, "launcher='ray'"),
+        ({"launcher": "torchrun"}, "needs a torchrun world"),
     ]:
         with pytest.raises(InvalidConfig, match=words):
             Engine(ToySpec(), **{"device": "cpu"} | options)
@@ -206,6 +223,9 @@ def test_unknown_and_misshapen_request_fields_are_refused() -> None:
         ({}, "no 'prompt'"),
         ({"prompt": 3}, "prompt=3"),
         ({"prompt": "x", "height": 1.5}, "height=1.5"),
+        ({"prompt": "x", "height": "64"}, "height='64'"),
+        ({"prompt": "x", "num_frames": True}, "num_frames=True"),
+        ({"prompt": "x", "decode": "no"}, "decode='no'"),
     ]:
         with pytest.raises(InvalidRequest, match=words):
             VideoRequest(**fields)

@@ -46,8 +46,8 @@ def test_any_company_gives_the_bits_of_the_model_in_one_piece(wanted, stages, in
     assert all(not loop._states for loop in line.loops), "a stage kept a request"
 
 
-def test_headers_run_ahead_and_requests_take_turns() -> None:
-    """Three requests of two steps: no two turns of one request follow each other while another could go."""
+def test_requests_take_turns() -> None:
+    """Three requests of three steps: no two turns of one request follow each other while another could go."""
     line = LocalLine(SPEC, 2, in_flight=3)
     line.run([VideoRequest(prompt=p, num_inference_steps=3, guidance_scale=2, decode=False) for p in "abc"], {})
     order = [item.request for item in line.emitted if item.kind is Kind.DENOISE and item.last]

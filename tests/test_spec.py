@@ -62,9 +62,18 @@ def test_the_checkpoints_own_defaults_come_before_the_kinds_and_after_the_users(
     (folder / "cineline.json").write_text(json.dumps({"num_frames": 9, "fps": 8, "guidance_scale": 2.0}))
     job = WanSpec.open(folder).resolve(VideoRequest(prompt="x", fps=30), 0)
     assert (job.num_frames, job.fps, job.guidance_scale, job.steps) == (9, 30, 2.0, 40)
-    (folder / "cineline.json").write_text(json.dumps({"frames": 9}))
-    with pytest.raises(CheckpointError, match=r"cineline.json: Unknown request field 'frames'"):
-        WanSpec.open(folder)
+    for own, words in [
+        ({"frames": 9}, "Unknown request field 'frames'"),
+        ({"num_frames": "9"}, "num_frames='9'"),
+        ({"num_frames": None}, "'num_frames' cannot have the default None"),
+        ({"decode": False}, "'decode' cannot have the default False"),
+    ]:
+        (folder / "cineline.json").write_text(json.dumps(own))
+        with pytest.raises(CheckpointError, match=words):
+            WanSpec.open(folder)
+    (folder / "cineline.json").write_text(json.dumps({"boundary_ratio": 0.5, "num_frames": 5.0}))
+    job = WanSpec.open(folder).resolve(VideoRequest(prompt="x"), 0)
+    assert (job.boundary_ratio, job.num_frames, type(job.num_frames)) == (0.5, 5, int)
 
 
 def test_guidance_scale_2_follows_guidance_scale_where_the_kind_has_none(copy) -> None:
@@ -108,6 +117,7 @@ def test_an_image_without_sizes_gives_its_aspect_ratio_at_the_default_area(width
         ({"boundary_ratio": 1.5}, ["boundary_ratio=1.5", "outside 0 to 1"]),
         ({"boundary_ratio": float("nan")}, ["boundary_ratio=nan"]),
         ({"image": Image.new("RGB", (8, 8))}, ["takes no image"]),
+        ({"fps": 10_000}, ["fps=10000", "above 1000"]),
     ],
 )
 def test_a_field_that_breaks_a_rule_is_refused_with_value_rule_and_remedy(fields, words, checkpoint) -> None:
@@ -135,6 +145,17 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy, tmp_path) -> None:
     index.write_text("[]")
     assert "no JSON object" in refusal(folder)
     index.write_text(good)
+    for nothing in (None, [None, None], "UniPCMultistepScheduler"):
+        change(index, scheduler=nothing)
+        assert "scheduler None is not supported" in refusal(folder)
+    change(index, scheduler=["diffusers", "FlowMatchLCMScheduler"])
+    assert "FlowMatchLCMScheduler is not supported" in refusal(folder)
+    index.write_text(good)
+    change(folder / "scheduler" / "scheduler_config.json", algorithm_type="sde-dpmsolver++")
+    assert "noise of its own" in refusal(folder)
+    change(folder / "scheduler" / "scheduler_config.json", algorithm_type="dpmsolver++")
+    change(index, transformer=None)
+    assert "names no 'transformer'" in refusal(folder)
     change(index, transformer=[None, None])
     assert "names no 'transformer'" in refusal(folder)
     index.write_text(good)

@@ -139,6 +139,13 @@ def test_a_truncated_file_names_its_first_lost_tensor(broken) -> None:
         load(folder)
 
 
+def test_a_variant_beside_the_plain_file_is_left_alone(broken) -> None:
+    folder = broken("vae", lambda tensors: None)
+    expected = load(folder)
+    (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
+    assert load(folder) == expected
+
+
 def test_files_that_do_not_belong_together_are_refused(checkpoint, tmp_path) -> None:
     folder = tmp_path / "sharded"
     shutil.copytree(checkpoint(RandomConfig(seed=3, max_shard_size="50KB")), folder)

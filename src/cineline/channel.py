@@ -242,7 +242,7 @@ class _TorchPending:
 
 def _wait(work: dist.Work, peer: int) -> None:
     try:
-        work.wait(WAIT_LIMIT)
+        work.wait()  # as long as the group's limit; one given here would make NCCL block the host
     except RuntimeError as error:
         raise EdgeBroken(f"the edge to or from rank {peer} broke ({error})") from None
 

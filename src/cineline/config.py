@@ -29,10 +29,14 @@ class ParallelConfig:
     split: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        if type(self.pp) is not int:
+            raise InvalidConfig(f"pp={self.pp!r} is no whole number: give the number of stages.")
         if self.pp < 1:
             raise InvalidConfig(f"pp={self.pp} is too small: give at least 1 stage.")
         if self.split is None:
             return
+        if isinstance(self.split, str) or not all(type(size) is int for size in self.split):
+            raise InvalidConfig(f"split={self.split!r} is no list of whole numbers: give one such as [5, 2, 1].")
         object.__setattr__(self, "split", tuple(self.split))
         if len(self.split) != self.pp:
             raise InvalidConfig(
@@ -91,7 +95,8 @@ class DeviceConfig:
         environment = dict(os.environ)
         environment.setdefault("MKL_CBWR", "AUTO")
         if self.device == "cpu":
-            threads = max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
-            environment.setdefault("OMP_NUM_THREADS", str(threads))
+            threads = str(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
+            asked = environment.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is for nested regions
+            environment["OMP_NUM_THREADS"] = asked if asked.isascii() and asked.isdigit() and int(asked) else threads
             environment.setdefault("MKL_NUM_THREADS", environment["OMP_NUM_THREADS"])
         return environment

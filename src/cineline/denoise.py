@@ -33,7 +33,7 @@ class Step:
 def make_solver(class_name: str, config: Mapping[str, Any], job: Job, device: torch.device) -> Any:
     """A diffusers scheduler, ready for the job's first step.
 
-    `flow_shift` replaces the parameter of that meaning: UniPC's `flow_shift`, Euler's `shift`.
+    `flow_shift` replaces the parameter of that meaning: `shift` of Euler, `flow_shift` of the others.
 
     Raises:
         CheckpointError: diffusers has no such scheduler, or one that cannot be stepped this way.
@@ -45,7 +45,7 @@ def make_solver(class_name: str, config: Mapping[str, Any], job: Job, device: to
         raise CheckpointError(f"The checkpoint's scheduler {class_name!r} is not in diffusers {diffusers.__version__}.")
     shift = {}
     if job.flow_shift is not None:
-        shift = {"flow_shift" if "flow_shift" in config else "shift": job.flow_shift}
+        shift = {"shift" if class_name.startswith("FlowMatch") else "flow_shift": job.flow_shift}
     solver = solver_class.from_config(dict(config), **shift)
     solver.set_timesteps(job.steps, device=device)
     if len(solver.timesteps) != job.steps:

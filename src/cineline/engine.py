@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection as mp_connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from cineline.errors import (
     ResultTimeout,
 )
 from cineline.hub import open_model
-from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun, torchrun_world
+from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun, torchrun_rank, torchrun_world
 from cineline.request import Job, Kind, Video, VideoRequest, WorkItem
 from cineline.scheduler import Scheduler
 from cineline.spec import FamilySpec, load_image
@@ -60,6 +60,7 @@ class RequestHandle:
         self._steps_done = 0
         self._latents: np.ndarray | None = None
         self._chunks: list[np.ndarray] = []
+        self._chunks_done = 0
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -69,7 +70,7 @@ class RequestHandle:
     @property
     def decoded(self) -> tuple[int, int]:
         """Decode chunks done, and of how many."""
-        return len(self._chunks), self.job.chunks
+        return self._chunks_done, self.job.chunks
 
     @property
     def done(self) -> bool:
@@ -102,13 +103,16 @@ class RequestHandle:
         elif done.item.kind is Kind.DECODE:
             assert done.result is not None
             self._chunks.append(done.result)
+            self._chunks_done += 1
 
     def _finish(self) -> None:
         import torch
 
         assert self._latents is not None
         frames = np.concatenate(self._chunks) if self._chunks else None
-        self._future.set_result(Video(torch.from_numpy(self._latents.copy()), frames, self.job.fps))
+        latents = torch.from_numpy(self._latents.copy())
+        self._chunks, self._latents = [], None
+        self._future.set_result(Video(latents, frames, self.job.fps))
 
     def _fail(self, error: CinelineError) -> None:
         if not self._future.done():
@@ -136,7 +140,7 @@ class Engine:
         dtype: of transformers and text encoder; None is float32 on the CPU, bfloat16 elsewhere.
         vae_dtype: of the VAE.
         in_flight: requests that denoise at once; None fills the line with one to spare.
-        trace: write a Chrome trace there on close.
+        trace: write a Chrome trace there on close, where nothing was left undone.
         launcher: start the ranks here, or be rank 0 of a torchrun world.
         pin_cores: pin rank r to core r (benchmarks).
 
@@ -160,13 +164,18 @@ class Engine:
     ) -> None:
         parallel = parallel or ParallelConfig()
         device = device or _default_device()
-        if in_flight is not None and in_flight < 1:
-            raise InvalidConfig(f"in_flight={in_flight} is below 1: give 1 or more.")
+        if in_flight is not None and (type(in_flight) is not int or in_flight < 1):
+            raise InvalidConfig(f"in_flight={in_flight!r} is no whole number from 1 on: give 1 or more.")
+        if launcher not in get_args(Launcher):
+            raise InvalidConfig(f"launcher={launcher!r} is not known: use {' or '.join(get_args(Launcher))}.")
+        if launcher == "torchrun" and torchrun_rank() is None:
+            raise InvalidConfig("launcher='torchrun' needs a torchrun world: start the program with torchrun.")
         config = DeviceConfig(device, dtype or ("float32" if device == "cpu" else "bfloat16"), vae_dtype, pin_cores)
         self.spec = open_model(model)
         cut = tuple(parallel.cut(self.spec.layers))
         self._trace = None if trace is None else Path(trace)
         self._slices: list[Slice] = []
+        self._timelines = 0
         self._closed = False
         self._lock = threading.RLock()
         self._line = _Line(Scheduler(parallel.pp, in_flight, self._admit))
@@ -200,6 +209,8 @@ class Engine:
             EngineClosed, RankFailed: the engine takes no more.
         """
         image = None if request.image is None else load_image(request.image)
+        if image is not None:
+            request = request.model_copy(update={"image": image})
         with self._lock:
             job = self.spec.resolve(request, self._line.next_id)
             if self._line.broken is not None:
@@ -232,7 +243,7 @@ class Engine:
         self._end_ranks(GRACE_S if idle else 0.0)
         self._listener.join(GRACE_S)
         self._disconnect()
-        if self._trace is not None:
+        if self._trace is not None and self._timelines == len(self._ranks):
             write_trace(self._slices, self._trace)
 
     # Starting.
@@ -270,7 +281,15 @@ class Engine:
         rank = by_connection[heard[0]]
         message = self._receive(rank)
         if isinstance(message, control.Failed):
-            raise message.error or RankFailed(rank.rank, message.cause)
+            failure = message.error or RankFailed(rank.rank, message.cause)
+            others = [other for other in ranks if other is not rank]
+            if isinstance(failure, EdgeBroken):
+                failure = RankFailed(rank.rank, message.cause)
+                # It only missed another rank, of which more is heard within moments.
+                while others and mp_connection.wait([other.connection for other in others], CULPRIT_LIMIT_S):
+                    other, _ = self._hear(others, deadline)
+                    others.remove(other)
+            raise failure
         return rank, message
 
     def _receive(self, rank: RankProcess) -> control.Message:
@@ -346,6 +365,7 @@ class Engine:
                 message = self._receive(rank)
                 if isinstance(message, control.Timeline):
                     self._slices.extend(message.slices)
+                    self._timelines += 1
                     del open_ranks[connection]
                 elif isinstance(message, control.Failed):
                     failure = RankFailed(rank.rank, message.cause)

@@ -30,9 +30,13 @@ def open_model(model: str | Path | FamilySpec | None) -> FamilySpec:
     if not isinstance(model, (str, Path)):
         return model
     folder = Path(model)
-    if folder.is_dir():
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:
+        raise CheckpointError(f"model={str(model)[:40]!r} cannot be a folder ({error.strerror}): give one.") from None
+    if is_folder:
         return WanSpec.open(folder)
-    if folder.exists():
+    if exists:
         raise CheckpointError(f"model={str(model)!r} is a file: give the folder that holds model_index.json.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise CheckpointError(f"model={str(model)!r} does not exist: give a folder, or a hub id such as owner/name.")
@@ -47,7 +51,7 @@ def _builtin() -> Path:
         return folder
     # In a process of its own, because its libraries talk and this one may be the user's.
     made = subprocess.run(
-        [sys.executable, "-m", "cineline.models.random_checkpoint", str(folder)],
+        [sys.executable, "-P", "-m", "cineline.models.random_checkpoint", str(folder)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         capture_output=True,
         text=True,

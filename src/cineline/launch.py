@@ -16,16 +16,18 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from multiprocessing import Pipe
+from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, Listener
 from typing import Literal
 
 from cineline.control import ENGINE_ADDRESS
-from cineline.errors import InvalidConfig
+from cineline.errors import InvalidConfig, RankFailed
 
 Launcher = Literal["local", "torchrun"]
 
 WORKER = "cineline.worker"
+
+POLL_S = 0.2
 
 GRACE_S = 5.0
 """Seconds that a rank gets to end by itself before it is killed."""
@@ -99,7 +101,7 @@ def start_piped(module: str, environment: Mapping[str, str]) -> tuple[Connection
 
 def _popen(arguments: list[str], environment: Mapping[str, str], inherited: tuple[int, ...]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
+        [sys.executable, "-P", "-m", *arguments],  # -P: what lies in the current folder is not the program's
         env={**QUIET, **environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         stdin=subprocess.DEVNULL,
         stdout=sys.stderr.fileno() if _has_descriptor() else subprocess.DEVNULL,
@@ -132,6 +134,7 @@ def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) 
 
     Raises:
         InvalidConfig: the world's size is not `ranks`, or not all ranks called within `limit_s`.
+        RankFailed: the own rank ended before it called.
     """
     world, per_host = torchrun_world()
     if world != ranks:
@@ -142,18 +145,20 @@ def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) 
     address = f"{host},{listener.address[1]},{key.hex()}"
     own = _popen([WORKER], {**environment, ENGINE_ADDRESS: address}, inherited=())
     try:
-        connections = _accept(listener, ranks, limit_s)
-    except InvalidConfig:
+        connections = _accept(listener, ranks, own, limit_s)
+    except BaseException:
         own.kill()
         own.wait()
         raise
+    finally:
+        listener.close()
     return [
         RankProcess(rank, rank % per_host, per_host, connections[rank], own if rank == 0 else None)
         for rank in range(ranks)
     ]
 
 
-def _accept(listener: Listener, ranks: int, limit_s: float) -> dict[int, Connection]:
+def _accept(listener: Listener, ranks: int, own: subprocess.Popen[bytes], limit_s: float) -> dict[int, Connection]:
     connections: dict[int, Connection] = {}
 
     def accept_all() -> None:
@@ -163,13 +168,18 @@ def _accept(listener: Listener, ranks: int, limit_s: float) -> dict[int, Connect
                 rank = connection.recv()
                 assert isinstance(connection, Connection)
                 connections[rank] = connection
+            except (EOFError, AuthenticationError):
+                continue  # somebody else's call
             except OSError:
-                return
+                return  # the listener is closed
 
     thread = threading.Thread(target=accept_all, daemon=True)
     thread.start()
-    thread.join(limit_s)
-    listener.close()
+    deadline = time.monotonic() + limit_s
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(POLL_S)
+        if own.poll() is not None and 0 not in connections:
+            raise RankFailed(0, f"the process ended with exit code {own.poll()} before it called the engine")
     if len(connections) < ranks:
         missing = sorted(set(range(ranks)) - connections.keys())
         raise InvalidConfig(f"Ranks {missing} did not call within {limit_s:.0f} s: check their hosts' output.")

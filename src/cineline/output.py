@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cineline.errors import OutputError
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
+NAME_LIMIT = 200
+"""Bytes of a file's name; file systems take 255, and the temporary name is longer."""
+
 LATENT_SUFFIXES = (".safetensors",)
 
 
@@ -19,6 +22,8 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     Raises:
         OutputError: its suffix is not one of `suffixes`, its folder does not exist or cannot be written.
     """
+    if len(path.name.encode()) > NAME_LIMIT:
+        raise OutputError(f"The file name {path.name[:20]}... is longer than {NAME_LIMIT} bytes: shorten it.")
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"{path} ends in {path.suffix!r}: use {' or '.join(suffixes)}.")
     if path.is_dir():
@@ -54,4 +59,5 @@ def whole_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error}): check the disk and the folder.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the error that led here tells more
+            temporary.unlink(missing_ok=True)

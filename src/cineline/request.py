@@ -6,16 +6,27 @@ import enum
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError
 
 from cineline.errors import InvalidRequest
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+
+def _number(value: Any) -> Any:
+    """Numbers as they are, numpy's too; nothing is read into a text or a truth value."""
+    if isinstance(value, (str, bytes, bool)):
+        raise ValueError("it is no number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number)]
 
 
 class VideoRequest(BaseModel):
@@ -29,7 +40,8 @@ class VideoRequest(BaseModel):
         num_frames: 4k + 1 for Wan's VAEs.
         num_inference_steps: solver steps, at least 1.
         guidance_scale: classifier-free guidance is on when this is above 1.
-        guidance_scale_2: the low-noise expert's scale; only for models with two experts.
+        guidance_scale_2: the low-noise expert's scale; only for models with two experts. Left out, it is the
+            kind's own (T2V-A14B 3, I2V-A14B 3.5), also beside a `guidance_scale` that is given.
         flow_shift: the solver's time shift.
         boundary_ratio: share of the training timesteps below which the low-noise expert runs.
         seed: of the CPU generator that draws the noise, 0 <= seed < 2**63.
@@ -45,17 +57,17 @@ class VideoRequest(BaseModel):
     prompt: str
     negative_prompt: str = ""
     image: Path | Image.Image | None = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_scale_2: float | None = None
-    flow_shift: float | None = None
-    boundary_ratio: float | None = None
-    seed: int = 0
-    fps: int | None = None
-    decode: bool = True
+    height: Whole | None = None
+    width: Whole | None = None
+    num_frames: Whole | None = None
+    num_inference_steps: Whole | None = None
+    guidance_scale: Real | None = None
+    guidance_scale_2: Real | None = None
+    flow_shift: Real | None = None
+    boundary_ratio: Real | None = None
+    seed: Whole = 0
+    fps: Whole | None = None
+    decode: StrictBool = True
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -72,7 +84,8 @@ def _first_sentence(error: ValidationError) -> str:
         return f"Unknown request field {field!r}: the fields are {known}."
     if first["type"] == "missing":
         return f"The request has no {field!r}: give one."
-    reason = first["msg"][0].lower() + first["msg"][1:]
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
     return f"{field}={first['input']!r} cannot be used: {reason}; give a value of that type."
 
 

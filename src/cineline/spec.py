@@ -50,6 +50,21 @@ WAN_DEFAULTS: Mapping[WanKind, Defaults] = {
 
 DEFAULTS_FILE = "cineline.json"
 
+NO_DEFAULTS = ("prompt", "image", "decode")
+"""Request fields that a checkpoint cannot have defaults for."""
+
+MOST = {"num_inference_steps": 10_000, "fps": 1_000}
+"""Largest values that are not taken for a slip of the hand."""
+
+SOLVERS = (
+    "UniPCMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+)
+"""diffusers' schedulers with one forward a step and no noise of their own, compared with diffusers bit for bit."""
+
 
 class FamilySpec(Protocol):
     """What the engine must know of a model before any rank runs; picklable, no torch.
@@ -120,7 +135,7 @@ class WanSpec:
             raise CheckpointError(
                 f"{folder} holds a {pipeline!r}: Cineline runs WanPipeline and WanImageToVideoPipeline checkpoints."
             )
-        experts = tuple(name for name in ("transformer", "transformer_2") if index.get(name, [None, None])[1])
+        experts = tuple(name for name in ("transformer", "transformer_2") if _class_of(index, name))
         if not experts or experts[0] != "transformer":
             raise CheckpointError(f"{folder}/model_index.json names no 'transformer': use a whole checkpoint.")
         configs = [_read_json(folder / name / "config.json", "each component has one") for name in experts]
@@ -135,14 +150,16 @@ class WanSpec:
                 f"{folder}/model_index.json has boundary_ratio={boundary} but no 'transformer_2': "
                 "add the second expert or remove the boundary."
             )
+        scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "each component has one")
+        _check_solver(folder, _class_of(index, "scheduler"), scheduler)
         spec = cls(
             folder=folder,
             kind=kind,
             transformer=configs[0],
             experts=experts,
             vae=vae,
-            scheduler=_read_json(folder / "scheduler" / "scheduler_config.json", "each component has one"),
-            scheduler_class=index["scheduler"][1],
+            scheduler=scheduler,
+            scheduler_class=str(_class_of(index, "scheduler")),
             boundary_ratio=boundary,
             defaults={**WAN_DEFAULTS[kind], **_own_defaults(folder)},
         )
@@ -210,6 +227,8 @@ class WanSpec:
         for name in ("num_inference_steps", "fps"):
             if value[name] < 1:
                 raise InvalidRequest(f"{name}={value[name]} is below 1: give 1 or more.")
+            if value[name] > MOST[name]:
+                raise InvalidRequest(f"{name}={value[name]} is above {MOST[name]}: give less.")
         frames = value["num_frames"]
         if frames < 1 or frames % self.vae_frames != 1 % self.vae_frames:
             below = max(1, (frames - 1) // self.vae_frames * self.vae_frames + 1)
@@ -296,14 +315,14 @@ class WanSpec:
         return None if scale is None else float(scale)
 
     def _boundary(self, request: VideoRequest) -> float | None:
-        boundary = self.boundary_ratio if request.boundary_ratio is None else request.boundary_ratio
-        if request.boundary_ratio is None:
-            return boundary
+        boundary: float | None = self._default(request, "boundary_ratio")
+        if boundary is None:
+            return self.boundary_ratio
         if len(self.experts) == 1:
             raise InvalidRequest(
                 f"boundary_ratio={boundary} needs a model with two experts, {self.folder} has one: leave it out."
             )
-        if not 0 <= request.boundary_ratio <= 1:
+        if not 0 <= boundary <= 1:
             raise InvalidRequest(f"boundary_ratio={boundary} is outside 0 to 1: use a share such as 0.875.")
         return boundary
 
@@ -320,16 +339,31 @@ class WanSpec:
 
 
 def load_image(image: Path | Image.Image) -> Image.Image:
-    """The image, upright and in RGB (as diffusers' `load_image`).
+    """The image in RGB; a file is turned upright (as diffusers' `load_image` does).
 
     Raises:
         InvalidRequest: the file is missing or no image.
     """
     try:
-        opened = Image.open(image) if isinstance(image, Path) else image
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        loaded = (ImageOps.exif_transpose(Image.open(image)) if isinstance(image, Path) else image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InvalidRequest(f"image={str(image)!r} cannot be read ({error}): give a PNG or JPEG file.") from None
+    if not (loaded.width and loaded.height):
+        raise InvalidRequest(f"The image has {loaded.width}x{loaded.height} pixels: give one that is not empty.")
+    return loaded
+
+
+def _class_of(index: Mapping[str, Any], name: str) -> str | None:
+    """A component's class in a model index, None where there is none."""
+    entry = index.get(name)
+    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] else None
+
+
+def _check_solver(folder: Path, name: str | None, config: Mapping[str, Any]) -> None:
+    noisy = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
+    if name not in SOLVERS or noisy:
+        kind = f"{name} with noise of its own" if noisy else name
+        raise CheckpointError(f"{folder}: scheduler {kind} is not supported: use one of {', '.join(SOLVERS)}.")
 
 
 def _read_json(path: Path, rule: str) -> dict[str, Any]:
@@ -350,7 +384,10 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
         return {}
     own = _read_json(path, "it holds default request fields")
     try:
-        VideoRequest(prompt="checked", **own)
-    except (InvalidRequest, TypeError) as error:
+        checked = VideoRequest(**{"prompt": "checked"} | own)
+    except InvalidRequest as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return own
+    useless = [name for name in own if name in NO_DEFAULTS or own[name] is None]
+    if useless:
+        raise CheckpointError(f"{path}: {useless[0]!r} cannot have the default {own[useless[0]]!r}: remove it.")
+    return checked.model_dump(include=set(own))

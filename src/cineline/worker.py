@@ -18,7 +18,7 @@ from multiprocessing.connection import Client, Connection
 from typing import Any
 
 from cineline import control
-from cineline.errors import CinelineError, InvalidConfig
+from cineline.errors import CinelineError, EdgeBroken, InvalidConfig
 
 PARENT_EVERY_S = 0.5
 
@@ -99,7 +99,10 @@ def _serve(connection: Connection, outbox: queue.SimpleQueue[control.Message | N
     assert isinstance(family, PipelineParallelMixin)
     with torch.no_grad():
         bytes_read = family.load(part)
-    edges = mesh.join(store, part.stage, part.stages, device, setup.ranks_on_host)
+    try:
+        edges = mesh.join(store, part.stage, part.stages, device, setup.ranks_on_host)
+    except RuntimeError as error:
+        raise EdgeBroken(f"the other ranks could not be met ({error})") from None
     outbox.put(control.Ready(bytes_read))
     slices: list[Any] = []
     StageLoop(family, part, edges, inbox, outbox.put, slices.append if setup.trace else None).run()

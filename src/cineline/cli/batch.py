@@ -67,7 +67,7 @@ def tasks_of_file(path: Path, fields: Mapping[str, Any], outputs: Outputs) -> li
     if outputs.output_dir is None and outputs.save_latents is None:
         raise OutputError("--requests needs a folder for the videos: give --output-dir.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"--requests {path} cannot be read ({error}): give a text file.") from None
     tasks = [_task_of_line(path, number, line, fields, outputs) for number, line in enumerate(lines, 1) if line.strip()]
@@ -80,7 +80,7 @@ def _task_of_line(path: Path, number: int, line: str, fields: Mapping[str, Any],
     where = f"{path}, line {number}"
     try:
         own = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{where}: this is no JSON ({error}): write one JSON object a line.") from None
     if not isinstance(own, dict):
         raise InvalidRequest(f"{where}: {line.strip()[:40]!r} is no JSON object: write one JSON object a line.")

@@ -30,7 +30,7 @@ DtypeName = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
 def line(
     pp: Annotated[int, typer.Option(help="Stages, P.", min=1)] = 2,
     in_flight: InFlight = "1,3",
-    kind: Annotated[str, typer.Option(help="Like which model: ti2v, t2v or i2v.")] = "ti2v",
+    kind: Annotated[str, typer.Option(help="Like which model: ti2v or t2v.")] = "ti2v",
     steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 4,
     runs: Runs = 4,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

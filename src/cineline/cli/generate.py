@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
 from cineline.cli.options import dtype_of, whole_numbers
-from cineline.cli.progress import make_view
+from cineline.cli.progress import RequestProgress, make_view
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
@@ -100,9 +100,8 @@ def generate(
     spec = open_model(model)
     check_tasks(spec, tasks, requests)
     if not quiet:
-        console.print(
-            f"Loading {model or 'the built-in model'} on {parallel.pp} {'stage' if parallel.pp == 1 else 'stages'}"
-        )
+        stages = "1 stage" if parallel.pp == 1 else f"{parallel.pp} stages"
+        console.print(f"Loading {model or 'the built-in model'} on {stages}", highlight=False, soft_wrap=True)
 
     with Engine(
         spec,
@@ -121,24 +120,25 @@ def generate(
 
 def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, console: Console) -> CinelineError | None:
     """Submit all, write each result as it comes; the first error, after the others are done."""
-    handles = [engine.submit(task.request) for task in tasks]
+    unwritten = dict(enumerate([engine.submit(task.request) for task in tasks]))
     labels = [(task.video or task.latents or Path()).name for task in tasks]
     if not quiet:
-        for label, handle in zip(labels, handles, strict=True):
+        for label, handle in zip(labels, unwritten.values(), strict=True):
             console.print(f"{label}: {_describe(handle.job)}", highlight=False, soft_wrap=True)
     view = make_view(labels, quiet, console)
-    unwritten = dict(enumerate(handles))
+    states = [RequestProgress.of(handle) for handle in unwritten.values()]
     failed: CinelineError | None = None
     try:
         while unwritten:
             time.sleep(POLL_S)
-            view.update(handles)
-            for number in [number for number, handle in unwritten.items() if handle.done]:
+            for number, handle in unwritten.items():
+                states[number] = RequestProgress.of(handle)
+            view.update(states)
+            for number in [number for number in unwritten if states[number].done]:
                 try:
-                    _write(tasks[number], unwritten.pop(number).result())
+                    _write(tasks[number], unwritten.pop(number).result())  # popped: a video is large
                 except CinelineError as error:
                     failed = failed or error
-        view.update(handles)
     finally:
         view.close()
     return failed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
@@ -14,10 +15,46 @@ from cineline.engine import RequestHandle
 LINES_EVERY_S = 5.0
 
 
+@dataclass(frozen=True)
+class RequestProgress:
+    """How far a request is.
+
+    Attributes:
+        steps, of_steps, chunks, of_chunks: solver steps and decode chunks done, and of how many.
+        done: finished, failed or cancelled.
+    """
+
+    steps: int
+    of_steps: int
+    chunks: int
+    of_chunks: int
+    done: bool
+
+    @classmethod
+    def of(cls, handle: RequestHandle) -> RequestProgress:
+        """A handle's, now; `done` is read first, so that a finished one shows all it has done."""
+        done = handle.done
+        return cls(*handle.progress, *handle.decoded, done)
+
+    @property
+    def count(self) -> tuple[int, int]:
+        """Steps and chunks done, and of how many."""
+        return self.steps + self.chunks, self.of_steps + self.of_chunks
+
+    @property
+    def phase(self) -> str:
+        """In words."""
+        if self.done:
+            return "done"
+        if self.steps == self.of_steps:
+            return "decode"
+        return f"step {self.steps}/{self.of_steps}" if self.steps else "waiting"
+
+
 class View(Protocol):
     """Shows the requests' progress."""
 
-    def update(self, handles: Sequence[RequestHandle]) -> None:
+    def update(self, states: Sequence[RequestProgress]) -> None:
         """Called several times a second."""
         ...
 
@@ -33,23 +70,8 @@ def make_view(labels: Sequence[str], quiet: bool, console: Console) -> View:
     return _Bars(labels, console) if console.is_terminal else _Lines(labels, console)
 
 
-def _count(handle: RequestHandle) -> tuple[int, int]:
-    """Steps and decode chunks done, and of how many."""
-    (steps, of_steps), (chunks, of_chunks) = handle.progress, handle.decoded
-    return steps + chunks, of_steps + of_chunks
-
-
-def _phase(handle: RequestHandle) -> str:
-    steps, of_steps = handle.progress
-    if handle.done:
-        return "done"
-    if steps == of_steps:
-        return "decode"
-    return f"step {steps}/{of_steps}" if steps else "waiting"
-
-
 class _Silent:
-    def update(self, handles: Sequence[RequestHandle]) -> None:
+    def update(self, states: Sequence[RequestProgress]) -> None:
         pass
 
     def close(self) -> None:
@@ -71,12 +93,12 @@ class _Bars:
         ]
         self._progress.start()
 
-    def update(self, handles: Sequence[RequestHandle]) -> None:
-        for bar, handle in zip(self._bars, handles, strict=True):
-            done, total = _count(handle)
+    def update(self, states: Sequence[RequestProgress]) -> None:
+        for bar, state in zip(self._bars, states, strict=True):
+            done, total = state.count
             if done and not self._progress.tasks[bar].started:
                 self._progress.start_task(bar)
-            self._progress.update(bar, completed=done, total=total, phase=_phase(handle))
+            self._progress.update(bar, completed=done, total=total, phase=state.phase)
 
     def close(self) -> None:
         self._progress.stop()
@@ -89,19 +111,19 @@ class _Lines:
         self._printed = time.monotonic()
         self._begun: dict[str, tuple[float, int]] = {}
 
-    def update(self, handles: Sequence[RequestHandle]) -> None:
+    def update(self, states: Sequence[RequestProgress]) -> None:
         now = time.monotonic()
         due = now - self._printed >= LINES_EVERY_S
         if due:
             self._printed = now
-        for label, handle in zip(self._labels, handles, strict=True):
-            done, total = _count(handle)
+        for label, state in zip(self._labels, states, strict=True):
+            done, total = state.count
             if not done:
                 continue
             since, done_then = self._begun.setdefault(label, (now, done))
-            if due and not handle.done and done > done_then:
+            if due and not state.done and done > done_then:
                 remaining = (now - since) / (done - done_then) * (total - done)
-                self._console.print(f"{label}: {_phase(handle)}, about {remaining:.0f} s left", highlight=False)
+                self._console.print(f"{label}: {state.phase}, about {remaining:.0f} s left", highlight=False)
 
     def close(self) -> None:
         pass

@@ -17,6 +17,9 @@ from torch import nn
 
 from cineline.errors import CheckpointError
 
+STEMS = ("diffusion_pytorch_model", "model")
+"""Names that diffusers and transformers give their files."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -48,19 +51,29 @@ class Weights:
                 self._stored[name] = StoredTensor(file, shape)
 
     def _files(self) -> list[Path]:
+        """The plain files where there are variants such as `model.fp16.safetensors` too, else whatever there is."""
+        for stem in STEMS:
+            index, file = self._folder / f"{stem}.safetensors.index.json", self._folder / f"{stem}.safetensors"
+            if index.exists():
+                return self._indexed(index)
+            if file.exists():
+                return [file]
         indexes = sorted(self._folder.glob("*.safetensors.index.json"))
-        if not indexes:
-            files = sorted(self._folder.glob("*.safetensors"))
-            if len(files) != 1:
-                raise CheckpointError(
-                    f"{self._folder} has {len(files)} safetensors files and no index: "
-                    "it must hold one file, or several and their index."
-                )
-            return files
+        if indexes:
+            return self._indexed(indexes[0])
+        files = sorted(self._folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise CheckpointError(
+                f"{self._folder} has {len(files)} safetensors files and no index: "
+                "it must hold one file, or several and their index."
+            )
+        return files
+
+    def _indexed(self, index: Path) -> list[Path]:
         try:
-            names = json.loads(indexes[0].read_text())["weight_map"].values()
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{indexes[0]} cannot be read ({error!r}): download it again.") from None
+            names = json.loads(index.read_text())["weight_map"].values()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} cannot be read ({error!r}): download it again.") from None
         return [self._folder / name for name in sorted(set(names))]
 
     def __contains__(self, name: str) -> bool:
