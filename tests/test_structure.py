@@ -18,7 +18,7 @@ LAYERS = [
     ["request"],
     ["spec", "config", "trace"],
     ["scheduler", "control"],
-    ["launch", "channel"],
+    ["launch", "channel", "handle"],
     ["mesh", "models.weights", "models.random_checkpoint", "denoise", "pace"],
     ["codec.text", "codec.vae", "models.pipeline_parallel"],
     ["models.wan", "stage"],
@@ -34,7 +34,20 @@ LAYERS = [
 ]
 """Each module imports from the rows above its own only, wherever in the file the import stands."""
 
-NO_TORCH = ["errors", "output", "request", "spec", "config", "trace", "scheduler", "control", "launch", "hub", "engine"]
+NO_TORCH = [
+    "errors",
+    "output",
+    "request",
+    "spec",
+    "config",
+    "trace",
+    "scheduler",
+    "control",
+    "launch",
+    "hub",
+    "handle",
+    "engine",
+]
 
 
 def modules() -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Cineline: Wan 2.2 video over pipeline stages, several requests in flight, bit for bit."""
 
 from cineline.config import ParallelConfig
-from cineline.engine import Engine, RequestHandle
+from cineline.engine import Engine
 from cineline.errors import (
     CheckpointError,
     CinelineError,
@@ -13,6 +13,7 @@ from cineline.errors import (
     RequestCancelled,
     ResultTimeout,
 )
+from cineline.handle import RequestHandle
 from cineline.request import Video, VideoRequest
 
 __version__ = "0.1.0"

@@ -9,15 +9,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from multiprocessing import connection as mp_connection
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
-
-import numpy as np
 
 from cineline import control
 from cineline.config import DeviceConfig, Dtype, ParallelConfig
@@ -28,11 +24,11 @@ from cineline.errors import (
     InvalidConfig,
     RankFailed,
     RequestCancelled,
-    ResultTimeout,
 )
+from cineline.handle import RequestHandle
 from cineline.hub import open_model
 from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun, torchrun_rank, torchrun_world
-from cineline.request import Job, Kind, Video, VideoRequest, WorkItem
+from cineline.request import Job, VideoRequest, WorkItem
 from cineline.scheduler import Scheduler
 from cineline.spec import FamilySpec, load_image
 from cineline.trace import Slice, write_trace
@@ -44,79 +40,6 @@ START_LIMIT_S = 3600.0
 
 CULPRIT_LIMIT_S = 3.0
 """Seconds between a rank's word that its neighbour is gone and the neighbour's own end."""
-
-
-class RequestHandle:
-    """One submitted request.
-
-    Attributes:
-        job: the request as it runs, with nothing left open.
-    """
-
-    def __init__(self, engine: Engine, job: Job) -> None:
-        self._engine = engine
-        self.job = job
-        self._future: Future[Video] = Future()
-        self._steps_done = 0
-        self._latents: np.ndarray | None = None
-        self._chunks: list[np.ndarray] = []
-        self._chunks_done = 0
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Solver steps done, and of how many."""
-        return self._steps_done, self.job.steps
-
-    @property
-    def decoded(self) -> tuple[int, int]:
-        """Decode chunks done, and of how many."""
-        return self._chunks_done, self.job.chunks
-
-    @property
-    def done(self) -> bool:
-        """Finished, failed or cancelled."""
-        return self._future.done()
-
-    def cancel(self) -> bool:
-        """Stop the request; false if it was already done. The others are not touched."""
-        return self._engine._cancel(self)
-
-    def result(self, timeout: float | None = None) -> Video:
-        """Wait for the video, `timeout` seconds at most.
-
-        Raises:
-            ResultTimeout: it is not done yet.
-            RequestCancelled, RankFailed, EngineClosed: it will never be.
-        """
-        try:
-            return self._future.result(timeout)
-        except FutureTimeout:
-            raise ResultTimeout(
-                f"Request {self.job.id} is not done after {timeout} s (step {self._steps_done} of {self.job.steps}): "
-                "wait longer or cancel it."
-            ) from None
-
-    def _take(self, done: control.Done) -> None:
-        if done.item.kind is Kind.DENOISE:
-            self._steps_done = done.item.number + 1
-            self._latents = done.result
-        elif done.item.kind is Kind.DECODE:
-            assert done.result is not None
-            self._chunks.append(done.result)
-            self._chunks_done += 1
-
-    def _finish(self) -> None:
-        import torch
-
-        assert self._latents is not None
-        frames = np.concatenate(self._chunks) if self._chunks else None
-        latents = torch.from_numpy(self._latents.copy())
-        self._chunks, self._latents = [], None
-        self._future.set_result(Video(latents, frames, self.job.fps))
-
-    def _fail(self, error: CinelineError) -> None:
-        if not self._future.done():
-            self._future.set_exception(error)
 
 
 @dataclass
@@ -218,7 +141,7 @@ class Engine:
             if self._closed:
                 raise EngineClosed("The engine is closed: make a new one.")
             self._line.next_id += 1
-            handle = RequestHandle(self, job)
+            handle = RequestHandle(job, self._cancel)
             self._line.handles[job.id] = handle
             if image is not None:
                 self._line.images[job.id] = image
@@ -321,7 +244,7 @@ class Engine:
             self._line.images.pop(handle.job.id, None)
             drop = self._line.scheduler.cancel(handle.job.id)
             self._emit(([drop] if drop else []) + self._line.scheduler.pump())
-            handle._fail(RequestCancelled(f"Request {handle.job.id} was cancelled at step {handle.progress[0]}."))
+            handle.fail(RequestCancelled(f"Request {handle.job.id} was cancelled at step {handle.progress[0]}."))
         return True
 
     def _take(self, done: control.Done) -> None:
@@ -330,14 +253,14 @@ class Engine:
         self._emit(self._line.scheduler.pump())
         if handle is None:
             return
-        handle._take(done)
+        handle.take(done)
         if finished:
             del self._line.handles[handle.job.id]
-            handle._finish()
+            handle.finish()
 
     def _fail_all(self, error: CinelineError) -> None:
         for handle in self._line.handles.values():
-            handle._fail(error)
+            handle.fail(error)
         self._line.handles.clear()
 
     # Listening.

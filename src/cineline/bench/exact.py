@@ -49,12 +49,16 @@ class Equality:
 def compare(
     folder: Path, config: DeviceConfig, stages: Iterable[int], in_flight: Sequence[int], tell: Callable[[str], None]
 ) -> Iterator[Equality]:
-    """Compare each cut with each number in flight, over requests of different sizes, with guidance and without."""
+    """Compare each cut with each number in flight: sizes, guidance and without, images where the model takes them."""
     spec = WanSpec.open(folder)
     requests = _requests(spec)
     tell(f"{folder.name}: {len(requests)} requests through diffusers")
-    with reference(folder, config, with_image=spec.kind == "i2v") as pipeline:
-        expected = [(pipeline.latents(request)[0], pipeline.frames(request)) for request in requests]
+    expected: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for with_image in sorted({request.image is not None for request in requests}):
+        with reference(folder, config, with_image) as pipeline:
+            for number, request in enumerate(requests):
+                if (request.image is not None) == with_image:
+                    expected[number] = pipeline.latents(request)[0], pipeline.frames(request)
     for count in stages:
         for many in in_flight:
             tell(f"{folder.name}: pp={count}, {many} in flight")
@@ -68,7 +72,7 @@ def compare(
             )
             with engine:
                 videos = [handle.result(LIMIT_S) for handle in [engine.submit(request) for request in requests]]
-            yield _judge(spec.kind, count, many, videos, expected)
+            yield _judge(spec.kind, count, many, videos, [expected[number] for number in range(len(videos))])
 
 
 def _judge(
@@ -88,10 +92,12 @@ def _requests(spec: WanSpec) -> list[VideoRequest]:
     rows, columns = spec.grid
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8))
     two_experts = {"guidance_scale_2": 3.0} if spec.boundary_ratio is not None else {}
+    images = {"ti2v": (None, image), "t2v": (None,), "i2v": (image,)}[spec.kind]
     return [
         VideoRequest(
             prompt=f"video number {number}",
-            image=image if spec.kind == "i2v" else None,
+            negative_prompt="blurry" if number == 0 else "",
+            image=image,
             height=height * rows,
             width=width * columns,
             num_frames=(frames - 1) * spec.vae_frames + 1,
@@ -100,5 +106,6 @@ def _requests(spec: WanSpec) -> list[VideoRequest]:
             seed=number,
             **two_experts,
         )
+        for image in images
         for number, (height, width, frames) in enumerate(SIZES)
     ]

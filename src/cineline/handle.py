@@ -1,0 +1,89 @@
+"""What `Engine.submit` hands back: progress, result, cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+
+import numpy as np
+
+from cineline.control import Done
+from cineline.errors import CinelineError, ResultTimeout
+from cineline.request import Job, Kind, Video
+
+
+class RequestHandle:
+    """One submitted request.
+
+    Attributes:
+        job: the request as it runs, with nothing left open.
+    """
+
+    def __init__(self, job: Job, cancel: Callable[[RequestHandle], bool]) -> None:
+        self.job = job
+        self._cancel = cancel
+        self._future: Future[Video] = Future()
+        self._steps_done = 0
+        self._latents: np.ndarray | None = None
+        self._chunks: list[np.ndarray] = []
+        self._chunks_done = 0
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Solver steps done, and of how many."""
+        return self._steps_done, self.job.steps
+
+    @property
+    def decoded(self) -> tuple[int, int]:
+        """Decode chunks done, and of how many."""
+        return self._chunks_done, self.job.chunks
+
+    @property
+    def done(self) -> bool:
+        """Finished, failed or cancelled."""
+        return self._future.done()
+
+    def cancel(self) -> bool:
+        """Stop the request; false if it was already done. The others are not touched."""
+        return self._cancel(self)
+
+    def result(self, timeout: float | None = None) -> Video:
+        """Wait for the video, `timeout` seconds at most.
+
+        Raises:
+            ResultTimeout: it is not done yet.
+            RequestCancelled, RankFailed, EngineClosed: it will never be.
+        """
+        try:
+            return self._future.result(timeout)
+        except FutureTimeout:
+            raise ResultTimeout(
+                f"Request {self.job.id} is not done after {timeout} s (step {self._steps_done} of {self.job.steps}): "
+                "wait longer or cancel it."
+            ) from None
+
+    def take(self, done: Done) -> None:
+        """Engine: a step or a chunk is done."""
+        if done.item.kind is Kind.DENOISE:
+            self._steps_done = done.item.number + 1
+            self._latents = done.result
+        elif done.item.kind is Kind.DECODE:
+            assert done.result is not None
+            self._chunks.append(done.result)
+            self._chunks_done += 1
+
+    def finish(self) -> None:
+        """Engine: all of it is done."""
+        import torch  # late: the engine itself needs none
+
+        assert self._latents is not None
+        frames = np.concatenate(self._chunks) if self._chunks else None
+        latents = torch.from_numpy(self._latents.copy())
+        self._chunks, self._latents = [], None
+        self._future.set_result(Video(latents, frames, self.job.fps))
+
+    def fail(self, error: CinelineError) -> None:
+        """Engine: it will never be."""
+        if not self._future.done():
+            self._future.set_exception(error)
