@@ -28,6 +28,7 @@ from cineline.errors import (
 from cineline.handle import RequestHandle
 from cineline.hub import open_model
 from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun, torchrun_rank, torchrun_world
+from cineline.output import check_output
 from cineline.request import Job, VideoRequest, WorkItem
 from cineline.scheduler import Scheduler
 from cineline.spec import FamilySpec, load_image
@@ -68,7 +69,7 @@ class Engine:
         pin_cores: pin rank r to core r (benchmarks).
 
     Raises:
-        InvalidConfig, CheckpointError: before or while the ranks start; none is left running.
+        InvalidConfig, CheckpointError, OutputError: before or while the ranks start; none is left running.
         RankFailed: a rank raised or died while it started.
     """
 
@@ -97,6 +98,8 @@ class Engine:
         self.spec = open_model(model)
         cut = tuple(parallel.cut(self.spec.layers))
         self._trace = None if trace is None else Path(trace)
+        if self._trace is not None:
+            check_output(self._trace, (".json",))
         self._slices: list[Slice] = []
         self._timelines = 0
         self._closed = False

@@ -20,7 +20,7 @@ LIMIT_S = 3600.0
 
 SIZES = [(2, 2, 2), (3, 3, 3), (1, 5, 1)]
 """Height and width in units of the model's grid, latent frames; one row a request. Odd numbers of tokens too:
-the last row of a product may go through another kernel."""
+the last elements of a tensor may go through other code."""
 
 
 @dataclass(frozen=True)

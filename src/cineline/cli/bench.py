@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -113,6 +114,7 @@ def exact(
     """What is equal to diffusers bit for bit on this device; exit code 1 where anything is not."""
     _check_json(json)
     stages, counts = whole_numbers("pp", pp), whole_numbers("in_flight", in_flight)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads changes bits on the CPU
     config = DeviceConfig(device, dtype_of("dtype", dtype) or "float32")
     from cineline.bench.exact import compare
     from cineline.bench.report import machine, report

@@ -31,8 +31,8 @@ from cineline.request import Branch, Job
 from cineline.spec import WanSpec
 
 SLOTS = 16
-"""Distinct rows of a time embedding that travel, of S. Two timesteps at most make rows that differ, and a
-product's first and last rows may go through another kernel."""
+"""Distinct rows of a time embedding that travel, of S. Two timesteps at most make rows that differ, and the last
+elements of a tensor (of each thread's share) go through scalar code, whose SiLU has other bits."""
 
 log = logging.getLogger(__name__)
 
@@ -179,8 +179,8 @@ class WanStages(PipelineParallelMixin[WanState]):
         """Time embedding [K, D] and modulation [K, 6, D] of one step, and each token's row in them, [S].
 
         diffusers embeds one row a forward, or S with `expand_timesteps`, of which at most two timesteps
-        differ. The bits of a row depend on the number of rows and on its place among them, so the product
-        is made of as many here, and its distinct rows are kept.
+        differ. The bits of a row depend on the number of rows and on its place among them, so as many are
+        made here, and the distinct ones are kept.
         """
         embed = self._experts[expert].condition_embedder
         if self._spec.kind != "ti2v":
