@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from cineline.bench.reference import reference
+from cineline.bench.reference import WAIT_LIMIT_S, reference
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.request import Video, VideoRequest
 from cineline.spec import WanSpec
-
-LIMIT_S = 3600.0
 
 SIZES = [(2, 2, 2), (3, 3, 3), (1, 5, 1)]
 """Height and width in units of the model's grid, latent frames; one row a request. Odd numbers of tokens too:
@@ -62,16 +60,8 @@ def compare(
     for count in stages:
         for many in in_flight:
             tell(f"{folder.name}: pp={count}, {many} in flight")
-            engine = Engine(
-                spec,
-                ParallelConfig(pp=count),
-                device=config.device,
-                dtype=config.dtype,
-                vae_dtype=config.vae_dtype,
-                in_flight=many,
-            )
-            with engine:
-                videos = [handle.result(LIMIT_S) for handle in [engine.submit(request) for request in requests]]
+            with Engine(spec, ParallelConfig(pp=count), in_flight=many, **asdict(config)) as engine:
+                videos = [handle.result(WAIT_LIMIT_S) for handle in [engine.submit(request) for request in requests]]
             yield _judge(spec.kind, count, many, videos, [expected[number] for number in range(len(videos))])
 
 

@@ -6,19 +6,17 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from cineline.bench.measure import Run, interleave
-from cineline.bench.reference import Reference, reference
+from cineline.bench.reference import WAIT_LIMIT_S, Reference, reference
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.request import VideoRequest
 from cineline.spec import WanKind
-
-LIMIT_S = 3600.0
 
 DIFFUSERS = "diffusers"
 """The arm that all others are compared with."""
@@ -50,9 +48,10 @@ class LineCase:
         prompt = "a red square moving left on a blue background"
         return [VideoRequest(prompt=prompt, seed=seed, decode=False, **sizes, **scales) for seed in range(count)]
 
-    def pp(self, stages: int) -> str:
-        """An arm's name."""
-        return f"pp={stages}"
+
+def pp_arm(stages: int) -> str:
+    """The name of the arm with that many stages."""
+    return f"pp={stages}"
 
 
 def time_line(case: LineCase, config: DeviceConfig, tell: Callable[[str], None]) -> dict[int, dict[str, list[Run]]]:
@@ -60,7 +59,10 @@ def time_line(case: LineCase, config: DeviceConfig, tell: Callable[[str], None])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
         save_random_checkpoint(folder, RandomConfig(case.kind, layers=8, heads=4, head_dim=128, ffn_dim=2048))
-        engines = {case.pp(stages): _engine(stack, folder, stages, config) for stages in sorted({1, case.stages})}
+        engines = {
+            pp_arm(stages): stack.enter_context(Engine(folder, ParallelConfig(pp=stages), **asdict(config)))
+            for stages in sorted({1, case.stages})
+        }
         pipeline = stack.enter_context(reference(folder, config))
         arms: dict[tuple[int, str], Callable[[], float]] = {}
         for count in case.in_flight:
@@ -80,23 +82,10 @@ def time_requests(engine: Engine, requests: Sequence[VideoRequest]) -> float:
     """Seconds from the first submit to the last result."""
     started = time.monotonic()
     for handle in [engine.submit(request) for request in requests]:
-        handle.result(LIMIT_S)
+        handle.result(WAIT_LIMIT_S)
     return time.monotonic() - started
 
 
 def _time_reference(pipeline: Reference, requests: Sequence[VideoRequest]) -> float:
     """Seconds that diffusers takes for the same requests, one after another."""
     return sum(pipeline.latents(request)[1] for request in requests)
-
-
-def _engine(stack: ExitStack, folder: Path, stages: int, config: DeviceConfig) -> Engine:
-    return stack.enter_context(
-        Engine(
-            folder,
-            ParallelConfig(pp=stages),
-            device=config.device,
-            dtype=config.dtype,
-            vae_dtype=config.vae_dtype,
-            pin_cores=config.pin_cores,
-        )
-    )

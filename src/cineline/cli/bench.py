@@ -42,7 +42,7 @@ def line(
     _check_json(json)
     case_kind = _kind(kind, ("ti2v", "t2v"))
     counts = whole_numbers("in_flight", in_flight)
-    from cineline.bench.line import DIFFUSERS, LineCase, time_line
+    from cineline.bench.line import DIFFUSERS, LineCase, pp_arm, time_line
     from cineline.bench.measure import Summary, ratios
     from cineline.bench.report import machine, report
 
@@ -51,11 +51,11 @@ def line(
     results = time_line(case, config, _teller())
     rows = []
     for count, arms in results.items():
+        limits = {pp_arm(stages): f"{float(speed_up_limit(stages, count, 2)):.2f}" for stages in (1, pp)}
         for name, own in arms.items():
             per_request = Summary.of([run.seconds / count for run in own])
-            against = [str(ratios(arms[base], own)) for base in (DIFFUSERS, case.pp(1))]
-            limit = "" if name == DIFFUSERS else f"{float(speed_up_limit(int(name[3:]), count, 2)):.2f}"
-            rows.append([str(count), name, str(per_request), *against, limit, _others(own)])
+            against = [str(ratios(arms[base], own)) for base in (DIFFUSERS, pp_arm(1))]
+            rows.append([str(count), name, str(per_request), *against, limits.get(name, ""), _others(own)])
     report(
         f"{kind}, 8 x 512, 1,536 tokens, {steps} steps, {dtype}, {runs} runs: median (range)",
         ["M", "arm", "s a request", "x diffusers", "x one stage", "limit", "others' CPU"],
