@@ -8,7 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from oracle import Oracle, assert_equal
 from PIL import Image
 
@@ -132,6 +137,20 @@ def test_another_solver_equals_diffusers_and_takes_its_own_shift(checkpoint, ora
         videos = [handle.result(60) for handle in handles]
     assert_equal(videos[0], oracle.run(folder, "float32", plain))
     assert_equal(videos[1], oracle.run(with_euler(7.0), "float32", plain))
+
+
+@pytest.mark.parametrize("solver", [DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, DEISMultistepScheduler])
+def test_every_other_solver_that_is_let_in_equals_diffusers(solver, checkpoint, oracle: Oracle, tmp_path) -> None:
+    folder = tmp_path / solver.__name__
+    shutil.copytree(checkpoint(RandomConfig("t2v", seed=3)), folder)
+    config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    solver(**config).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", solver.__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    request = mixed_requests("t2v")[2]
+    with Engine(folder, ParallelConfig(pp=2), device="cpu") as engine:
+        assert_equal(engine.submit(request).result(60), oracle.run(folder, "float32", request))
 
 
 def test_flow_shift_and_boundary_ratio_of_a_request_replace_the_checkpoints(checkpoint, oracle: Oracle) -> None:
