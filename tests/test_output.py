@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 
 from cineline import OutputError, Video
 from cineline.output import whole_file
@@ -22,6 +23,19 @@ def colours(frames: int) -> np.ndarray:
     picture[:, :, :32, 0] = np.linspace(60, 250, frames, dtype=np.uint8)[:, None, None]
     picture[:, :, 32:, 2] = np.linspace(60, 250, frames, dtype=np.uint8)[:, None, None]
     return picture
+
+
+@pytest.mark.parametrize(("suffix", "tolerance"), [(".webp", 0), (".gif", 8)])
+def test_an_animation_shows_the_frames_at_their_rate_without_end(suffix, tolerance, tmp_path) -> None:
+    frames = colours(9)
+    Video(torch.zeros(1), frames, fps=8).save(tmp_path / f"a{suffix}")
+    decoded = []
+    with Image.open(tmp_path / f"a{suffix}") as animation:
+        for picture in ImageSequence.Iterator(animation):
+            decoded.append(np.asarray(picture.convert("RGB")).astype(int))
+            assert picture.info["duration"] in (120, 125, 130)  # GIF counts in 10 ms
+        assert animation.info["loop"] == 0
+    assert np.abs(np.stack(decoded) - frames).max() <= tolerance
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
@@ -45,7 +59,7 @@ def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path) -> None:
     with pytest.raises(OutputError, match="stopped at its latents"):
         Video(torch.zeros(1), None, fps=24).save(tmp_path / "a.mp4")
     with pytest.raises(OutputError, match=r"use .mp4"):
-        Video(torch.zeros(1), colours(1), fps=24).save(tmp_path / "a.gif")
+        Video(torch.zeros(1), colours(1), fps=24).save(tmp_path / "a.avi")
     with pytest.raises(OutputError, match="does not exist"):
         Video(torch.zeros(1), colours(1), fps=24).save(tmp_path / "no" / "a.mp4")
     assert list(tmp_path.iterdir()) == []

@@ -179,6 +179,8 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy, tmp_path) -> None:
 def test_a_model_that_cannot_be_found_is_refused(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         open_model("no/such/folder/anywhere")
+    with pytest.raises(CheckpointError, match="or mini-ti2v or mini-t2v"):
+        open_model("mini-i2v")
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         open_model(tmp_path / "file")
@@ -186,14 +188,3 @@ def test_a_model_that_cannot_be_found_is_refused(tmp_path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert "CheckpointError: model='nobody/nothing' is no folder here and cannot be downloaded" in done.stderr
-
-
-def test_the_built_in_model_is_made_once_in_the_cache_folder(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    spec = open_model(None)
-    assert isinstance(spec, WanSpec)
-    assert spec.folder.is_relative_to(tmp_path)
-    made = spec.folder.stat().st_mtime_ns
-    assert open_model(None) == spec
-    assert spec.folder.stat().st_mtime_ns == made
-    assert spec.resolve(VideoRequest(prompt="x"), 0).height == 128

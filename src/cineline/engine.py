@@ -58,7 +58,8 @@ class Engine:
     """A model on its ranks, ready for requests. Use it as a context manager, or call `close`.
 
     Args:
-        model: a folder in diffusers format, a hub id, or another family's spec; None for the built-in one.
+        model: a folder in diffusers format, a hub id, mini-ti2v, mini-t2v, or another family's spec; None for
+            mini-ti2v.
         parallel: how the model is divided.
         device: "cpu" or "cuda"; None takes cuda where there is one.
         dtype: of transformers and text encoder; None is float32 on the CPU, bfloat16 elsewhere.
@@ -87,7 +88,7 @@ class Engine:
         pin_cores: bool = False,
     ) -> None:
         parallel = parallel or ParallelConfig()
-        device = device or _default_device()
+        device = device or default_device()
         if in_flight is not None and (type(in_flight) is not int or in_flight < 1):
             raise InvalidConfig(f"in_flight={in_flight!r} is no whole number from 1 on: give 1 or more.")
         if launcher not in get_args(Launcher):
@@ -330,7 +331,8 @@ class Engine:
             rank.connection.close()
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """The device that is used where none is named."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,20 +1,15 @@
-"""From what a user calls a model to its spec: a folder, a hub id, or the built-in one."""
+"""From what a user calls a model to its spec: a mini model's name, a folder, or a hub id."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from cineline.errors import CheckpointError
 from cineline.spec import FamilySpec, WanSpec
 
-BUILD_LIMIT_S = 300.0
-
-BUILTIN = "random-ti2v-1"
-"""Folder of the built-in model; its number is raised whenever what is built changes."""
+MINIS = ("mini-ti2v", "mini-t2v")
+"""Trained models that ship with the package, by the names they go by everywhere; the first is the default."""
 
 FILES = ["model_index.json", "cineline.json", "*/*.json", "*/*.safetensors", "tokenizer/*"]
 
@@ -25,10 +20,10 @@ def open_model(model: str | Path | FamilySpec | None) -> FamilySpec:
     Raises:
         CheckpointError: there is no such model, or it is none that Cineline runs.
     """
-    if model is None:
-        return WanSpec.open(_builtin())
-    if not isinstance(model, (str, Path)):
+    if model is not None and not isinstance(model, (str, Path)):
         return model
+    if model is None or str(model) in MINIS:
+        return WanSpec.open(Path(__file__).parent / "minis" / str(model or MINIS[0]))
     folder = Path(model)
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
@@ -39,28 +34,10 @@ def open_model(model: str | Path | FamilySpec | None) -> FamilySpec:
     if exists:
         raise CheckpointError(f"model={str(model)!r} is a file: give the folder that holds model_index.json.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        raise CheckpointError(f"model={str(model)!r} does not exist: give a folder, or a hub id such as owner/name.")
+        raise CheckpointError(
+            f"model={str(model)!r} does not exist: give a folder, a hub id such as owner/name, or {' or '.join(MINIS)}."
+        )
     return WanSpec.open(_download(str(model)))
-
-
-def _builtin() -> Path:
-    """The model that is used when none is named, made on first use in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cineline"
-    folder = cache / BUILTIN
-    if folder.is_dir():
-        return folder
-    # In a process of its own, because its libraries talk and this one may be the user's.
-    made = subprocess.run(
-        [sys.executable, "-P", "-m", "cineline.models.random_checkpoint", str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        capture_output=True,
-        text=True,
-        timeout=BUILD_LIMIT_S,
-    )
-    if not folder.is_dir():  # whoever made it: another process may have been faster
-        reason = made.stderr.strip().split("\n")[-1]
-        raise CheckpointError(f"The built-in model cannot be made at {folder} ({reason}): set XDG_CACHE_HOME.")
-    return folder
 
 
 def _download(hub_id: str) -> Path:

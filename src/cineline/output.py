@@ -9,7 +9,8 @@ from pathlib import Path
 
 from cineline.errors import OutputError
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv")
+ANIMATION_SUFFIXES = (".webp", ".gif")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", *ANIMATION_SUFFIXES)
 NAME_LIMIT = 200
 """Bytes of a file's name; file systems take 255, and the temporary name is longer."""
 

@@ -182,7 +182,7 @@ class Video:
     fps: int
 
     def save(self, path: str | Path) -> None:
-        """Write the frames as H.264, yuv420p.
+        """Write the frames as H.264, yuv420p, or (.webp, .gif) as an endless animation.
 
         Raises:
             OutputError: there are no frames, or the file cannot be written.

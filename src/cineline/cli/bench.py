@@ -103,7 +103,8 @@ def schedule(
 @app.command()
 def exact(
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id; a random checkpoint of each kind.", show_default=False)
+        str | None,
+        typer.Option(help="Folder, hub id or mini; a random checkpoint of each kind.", show_default=False),
     ] = None,
     pp: Annotated[str, typer.Option(help="Stages, such as 1,2.")] = "1,2",
     in_flight: InFlight = "1,3",

@@ -17,7 +17,7 @@ from cineline.cli.progress import RequestProgress, make_view
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
-from cineline.hub import open_model
+from cineline.hub import MINIS, open_model
 from cineline.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
 from cineline.output import check_output, whole_file
 from cineline.request import Job, Video
@@ -33,7 +33,7 @@ def _option(panel: str, text: str, *names: str) -> Any:
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
-    model: Annotated[str | None, _option(_RUN, "Folder in diffusers format, or hub id; a small built-in one.")] = None,
+    model: Annotated[str | None, _option(_RUN, "A folder in diffusers format, a hub id, mini-t2v; mini-ti2v.")] = None,
     negative_prompt: Annotated[str | None, _option(_REQUEST, "What it should not show.")] = None,
     image: Annotated[Path | None, _option(_REQUEST, "First frame, for models that take one.")] = None,
     height: Annotated[int | None, _option(_REQUEST, "Pixels, on the model's grid.")] = None,
@@ -49,7 +49,7 @@ def generate(
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
     ] = None,
-    output: Annotated[Path | None, _option(_RUN, "The video's file; out.mp4.")] = None,
+    output: Annotated[Path | None, _option(_RUN, "The video's file, .mp4, .mov, .mkv, .webp or .gif; out.mp4.")] = None,
     output_dir: Annotated[Path | None, _option(_RUN, "Folder for 0001.mp4 and so on, by line.")] = None,
     save_latents: Annotated[
         Path | None, _option(_RUN, "Latents' .safetensors file (with --requests a folder); alone, no video is made.")
@@ -64,7 +64,13 @@ def generate(
     quiet: Annotated[bool, _option(_RUN, "No progress, no settings.", "--quiet")] = False,
     trace: Annotated[Path | None, _option(_RUN, "Write a timeline for ui.perfetto.dev, .json.")] = None,
 ) -> None:
-    """Generate a video from a prompt, or many from a file of requests."""
+    """Generate a video from a prompt, or many from a file of requests.
+
+    The models that ship, mini-ti2v and mini-t2v, draw one thing: a circle,
+    square or triangle in red, green, blue, yellow, purple, orange, white or
+    black, moving left, right, up or down, growing or shrinking, on a
+    background of another of these colours. Other words do no harm.
+    """
     options = {
         "negative_prompt": negative_prompt,
         "image": image,
@@ -101,7 +107,7 @@ def generate(
     check_tasks(spec, tasks, requests)
     if not quiet:
         stages = "1 stage" if parallel.pp == 1 else f"{parallel.pp} stages"
-        console.print(f"Loading {model or 'the built-in model'} on {stages}", highlight=False, soft_wrap=True)
+        console.print(f"Loading {model or MINIS[0]} on {stages}", highlight=False, soft_wrap=True)
 
     with Engine(
         spec,

@@ -1,4 +1,4 @@
-"""Frames to a video file that plays everywhere: H.264, yuv420p, BT.709."""
+"""Frames to a video file that plays everywhere (H.264, yuv420p, BT.709), or to an animated picture."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
+from PIL import Image
 
 from cineline.errors import OutputError
-from cineline.output import VIDEO_SUFFIXES, check_output, whole_file
+from cineline.output import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, check_output, whole_file
 
 
 def write_video(frames: np.ndarray | None, fps: int, path: Path) -> None:
@@ -21,8 +22,15 @@ def write_video(frames: np.ndarray | None, fps: int, path: Path) -> None:
     if frames is None:
         raise OutputError(f"{path} cannot be written: the request stopped at its latents (decode=False).")
     check_output(path, VIDEO_SUFFIXES)
+    write = _animate if path.suffix.lower() in ANIMATION_SUFFIXES else _encode
     with whole_file(path) as temporary:
-        _encode(frames, fps, temporary)
+        write(frames, fps, temporary)
+
+
+def _animate(frames: np.ndarray, fps: int, path: Path) -> None:
+    """An endless animation, for web pages: WebP without loss, GIF with 256 colours and a rate of whole 10 ms."""
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(path, save_all=True, append_images=others, duration=1000 / fps, loop=0, lossless=True)
 
 
 def _encode(frames: np.ndarray, fps: int, path: Path) -> None:

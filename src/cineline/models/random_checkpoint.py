@@ -1,14 +1,11 @@
-"""Small Wan 2.2 checkpoints with random weights, in diffusers format: for tests, benchmarks and a first try.
+"""Small Wan 2.2 checkpoints with random weights, in diffusers format: for tests and benchmarks.
 
 They have the real classes and file layout, and make noise instead of pictures.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +20,7 @@ from diffusers import (
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from cineline.spec import DEFAULTS_FILE, WanKind
-
-BUILTIN_DEFAULTS = {"height": 128, "width": 128, "num_frames": 17, "fps": 8, "num_inference_steps": 20}
+from cineline.spec import WanKind
 
 
 @dataclass(frozen=True)
@@ -52,11 +47,8 @@ class RandomConfig:
     max_shard_size: str = "5GB"
 
 
-def save_random_checkpoint(folder: Path, config: RandomConfig, defaults: Mapping[str, float] | None = None) -> Path:
-    """Build the checkpoint and put it at `folder`, complete or not at all; returns `folder`.
-
-    `defaults` are written beside it as its default request.
-    """
+def save_random_checkpoint(folder: Path, config: RandomConfig) -> Path:
+    """Build the checkpoint and put it at `folder`, complete or not at all; returns `folder`."""
     disable_progress_bar()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -64,8 +56,6 @@ def save_random_checkpoint(folder: Path, config: RandomConfig, defaults: Mapping
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             _build(config).save_pretrained(unfinished, max_shard_size=config.max_shard_size)
-        if defaults:
-            (unfinished / DEFAULTS_FILE).write_text(json.dumps(dict(defaults)))
         unfinished.rename(folder)
     return folder
 
@@ -133,7 +123,3 @@ def _tokenizer() -> T5Tokenizer:
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     letters = [(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'-!?"]
     return T5Tokenizer(vocab=[*special, *letters], extra_ids=0)
-
-
-if __name__ == "__main__":  # the model that is used when none is named, at the folder that is named
-    save_random_checkpoint(Path(sys.argv[1]), RandomConfig(layers=8, heads=4), defaults=BUILTIN_DEFAULTS)

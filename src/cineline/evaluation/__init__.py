@@ -1,0 +1,1 @@
+"""Judging videos: whether one shows what its prompt says, and how much two differ."""

@@ -1,0 +1,1 @@
+"""Makes the mini models that ship with Cineline (see README.md here)."""
