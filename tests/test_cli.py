@@ -208,7 +208,10 @@ def test_a_signal_in_the_middle_leaves_no_process_and_no_file(number, ti2v, tmp_
     command = ["generate", "x", "--model", ti2v, "--pp", "2", "--num-inference-steps", "10000"]
     command += ["--trace", str(tmp_path / "t.json")]
     size = ["--height", "32", "--width", "32", "--num-frames", "1", "--output", str(tmp_path / "a.mp4")]
+    # A shell's background job ignores Ctrl-C, and so would its children.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen([sys.executable, "-m", "cineline", *command, *size], stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, ignored)
     assert process.stderr is not None
     assert "on 2 stages" in process.stderr.readline()
     assert "a.mp4" in process.stderr.readline()  # printed once the ranks are ready
