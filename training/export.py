@@ -20,8 +20,8 @@ def export(recipe: Recipe, name: str, vae: AutoencoderKLWan, students: list[Stud
     Args:
         work: where it is put together before it is moved to `folder`.
 
-    Transformers and VAE are kept in half precision, which costs nothing that can be seen; the text encoder in
-    single, because transformers loads it in the precision of its file.
+    Transformers and VAE are kept in half precision (the scores are those of the files as they ship); the text encoder
+    in single, because transformers loads it in the precision of its file.
     """
     transformers: list[WanTransformer3DModel] = [student.transformer.half() for student in students]
     pipeline = WanPipeline(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cineline.cli.options import dtype_of, whole_numbers
+from cineline.cli.options import Json, dtype_of, whole_numbers
 from cineline.config import DeviceConfig
 from cineline.errors import InvalidConfig
 from cineline.output import check_output
@@ -21,7 +21,6 @@ from cineline.spec import WanKind
 
 app = typer.Typer(help="Measure the line on this machine.", no_args_is_help=True)
 
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result there.", show_default=False)]
 Runs = Annotated[int, typer.Option(help="Runs of each arm, interleaved.", min=1)]
 InFlight = Annotated[str, typer.Option(help="Requests at once, M, such as 1,3.")]
 DtypeName = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]

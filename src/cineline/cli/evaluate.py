@@ -10,14 +10,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cineline.cli.options import dtype_of
+from cineline.cli.options import Json, dtype_of
 from cineline.config import ParallelConfig
 from cineline.errors import InvalidConfig
 from cineline.output import check_output, whole_file
 
 app = typer.Typer(help="Judge a model's videos, or compare two files.", no_args_is_help=True)
-
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result there.", show_default=False)]
 
 
 @app.command()

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from cineline.config import Dtype
 from cineline.errors import InvalidConfig
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result there.", show_default=False)]
 
 
 def dtype_of(name: str, value: str | None) -> Dtype | None:

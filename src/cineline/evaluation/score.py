@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cineline.engine import Engine
+from cineline.evaluation.compare import VIDEO_PEAK, compare
 from cineline.evaluation.judge import Verdict, judge
 from cineline.evaluation.scenes import Scene, first_frame
 from cineline.request import VideoRequest
@@ -61,9 +64,10 @@ def show(
 
 def _psnr(image: NDArray[np.uint8], frame: NDArray[np.uint8]) -> float:
     height, width = frame.shape[:2]
-    wanted = np.asarray(Image.fromarray(image).resize((width, height)), np.float64)
-    error = float(((wanted - frame) ** 2).mean())
-    return 10 * float(np.log10(255**2 / max(error, 1e-9)))
+    wanted = np.array(Image.fromarray(image).resize((width, height)))
+    one, two = (torch.from_numpy(picture).permute(2, 0, 1) for picture in (wanted, frame))
+    psnr = compare([one], [two], VIDEO_PEAK).psnr
+    return math.inf if psnr is None else psnr
 
 
 def tally(shown: Iterable[Shown]) -> dict[str, tuple[int, int]]:
