@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: video test lint types mini mini-ti2v mini-t2v mini-score setup clean
+.PHONY: video test test-products lint types mini mini-ti2v mini-t2v mini-score setup clean
 
 ## make a video with the model that ships, on two stages
 video: setup
@@ -11,6 +11,10 @@ video: setup
 ## lint, type-check and test
 test: setup lint types
 	$(BIN)/pytest
+
+## products of parallel axes, on four to eight ranks: minutes more
+test-products: setup
+	$(BIN)/pytest -m products
 
 lint: setup
 	$(BIN)/ruff check src training tests examples

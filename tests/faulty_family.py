@@ -21,7 +21,7 @@ class FaultyStages(ToyStages):
         words = state.job.prompt.split()
         if words[0] == "slow":
             time.sleep(0.02)
-        if words[0] in ("raise", "die") and (self.part.stage, step) == (int(words[1]), int(words[2])):
+        if words[0] in ("raise", "die") and (self.part.place.pp, step) == (int(words[1]), int(words[2])):
             if words[0] == "raise":
                 raise ValueError("a fault on purpose")
             os._exit(77)

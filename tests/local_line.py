@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from cineline import ParallelConfig, VideoRequest
 from cineline.channel import Edges, LocalChannel, Pending, TensorSpec
 from cineline.config import DeviceConfig
 from cineline.control import Admit, Begun, Done, Message, Stop
+from cineline.mesh import edges_of
 from cineline.models.pipeline_parallel import StagePart
 from cineline.request import Job, WorkItem
 from cineline.scheduler import Scheduler
@@ -33,37 +35,65 @@ class RendezvousChannel(LocalChannel):
     def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
         pending = super().post(specs, keep)
         self._posts.release()
-        return pending
+        return OncePending(pending)
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+    def send(self, tensors: Sequence[torch.Tensor], kind: str | None = None) -> None:
         assert self._posts.acquire(timeout=LIMIT_S), "deadlock: nobody receives"
         super().send(tensors)
 
 
-class LocalLine:
-    """A toy model on `stages` threads; with `rendezvous`, no send returns before its receive is posted."""
+class OncePending:
+    """As strict as gloo: a second wait for the same receive would hang."""
 
-    def __init__(self, spec: ToySpec, stages: int, in_flight: int | None, rendezvous: bool = False) -> None:
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+        self._waited = False
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        assert not self._waited, "a receive is waited for twice"
+        self._waited = True
+        return self._pending.wait()
+
+    def release(self) -> None:
+        assert self._waited, "a buffer is given back before the message is in it"
+
+
+class StrictChannel(LocalChannel):
+    def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
+        return OncePending(super().post(specs, keep))
+
+
+class LocalLine:
+    """A toy model on a thread for each rank; with `rendezvous`, no send returns before its receive is posted."""
+
+    def __init__(
+        self,
+        spec: ToySpec,
+        parallel: ParallelConfig,
+        in_flight: int | None,
+        rendezvous: bool = False,
+        stages_class: type[ToyStages] = ToyStages,
+    ) -> None:
         self.spec = spec
         self.reports: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.emitted: list[WorkItem] = []
-        self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in range(stages)]
-        self.scheduler = Scheduler(stages, in_flight, self._admit)
-        channel = RendezvousChannel if rendezvous and stages > 1 else LocalChannel
-        forward = [channel() for _ in range(stages - 1)]
-        back = channel()
+        ranks = range(parallel.ranks)
+        self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in ranks]
+        self.scheduler = Scheduler([len(group) for group in parallel.groups], in_flight, self._admit, parallel.cfg)
+        ends: list[dict[str, list[LocalChannel]]] = [defaultdict(list) for _ in ranks]
+        for edge in edges_of(parallel):
+            channel = RendezvousChannel() if rendezvous and edge.source != edge.target else StrictChannel()
+            ends[edge.source][f"{edge.kind}_out"].append(channel)
+            ends[edge.target][f"{edge.kind}_in"].append(channel)
+        cut = parallel.cut(spec.layers)
         self.loops = []
-        for stage, layers in enumerate(ParallelConfig(pp=stages).cut(spec.layers)):
-            family = ToyStages(spec)
-            part = StagePart(stage, stages, layers, torch.device("cpu"), DeviceConfig())
+        for rank in ranks:
+            family, place = stages_class(spec), parallel.place(rank)
+            part = StagePart(place, parallel, cut[place.pp], torch.device("cpu"), DeviceConfig())
             family.load(part)
-            edges = Edges(
-                forward_in=forward[stage - 1] if stage else None,
-                forward_out=forward[stage] if stage < stages - 1 else None,
-                return_in=back if part.is_head else None,
-                return_out=back if part.is_tail else None,
-            )
-            self.loops.append(StageLoop(family, part, edges, self._inboxes[stage], self.reports.put))
+            several = {name: tuple(ends[rank].pop(name, ())) for name in ("return_out", "handover_out")}
+            edges = Edges(**{name: channels[0] for name, channels in ends[rank].items()}, **several)
+            self.loops.append(StageLoop(family, part, edges, self._inboxes[rank], self.reports.put))
         self._threads = [threading.Thread(target=loop.run, daemon=True) for loop in self.loops]
         for thread in self._threads:
             thread.start()
@@ -104,7 +134,7 @@ class LocalLine:
                 self.scheduler.begun(report.item)
             elif isinstance(report, Done):
                 number = report.item.request
-                finished = self.scheduler.complete(report.item)
+                finished = self.scheduler.complete(report.item, report.moves)
                 if report.result is not None and report.result.dtype == np.uint8:
                     frames[number].append(report.result)
                 elif report.result is not None:

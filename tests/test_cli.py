@@ -213,7 +213,7 @@ def test_a_signal_in_the_middle_leaves_no_process_and_no_file(number, ti2v, tmp_
     process = subprocess.Popen([sys.executable, "-m", "cineline", *command, *size], stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, ignored)
     assert process.stderr is not None
-    assert "on 2 stages" in process.stderr.readline()
+    assert "on 2 ranks" in process.stderr.readline()
     assert "a.mp4" in process.stderr.readline()  # printed once the ranks are ready
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) == 2

@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_line import LocalLine
-from toy_family import ToySpec
+from toy_family import ToySpec, ToyStages
 from toy_reference import toy_reference
 
-from cineline import VideoRequest
+from cineline import ParallelConfig, VideoRequest
+from cineline.channel import TensorSpec
+from cineline.models.pipeline_parallel import RequestState
 from cineline.request import Branch, Kind, WorkItem
 
 SPEC = ToySpec()
+
+
+class SplitToyStages(ToyStages):
+    """The toy with two experts of the same blocks; a request's seed says how many steps are the first one's."""
+
+    def expert(self, state: RequestState, step: int) -> int:
+        return int(step >= state.job.seed % (state.job.steps + 1))
+
+    def history_specs(self, state: RequestState) -> tuple[TensorSpec, ...]:
+        return self.latents_spec(state), self.latents_spec(state)
+
+    def history(self, state: RequestState) -> list[torch.Tensor]:
+        return [state.before]
+
+    def take_history(self, state: RequestState, tensors: Sequence[torch.Tensor]) -> None:
+        state.latents, state.before = (tensor.clone() for tensor in tensors)
+
+
+parallels = st.one_of(
+    st.builds(ParallelConfig, pp=st.integers(1, 8), cfg=st.integers(1, 2)),
+    st.integers(2, 6).flatmap(
+        lambda pp: st.builds(
+            ParallelConfig,
+            pp=st.just(pp),
+            cfg=st.integers(1, 2),
+            expert_placement=st.just("split"),
+            high_stages=st.integers(1, pp - 1),
+        )
+    ),
+)
 
 requests = st.builds(
     VideoRequest,
@@ -27,28 +61,29 @@ requests = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     wanted=st.lists(requests, min_size=1, max_size=6),
-    stages=st.integers(1, 8),
+    parallel=parallels,
     in_flight=st.one_of(st.none(), st.integers(1, 4)),
     cancels=st.dictionaries(st.integers(0, 5), st.integers(0, 40), max_size=3),
     rendezvous=st.booleans(),
 )
-def test_any_company_gives_the_bits_of_the_model_in_one_piece(wanted, stages, in_flight, cancels, rendezvous) -> None:
-    line = LocalLine(SPEC, stages, in_flight, rendezvous)
+def test_any_company_gives_the_bits_of_the_model_in_one_piece(wanted, parallel, in_flight, cancels, rendezvous) -> None:
+    stages_class = SplitToyStages if parallel.expert_placement == "split" else ToyStages
+    line = LocalLine(SPEC, parallel, in_flight, rendezvous, stages_class)
     results = line.run(wanted, {number: after for number, after in cancels.items() if number < len(wanted)})
     for number, (latents, frames) in results.items():
         expected_latents, expected_frames = toy_reference(SPEC, wanted[number])
         assert torch.equal(latents, expected_latents)
         assert (frames is None) == (expected_frames is None)
         assert frames is None or np.array_equal(frames, expected_frames)
-    assert all(not loop._states for loop in line.loops), "a stage kept a request"
+    assert all(not loop._requests for loop in line.loops), "a stage kept a request"
 
 
 def test_requests_take_turns() -> None:
     """Three requests of three steps: no two turns of one request follow each other while another could go."""
-    line = LocalLine(SPEC, 2, in_flight=3)
+    line = LocalLine(SPEC, ParallelConfig(pp=2), in_flight=3)
     line.run([VideoRequest(prompt=p, num_inference_steps=3, guidance_scale=2, decode=False) for p in "abc"], {})
     order = [item.request for item in line.emitted if item.kind is Kind.DENOISE and item.last]
     assert order == [0, 1, 2] * 3

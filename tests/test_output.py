@@ -86,7 +86,7 @@ def test_a_trace_has_a_row_a_stage_and_a_slice_a_work_item(tmp_path) -> None:
     slices = [Slice(1, item, 5_000, 9_000, 1_000), Slice(0, WorkItem(Kind.DECODE, 3, 2), 2_000, 4_000, 0)]
     write_trace(slices, tmp_path / "t.json")
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    assert [event["args"]["name"] for event in events if event["ph"] == "M"] == ["stage 0", "stage 1"]
+    assert [event["args"]["name"] for event in events if event["ph"] == "M"] == ["rank 0", "rank 1"]
     first, second = (event for event in events if event["ph"] == "X")
     assert (first["name"], first["tid"], first["ts"], first["dur"]) == ("r3 decode 2", 0, 0.0, 2.0)
     assert (second["name"], second["tid"], second["ts"], second["dur"]) == ("r3 step 7 uncond", 1, 3.0, 4.0)

@@ -32,7 +32,7 @@ jobs = st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1.0, 2.0]), st.int
 @given(shapes=jobs, stages=st.integers(1, 8), in_flight=st.one_of(st.none(), st.integers(1, 4)))
 def test_every_job_runs_whole_in_order_and_within_the_limits(shapes, stages, in_flight) -> None:
     admitted: list[int] = []
-    scheduler = Scheduler(stages, in_flight, lambda job: admitted.append(job.id))
+    scheduler = Scheduler([stages], in_flight, lambda job: admitted.append(job.id))
     wanted = {number: job(number, *shape) for number, shape in enumerate(shapes)}
     for one in wanted.values():
         scheduler.submit(one)
@@ -60,11 +60,11 @@ def test_every_job_runs_whole_in_order_and_within_the_limits(shapes, stages, in_
         stream.extend(scheduler.pump())
     assert finished == wanted.keys()
     for number, items in seen.items():
-        assert items == [item for turn in turns_of(wanted[number]) for item in turn]
+        assert items == [item for turn in turns_of(wanted[number], wanted[number].branches) for item in turn]
 
 
 def test_a_cancelled_request_is_dropped_once_and_only_when_it_is_in_the_line() -> None:
-    scheduler = Scheduler(2, 1, lambda job: None)
+    scheduler = Scheduler([2], 1, lambda job: None)
     scheduler.submit(job(0))
     scheduler.submit(job(1))
     scheduler.pump()
@@ -75,7 +75,7 @@ def test_a_cancelled_request_is_dropped_once_and_only_when_it_is_in_the_line() -
 
 
 def test_a_cancel_makes_room() -> None:
-    scheduler = Scheduler(2, 1, lambda job: None)
+    scheduler = Scheduler([2], 1, lambda job: None)
     scheduler.submit(job(0))
     scheduler.submit(job(1))
     assert {item.request for item in scheduler.pump()} == {0}

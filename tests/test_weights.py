@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cineline import CheckpointError, ParallelConfig
-from cineline.config import DeviceConfig
+from cineline.config import DeviceConfig, Place
 from cineline.models import weights
 from cineline.models.pipeline_parallel import StagePart
 from cineline.models.random_checkpoint import RandomConfig
@@ -31,7 +31,7 @@ def load(folder: Path, stage: int = 0, stages: int = 1) -> int:
     """Bytes that one stage reads."""
     spec = WanSpec.open(folder)
     layers = ParallelConfig(pp=stages).cut(spec.layers)[stage]
-    part = StagePart(stage, stages, layers, torch.device("cpu"), DeviceConfig())
+    part = StagePart(Place(pp=stage), ParallelConfig(pp=stages), layers, torch.device("cpu"), DeviceConfig())
     with torch.no_grad():
         return WanStages(spec).load(part)
 

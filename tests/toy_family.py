@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cineline.channel import TensorSpec
+from cineline.config import stages_alone
 from cineline.denoise import combine
 from cineline.models.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
 from cineline.request import Branch, Job, VideoRequest
@@ -23,10 +24,9 @@ C = 3
 
 @dataclass(frozen=True)
 class ToySpec:
-    """Rules of the toy's requests."""
-
     layers: int = 8
     stages_class: ClassVar[str] = "toy_family:ToyStages"
+    place = staticmethod(stages_alone)
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
         steps, frames, scale = request.num_inference_steps or 4, request.num_frames or 5, request.guidance_scale or 1.0
@@ -88,8 +88,8 @@ class ToyStages(PipelineParallelMixin[RequestState]):
 
     def advance(self, state: RequestState, step: int) -> torch.Tensor:
         prediction = combine(state.predictions, state.job.guidance_scale)
-        before = getattr(state, "before", torch.zeros(()))
-        state.latents, state.before = step_of(state.latents, prediction, before), prediction
+        state.latents = step_of(state.latents, prediction, getattr(state, "before", torch.zeros(())))
+        state.before = prediction
         return state.latents
 
     def final_latents(self, state: RequestState) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,8 +56,12 @@ class Pending(Protocol):
 class Sender(Protocol):
     """The near end of an edge."""
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Send a message. The tensors must not be written to afterwards."""
+    def send(self, tensors: Sequence[torch.Tensor], kind: str | None = None) -> None:
+        """Send a message. The tensors must not be written to afterwards.
+
+        Args:
+            kind: what it is counted as, if not as the edge's own kind.
+        """
         ...
 
 
@@ -83,13 +87,22 @@ class Edges:
     Attributes:
         forward_in, forward_out: from the stage before, to the stage after.
         return_in: on the head, latents from the tail.
-        return_out: on the tail, latents to the head.
+        return_out: on the tail, latents to the head; with CFG parallelism to the heads of both lines.
+        handover_in, handover_out: with split experts, latents from the first expert's tail to the second's head(s).
+        history_in, history_out: the same with the solver's history, to the second's tail.
+        guidance_in, guidance_out: with CFG parallelism the second branch's prediction, from its tail to the first's.
     """
 
     forward_in: Receiver | None = None
     forward_out: Sender | None = None
     return_in: Receiver | None = None
-    return_out: Sender | None = None
+    return_out: tuple[Sender, ...] = ()
+    handover_in: Receiver | None = None
+    handover_out: tuple[Sender, ...] = ()
+    history_in: Receiver | None = None
+    history_out: Sender | None = None
+    guidance_in: Receiver | None = None
+    guidance_out: Sender | None = None
 
 
 class LocalChannel:
@@ -103,7 +116,7 @@ class LocalChannel:
         self._sent: deque[tuple[torch.Tensor, ...]] = deque()
         self._posted: deque[_LocalPending] = deque()
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+    def send(self, tensors: Sequence[torch.Tensor], kind: str | None = None) -> None:
         with self._lock:
             self._sent.append(tuple(tensors))
             self._match()
@@ -146,15 +159,23 @@ class TorchSender:
         peer: the receiver's rank in the world.
         group: of these two ranks, used for this edge alone (a backend matches by order).
         staged: copy through host memory first, for a backend that cannot read the device's.
+        count: called with the bytes of each message, and its kind where it has one of its own.
     """
 
-    def __init__(self, peer: int, group: dist.ProcessGroup, staged: bool) -> None:
+    def __init__(
+        self,
+        peer: int,
+        group: dist.ProcessGroup,
+        staged: bool,
+        count: Callable[[int, str | None], None] | None = None,
+    ) -> None:
+        self._count = count
         self._peer = peer
         self._group = group
         self._staged = staged
         self._underway: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def send(self, tensors: Sequence[torch.Tensor]) -> None:
+    def send(self, tensors: Sequence[torch.Tensor], kind: str | None = None) -> None:
         message = _pack(tensors)
         if self._staged:
             message = torch.empty_like(message, device="cpu", pin_memory=True).copy_(message)
@@ -163,6 +184,8 @@ class TorchSender:
         except RuntimeError as error:
             raise EdgeBroken(f"the edge to rank {self._peer} broke ({error})") from None
         assert work is not None
+        if self._count:
+            self._count(message.numel(), kind)
         self._underway.append((work, message))
         if len(self._underway) > SENDS_UNDERWAY:
             _wait(self._underway.popleft()[0], self._peer)

@@ -7,13 +7,14 @@ A work item travels as a header of fixed size, all else as a pickle of the class
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import numpy as np
 from PIL import Image
 
-from cineline.config import DeviceConfig
+from cineline.config import DeviceConfig, ParallelConfig
 from cineline.errors import CinelineError
 from cineline.request import Job, WorkItem
 from cineline.spec import FamilySpec
@@ -28,7 +29,7 @@ class Setup:
     """Engine to rank, first: what it is to be.
 
     Attributes:
-        rank: its number, from 0. cut: blocks of every stage.
+        rank: its number, from 0. parallel: the sizes of the axes. cut: blocks of every stage.
         local_rank, ranks_on_host: its number on its host, of how many.
         store_port: of the rendezvous on this host; None tells rank 0 to open one and announce it,
             and is not used under torchrun, which has its own.
@@ -37,6 +38,7 @@ class Setup:
 
     spec: FamilySpec
     rank: int
+    parallel: ParallelConfig
     cut: tuple[range, ...]
     config: DeviceConfig
     local_rank: int
@@ -80,10 +82,12 @@ class Done:
 
     Attributes:
         result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk.
+        moves: the next step is another group's of stages (split experts).
     """
 
     item: WorkItem
     result: np.ndarray | None = None
+    moves: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Rank to engine, before it ends: its slices."""
+    """Rank to engine, before it ends: its slices, and the bytes it has sent by axis."""
 
     slices: tuple[Slice, ...]
+    traffic: Mapping[str, int]
 
 
 @dataclass(frozen=True)

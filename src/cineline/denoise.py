@@ -69,6 +69,24 @@ def make_steps(solver: Any, job: Job) -> list[Step]:
     return steps
 
 
+def history_of(solver: Any) -> list[torch.Tensor]:
+    """The tensors of latents' shape that a diffusers scheduler keeps between steps, in a fixed order."""
+    kept: list[torch.Tensor] = []
+    for _, value in sorted(vars(solver).items()):
+        for tensor in value if isinstance(value, list) else [value]:
+            if isinstance(tensor, torch.Tensor) and tensor.ndim > 1:
+                kept.append(tensor)
+    return kept
+
+
+def rehearse(solver: Any, steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Bring a new solver where that many steps of predictions of this dtype bring it; its history's values are
+    not theirs, but it has their shapes, and what it counts is right."""
+    for timestep in solver.timesteps[:steps]:
+        prediction = torch.zeros(shape, device=timestep.device, dtype=dtype)
+        solver.step(prediction, timestep, torch.zeros(shape, device=timestep.device), return_dict=False)
+
+
 def combine(predictions: Mapping[Branch, torch.Tensor], guidance: float) -> torch.Tensor:
     """Classifier-free guidance, uncond + g (cond - uncond) (Ho & Salimans 2022, arXiv 2207.12598)."""
     cond = predictions[Branch.COND]

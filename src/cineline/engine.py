@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 from cineline import control
-from cineline.config import DeviceConfig, Dtype, ParallelConfig
+from cineline.config import DEVICES, DeviceConfig, Dtype, ParallelConfig, Place
 from cineline.errors import (
     CinelineError,
     EdgeBroken,
@@ -68,6 +68,11 @@ class Engine:
         trace: write a Chrome trace there on close, where nothing was left undone.
         launcher: start the ranks here, or be rank 0 of a torchrun world.
         pin_cores: pin rank r to core r (benchmarks).
+        allow_untested_device: try an accelerator other than CUDA, by torch's name for it.
+
+    Attributes:
+        bytes_read: of weights, by rank.
+        traffic: after `close`, bytes that each rank sent: over its edges by their kind, else by axis.
 
     Raises:
         InvalidConfig, CheckpointError, OutputError: before or while the ranks start; none is left running.
@@ -86,6 +91,7 @@ class Engine:
         trace: str | Path | None = None,
         launcher: Launcher = "local",
         pin_cores: bool = False,
+        allow_untested_device: bool = False,
     ) -> None:
         parallel = parallel or ParallelConfig()
         device = device or default_device()
@@ -95,24 +101,31 @@ class Engine:
             raise InvalidConfig(f"launcher={launcher!r} is not known: use {' or '.join(get_args(Launcher))}.")
         if launcher == "torchrun" and torchrun_rank() is None:
             raise InvalidConfig("launcher='torchrun' needs a torchrun world: start the program with torchrun.")
-        config = DeviceConfig(device, dtype or ("float32" if device == "cpu" else "bfloat16"), vae_dtype, pin_cores)
+        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        config = DeviceConfig(device, dtype, vae_dtype, pin_cores, allow_untested_device)
         self.spec = open_model(model)
+        parallel = self.spec.place(parallel)
+        if launcher == "local":
+            _check_devices(parallel, config)
         cut = tuple(parallel.cut(self.spec.layers))
+        heads = (Place(cfg=cfg) for cfg in range(parallel.cfg))
+        self._image_ranks = {parallel.rank(place) for place in heads}
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:
             check_output(self._trace, (".json",))
         self._slices: list[Slice] = []
+        self.traffic: dict[int, dict[str, int]] = {}
         self._timelines = 0
         self._closed = False
         self._lock = threading.RLock()
-        self._line = _Line(Scheduler(parallel.pp, in_flight, self._admit))
-        environment = config.rank_environment(parallel.pp if launcher == "local" else torchrun_world()[1])
+        self._line = _Line(Scheduler([len(group) for group in parallel.groups], in_flight, self._admit, parallel.cfg))
+        environment = config.rank_environment(parallel.ranks if launcher == "local" else torchrun_world()[1])
         if launcher == "local":
-            self._ranks = launch_local(parallel.pp, environment)
+            self._ranks = launch_local(parallel.ranks, environment)
         else:
-            self._ranks = launch_torchrun(parallel.pp, environment, START_LIMIT_S)
+            self._ranks = launch_torchrun(parallel, environment, START_LIMIT_S)
         try:
-            self.bytes_read = self._start(cut, config)
+            self.bytes_read = self._start(parallel, cut, config)
         except BaseException:
             self._end_ranks(0.0)
             self._disconnect()
@@ -175,13 +188,21 @@ class Engine:
 
     # Starting.
 
-    def _start(self, cut: tuple[range, ...], config: DeviceConfig) -> list[int]:
+    def _start(self, parallel: ParallelConfig, cut: tuple[range, ...], config: DeviceConfig) -> list[int]:
         """Tell every rank what it is and wait until all are ready; the bytes of weights each has read."""
         deadline = time.monotonic() + START_LIMIT_S
         port = None
         for rank in self._ranks:
             setup = control.Setup(
-                self.spec, rank.rank, cut, config, rank.local_rank, rank.ranks_on_host, port, self._trace is not None
+                self.spec,
+                rank.rank,
+                parallel,
+                cut,
+                config,
+                rank.local_rank,
+                rank.ranks_on_host,
+                port,
+                self._trace is not None,
             )
             self._say(rank, setup)
             if rank.rank == 0 and len(self._ranks) > 1 and self._ranks[1].process is not None:
@@ -232,9 +253,9 @@ class Engine:
     # Running. All of these hold the lock.
 
     def _admit(self, job: Job) -> None:
+        image = self._line.images.pop(job.id, None)
         for rank in self._ranks:
-            image = self._line.images.pop(job.id, None) if rank.rank == 0 else None
-            self._say(rank, control.Admit(job, image))
+            self._say(rank, control.Admit(job, image if rank.rank in self._image_ranks else None))
 
     def _emit(self, items: list[WorkItem]) -> None:
         for item in items:
@@ -253,7 +274,7 @@ class Engine:
 
     def _take(self, done: control.Done) -> None:
         handle = self._line.handles.get(done.item.request)
-        finished = self._line.scheduler.complete(done.item)
+        finished = self._line.scheduler.complete(done.item, done.moves)
         self._emit(self._line.scheduler.pump())
         if handle is None:
             return
@@ -292,6 +313,7 @@ class Engine:
                 message = self._receive(rank)
                 if isinstance(message, control.Timeline):
                     self._slices.extend(message.slices)
+                    self.traffic[rank.rank] = dict(message.traffic)
                     self._timelines += 1
                     del open_ranks[connection]
                 elif isinstance(message, control.Failed):
@@ -329,6 +351,22 @@ class Engine:
         """Close the connections, which also ends ranks on other hosts. Nobody may be listening any more."""
         for rank in self._ranks:
             rank.connection.close()
+
+
+def _check_devices(parallel: ParallelConfig, config: DeviceConfig) -> None:
+    """Refuse what this machine's accelerators cannot run; stages may share them, the ranks of a stage may not."""
+    if config.device not in DEVICES and parallel.ring > 1:
+        raise InvalidConfig(f"ring={parallel.ring} has no attention for device={config.device!r}: use ulysses.")
+    if config.device == "cpu" or parallel.lanes == 1:
+        return
+    import torch
+
+    found = torch.accelerator.device_count()
+    if parallel.ranks > found:
+        raise InvalidConfig(
+            f"{parallel} is {parallel.ranks} ranks, which need an accelerator each, and here are {found}: "
+            f"{parallel.advice(found)}."
+        )
 
 
 def default_device() -> str:

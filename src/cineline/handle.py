@@ -66,8 +66,9 @@ class RequestHandle:
     def take(self, done: Done) -> None:
         """Engine: a step or a chunk is done."""
         if done.item.kind is Kind.DENOISE:
-            self._steps_done = done.item.number + 1
-            self._latents = done.result
+            # With split experts two ranks report, and the later step's word may come first.
+            self._steps_done = max(self._steps_done, done.item.number + 1)
+            self._latents = self._latents if done.result is None else done.result
         elif done.item.kind is Kind.DECODE:
             assert done.result is not None
             self._chunks.append(done.result)

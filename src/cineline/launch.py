@@ -20,6 +20,7 @@ from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, Listener
 from typing import Literal
 
+from cineline.config import ParallelConfig
 from cineline.control import ENGINE_ADDRESS
 from cineline.errors import InvalidConfig, RankFailed
 
@@ -129,16 +130,19 @@ def torchrun_world() -> tuple[int, int]:
     return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
 
 
-def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) -> list[RankProcess]:
+def launch_torchrun(parallel: ParallelConfig, environment: Mapping[str, str], limit_s: float) -> list[RankProcess]:
     """Rank 0 of a torchrun world: start the own rank and wait for the connections of all.
 
     Raises:
-        InvalidConfig: the world's size is not `ranks`, or not all ranks called within `limit_s`.
+        InvalidConfig: the world has not as many ranks, or not all of them called within `limit_s`.
         RankFailed: the own rank ended before it called.
     """
+    ranks = parallel.ranks
     world, per_host = torchrun_world()
     if world != ranks:
-        raise InvalidConfig(f"torchrun started {world} processes for pp={ranks}: make the two equal.")
+        raise InvalidConfig(
+            f"torchrun started {world} processes, but {parallel} is {ranks} ranks: {parallel.advice(world)}."
+        )
     host = socket.gethostbyname(os.environ["MASTER_ADDR"])
     key = secrets.token_bytes(32)
     listener = Listener((host, 0), backlog=ranks, authkey=key)

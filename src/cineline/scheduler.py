@@ -10,8 +10,8 @@ two turns of one request while another could go, which would leave a bubble betw
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 from cineline.request import Branch, Job, Kind, WorkItem
@@ -32,12 +32,12 @@ def speed_up_limit(stages: int, in_flight: int, branches: int) -> Fraction:
     return Fraction(items * stages, max(items, stages + branches - 1))
 
 
-def turns_of(job: Job) -> Iterator[list[WorkItem]]:
-    """The job's turns, in order."""
+def turns_of(job: Job, branches: int) -> Iterator[list[WorkItem]]:
+    """The job's turns, in order, with that many items a step."""
     for step in range(job.steps):
         items = [
-            WorkItem(Kind.DENOISE, job.id, step, Branch(branch), last=branch == job.branches - 1)
-            for branch in range(job.branches)
+            WorkItem(Kind.DENOISE, job.id, step, Branch(branch), last=branch == branches - 1)
+            for branch in range(branches)
         ]
         yield items if step else [WorkItem(Kind.ENCODE, job.id, last=False), *items]
     for chunk in range(job.chunks):
@@ -47,12 +47,12 @@ def turns_of(job: Job) -> Iterator[list[WorkItem]]:
 @dataclass(eq=False)
 class _Entry:
     job: Job
-    turns: deque[list[WorkItem]] = field(default_factory=deque)
+    turns: deque[list[WorkItem]]
     unfinished: int = 0
     steps_done: int = 0
+    group: int = 0
 
     def __post_init__(self) -> None:
-        self.turns.extend(turns_of(self.job))
         self.unfinished = len(self.turns)
 
     @property
@@ -65,15 +65,21 @@ class Scheduler:
     """Orders the work items of all requests.
 
     Args:
-        stages: P, stages of the line.
-        in_flight: requests that may denoise at once; None for the default of each.
+        groups: stages of the line, by group: one, or with split experts one for each expert. A request is in the
+            first group until it moves to the second, and each group has its share of the requests in flight, so
+            that new ones come in while others are in the second.
+        in_flight: requests that may denoise at once; None for the default of each group.
         admit: called with a job just before its first item is emitted.
+        cfg: lines that share a step's branches. With two, a step is one item, of which each line runs its branch.
     """
 
-    def __init__(self, stages: int, in_flight: int | None, admit: Callable[[Job], None]) -> None:
-        self._stages = stages
+    def __init__(
+        self, groups: Sequence[int], in_flight: int | None, admit: Callable[[Job], None], cfg: int = 1
+    ) -> None:
+        self._groups = groups
         self._in_flight = in_flight
         self._admit = admit
+        self._cfg = cfg
         self._waiting: deque[Job] = deque()
         self._active: dict[int, _Entry] = {}
         self._ready: deque[_Entry] = deque()
@@ -85,10 +91,10 @@ class Scheduler:
 
     def pump(self) -> list[WorkItem]:
         """All items that may be emitted now, in order."""
-        while self._waiting and self._load() + self._share(self._waiting[0]) <= 1:
+        while self._waiting and self._has_room(self._waiting[0]):
             job = self._waiting.popleft()
             self._admit(job)
-            self._active[job.id] = _Entry(job)
+            self._active[job.id] = _Entry(job, deque(turns_of(job, self._branches(job))))
             self._ready.append(self._active[job.id])
         items: list[WorkItem] = []
         while (entry := next(filter(self._may_go, self._ready), None)) is not None:
@@ -104,12 +110,17 @@ class Scheduler:
         if entry is not None and entry.turns:
             self._ready.append(entry)
 
-    def complete(self, item: WorkItem) -> bool:
-        """Record that the tail has finished `item`, the last of its turn; true when it was the request's last."""
+    def complete(self, item: WorkItem, moves: bool = False) -> bool:
+        """Record that the tail has finished `item`, the last of its turn; true when it was the request's last.
+
+        Args:
+            moves: the request goes on in the next group.
+        """
         entry = self._active.get(item.request)
         if entry is None:
             return False
         entry.steps_done += item.kind is Kind.DENOISE
+        entry.group += moves
         entry.unfinished -= 1
         if not entry.unfinished:
             self._forget(entry)
@@ -130,11 +141,28 @@ class Scheduler:
         if self._decoder is entry:
             self._decoder = None
 
-    def _share(self, job: Job) -> Fraction:
-        return Fraction(1, self._in_flight or default_in_flight(self._stages, job.branches))
+    def _has_room(self, job: Job) -> bool:
+        denoising = [entry for entry in self._active.values() if entry.denoising]
+        first = [entry for entry in denoising if entry.group == 0]
+        return all(
+            sum((share(entry.job) for entry in entries), share(job)) <= 1
+            for entries, share in ((denoising, self._share), (first, self._share_of_first_group))
+        )
 
-    def _load(self) -> Fraction:
-        return sum((self._share(entry.job) for entry in self._active.values() if entry.denoising), Fraction(0))
+    def _share(self, job: Job) -> Fraction:
+        return Fraction(1, self._in_flight or sum(self._default(stages, job) for stages in self._groups))
+
+    def _share_of_first_group(self, job: Job) -> Fraction:
+        first = self._groups[0]
+        given = self._in_flight and -(-self._in_flight * first // sum(self._groups))
+        return Fraction(1, given or self._default(first, job))
+
+    def _default(self, stages: int, job: Job) -> int:
+        return default_in_flight(stages, self._branches(job))
+
+    def _branches(self, job: Job) -> int:
+        """Items of a step in each line."""
+        return 1 if self._cfg == 2 else job.branches
 
     def _may_go(self, entry: _Entry) -> bool:
         # One request decodes at a time: a VAE decoder's cache takes gigabytes.

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from PIL import Image, ImageOps
 
-from cineline.errors import CheckpointError, InvalidRequest
+from cineline.config import ParallelConfig
+from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest
 from cineline.request import Job, VideoRequest
 
 WanKind = Literal["ti2v", "t2v", "i2v"]
@@ -79,6 +80,14 @@ class FamilySpec(Protocol):
 
     @property
     def layers(self) -> int: ...
+
+    def place(self, parallel: ParallelConfig) -> ParallelConfig:
+        """The config with nothing left open.
+
+        Raises:
+            InvalidConfig: this model cannot be divided that way.
+        """
+        ...
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
         """The request with nothing left open, as job `number`.
@@ -216,6 +225,33 @@ class WanSpec:
         """Shape [1, C, F', H', W'] of a job's latents."""
         frames = (job.num_frames - 1) // self.vae_frames + 1
         return 1, int(self.vae["z_dim"]), frames, job.height // self.vae_scale, job.width // self.vae_scale
+
+    @property
+    def high_share(self) -> float:
+        """Share of the steps that are the high-noise expert's, by the checkpoint's flow shift and boundary.
+
+        A step at share u of the way has the noise level f u / (1 + (f - 1) u) with flow shift f (Esser et al. 2024,
+        arXiv 2403.03206); those at or above the boundary are the high-noise expert's.
+        """
+        shift = float(self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
+        boundary = self.boundary_ratio or 0.0
+        return 1 - boundary / (shift - (shift - 1) * boundary)
+
+    def place(self, parallel: ParallelConfig) -> ParallelConfig:
+        """See `FamilySpec.place`."""
+        if parallel.expert_placement == "split" and len(self.experts) < 2:
+            raise InvalidConfig(f"expert_placement='split' needs a model with two experts, {self.folder} has one.")
+        heads = int(self.transformer["num_attention_heads"])
+        shares = parallel.tp * parallel.ulysses
+        if heads % shares:
+            raise InvalidConfig(
+                f"tp={parallel.tp} x ulysses={parallel.ulysses} does not divide the model's {heads} attention heads: "
+                f"use a product among {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}."
+            )
+        width = int(self.transformer["ffn_dim"])
+        if width % parallel.tp:
+            raise InvalidConfig(f"tp={parallel.tp} does not divide the model's feed-forward width {width}: use less.")
+        return parallel.placed(self.layers, self.high_share)
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
         """See `FamilySpec.resolve`."""

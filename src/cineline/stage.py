@@ -5,13 +5,14 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from cineline.channel import Edges, Pending
+from cineline.channel import Edges, Pending, Receiver, TensorSpec
 from cineline.control import Admit, Begun, Done, Message, Stop
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
 from cineline.pace import Pace, marker
@@ -22,8 +23,92 @@ RECEIVES_AHEAD = 2
 """Receives posted ahead of their use, so that tensors travel while the stage computes."""
 
 
+@dataclass(frozen=True)
+class _Next:
+    """An item and the receives that are posted for it: hidden states (or conditioning), the second prediction."""
+
+    item: WorkItem
+    hidden: Pending | None = None
+    guidance: Pending | None = None
+
+
+class _Mail:
+    """One edge whose messages may be of no use any more when they come, because their request was dropped.
+
+    Both ends follow the stream, so a receive is posted even where a drop comes before its use; its buffer
+    must live until the message is in it. The edge is in order: with a message, those due before are here.
+    """
+
+    def __init__(self, receiver: Receiver) -> None:
+        self.receiver = receiver
+        self._posts = 0
+        self._dropped: deque[tuple[int, Pending]] = deque()
+
+    def post(self, specs: Sequence[TensorSpec]) -> _Letter:
+        self._posts += 1
+        return _Letter(self, self._posts, self.receiver.post(specs))
+
+    def reap(self, before: int) -> None:
+        """Give back the buffers of dropped messages that were due before that one."""
+        while self._dropped and self._dropped[0][0] < before:
+            pending = self._dropped.popleft()[1]
+            pending.wait()
+            pending.release()
+
+    def drop(self, number: int, pending: Pending) -> None:
+        self._dropped.append((number, pending))
+
+
+@dataclass
+class _Letter:
+    """A posted receive on such an edge."""
+
+    mail: _Mail
+    number: int
+    pending: Pending
+    is_here: bool = False
+
+    def wait(self) -> Hidden:
+        tensors = self.pending.wait()
+        self.is_here = True
+        self.mail.reap(self.number)
+        return tensors
+
+    def release(self) -> None:
+        self.pending.release()
+
+    def drop(self) -> None:
+        """Nobody wants it any more; a receive must not be waited for twice."""
+        if self.is_here:
+            self.release()
+        else:
+            self.mail.drop(self.number, self.pending)
+
+
+@dataclass
+class _Request:
+    """A request on this stage.
+
+    Attributes:
+        state: the family's.
+        routes: for each step the stages that execute it.
+        latents, history: the posted receives of the next step's latents, and of the solver's history.
+        last_step: this stage's last one, -1 where it has none.
+    """
+
+    state: Any
+    routes: Sequence[range]
+    last_step: int
+    latents: _Letter | None = None
+    history: _Letter | None = None
+
+
 class StageLoop:
     """Executes the stream of work items on one stage.
+
+    A step is executed by the stages of its route: all of them, or with split experts those of its expert. The
+    route's first stage embeds the latents, its last one steps the solver and returns latents to the first;
+    where the next step has another route it hands them over to that one's first, and the history to its last.
 
     Args:
         family: this stage's part of the model, loaded.
@@ -45,15 +130,18 @@ class StageLoop:
     ) -> None:
         self._family = family
         self._part = part
+        self._stage = part.place.pp
+        self._decodes = part.is_tail and part.leads
         self._edges = edges
         self._inbox = inbox
         self._report = report
         self._record = record
         self._pace = Pace(report, marker(part.device))
-        self._states: dict[int, Any] = {}
-        self._ahead: deque[tuple[WorkItem, Pending | None]] = deque()
-        self._dropped_returns: deque[tuple[int, Pending]] = deque()
-        self._returns = 0
+        self._requests: dict[int, _Request] = {}
+        self._ahead: deque[_Next] = deque()
+        self._returns = _Mail(edges.return_in) if edges.return_in else None
+        self._handovers = _Mail(edges.handover_in) if edges.handover_in else None
+        self._histories = _Mail(edges.history_in) if edges.history_in else None
         self._stopping = False
 
     @torch.no_grad()
@@ -64,12 +152,11 @@ class StageLoop:
             if not self._ahead:
                 self._pace.settle()
                 return
-            item, pending = self._ahead.popleft()
-            self._execute(item, pending)
+            self._execute(self._ahead.popleft())
             self._pace.end_item()
 
     def _look_ahead(self) -> None:
-        """Take in messages, posting the receive of each item; waits only when there is nothing to do."""
+        """Take in messages, posting the receives of each item; waits only when there is nothing to do."""
         while len(self._ahead) < RECEIVES_AHEAD and not self._stopping:
             if self._inbox.empty():
                 if self._ahead:
@@ -80,121 +167,188 @@ class StageLoop:
                 self._stopping = True
             elif isinstance(message, Admit):
                 self._admit(message)
-            elif isinstance(message, WorkItem):
-                self._ahead.append((message, self._post(message)))
+            elif isinstance(message, WorkItem) and message.request in self._requests:
+                self._ahead.append(self._post(message))
 
     def _admit(self, message: Admit) -> None:
-        state = self._states[message.job.id] = self._family.admit(message.job, message.image)
+        job = message.job
+        if not self._part.takes_part(job):
+            return
+        state = self._family.admit(job, message.image)
+        routes = [self._part.route(self._family.expert(state, step)) for step in range(job.steps)]
+        last_step = max((step for step, route in enumerate(routes) if self._stage in route), default=-1)
+        self._requests[job.id] = _Request(state, routes, last_step)
+        ahead, all_of_them = RECEIVES_AHEAD + 1, len(self._requests)
+        latents = [self._family.latents_spec(state)]
         if self._edges.forward_in is not None:
-            self._edges.forward_in.reserve(self._family.hidden_specs(state), RECEIVES_AHEAD + 1)
+            self._edges.forward_in.reserve(self._family.hidden_specs(state), ahead)
         if self._edges.return_in is not None:
-            self._edges.return_in.reserve([self._family.latents_spec(state)], len(self._states))
+            self._edges.return_in.reserve(latents, all_of_them)
+        if self._edges.handover_in is not None:
+            self._edges.handover_in.reserve(latents, all_of_them)
+        if self._edges.history_in is not None:
+            self._edges.history_in.reserve(self._family.history_specs(state), all_of_them)
+        if self._edges.guidance_in is not None and job.branches == 2:
+            self._edges.guidance_in.reserve([self._family.prediction_spec(state)], ahead)
 
-    def _post(self, item: WorkItem) -> Pending | None:
-        if self._edges.forward_in is None:
-            return None
-        if item.kind is Kind.ENCODE:
-            specs = self._family.conditioning_specs(self._states[item.request])
-            return self._edges.forward_in.post(tuple(specs.values()), keep=True) if specs else None
-        if item.kind is Kind.DENOISE:
-            return self._edges.forward_in.post(self._family.hidden_specs(self._states[item.request]))
-        return None
+    def _post(self, item: WorkItem) -> _Next:
+        request = self._requests[item.request]
+        hidden = guidance = None
+        if item.kind is Kind.ENCODE and self._edges.forward_in is not None:
+            specs = self._family.conditioning_specs(request.state)
+            hidden = self._edges.forward_in.post(tuple(specs.values()), keep=True) if specs else None
+        elif item.kind is Kind.DENOISE and self._stage in request.routes[item.number]:
+            route = request.routes[item.number]
+            if self._stage > route.start:
+                assert self._edges.forward_in is not None
+                hidden = self._edges.forward_in.post(self._family.hidden_specs(request.state))
+            if (
+                self._edges.guidance_in is not None
+                and self._stage == route.stop - 1
+                and request.state.job.branches == 2
+            ):
+                guidance = self._edges.guidance_in.post([self._family.prediction_spec(request.state)])
+        return _Next(item, hidden, guidance)
 
-    def _execute(self, item: WorkItem, pending: Pending | None) -> None:
+    def _execute(self, due: _Next) -> None:
+        item = due.item
         asked = time.time_ns()
-        received = pending.wait() if pending else ()
-        self._await_latents(item)
-        if item.last and self._part.is_tail and item.kind is not Kind.DROP:
+        received = due.hidden.wait() if due.hidden else ()
+        request = self._requests.get(item.request)
+        if request is None:  # dropped, or done here, since the item was looked at
+            return
+        self._await_latents(item, request)
+        if item.last and self._answers(item, request):
             self._report(Begun(item))
         start = time.time_ns()
+        branch, executed = item.branch, True
         if item.kind is Kind.ENCODE:
-            self._encode(item, received)
+            self._encode(request, received)
         elif item.kind is Kind.DENOISE:
-            self._denoise(item, received)
-            if pending:
-                pending.release()
-        elif item.kind is Kind.DECODE and self._part.is_tail:
-            self._decode(item)
+            branch = self._part.branches(request.state.job)[item.branch]
+            executed = self._stage in request.routes[item.number]
+            if executed:
+                self._denoise(item, branch, request, received, due.guidance)
+            if due.hidden:
+                due.hidden.release()
+            if item.last:
+                self._end_step(item, request)
+        elif item.kind is Kind.DECODE and self._decodes:
+            self._decode(item, request)
         elif item.kind is Kind.DROP:
             self._drop(item)
-        if self._record:
+        else:
+            executed = False
+        if self._record and executed:
             if self._part.device.type != "cpu":
                 torch.accelerator.synchronize()
-            self._record(Slice(self._part.stage, item, start, time.time_ns(), start - asked))
+            self._record(Slice(self._part.rank, item._replace(branch=branch), start, time.time_ns(), start - asked))
 
-    def _encode(self, item: WorkItem, received: Hidden) -> None:
-        state = self._states[item.request]
+    def _answers(self, item: WorkItem, request: _Request) -> bool:
+        """Whether the engine hears of this item from here: from the last stage that executes it."""
+        if item.kind is Kind.DENOISE:
+            return self._part.leads and self._stage == request.routes[item.number].stop - 1
+        return item.kind is Kind.DECODE and self._decodes
+
+    def _encode(self, request: _Request, received: Hidden) -> None:
+        state = request.state
         names = self._family.conditioning_specs(state)
         if self._part.is_head:
             state.conditioning.update(self._family.encode(state))
         else:
             state.conditioning.update(zip(names, received, strict=True))
         if self._edges.forward_out and names:
-            self._edges.forward_out.send([state.conditioning[name] for name in names])
+            self._edges.forward_out.send([state.conditioning[name] for name in names], "conditioning")
 
-    def _denoise(self, item: WorkItem, received: Hidden) -> None:
-        state = self._states[item.request]
-        step, branch = item.number, item.branch
-        hidden = self._family.embed(state, step, branch) if self._part.is_head else received
+    def _denoise(
+        self, item: WorkItem, branch: Branch, request: _Request, received: Hidden, guidance: Pending | None
+    ) -> None:
+        state, step, route = request.state, item.number, request.routes[item.number]
+        hidden = self._family.embed(state, step, branch) if self._stage == route.start else received
         hidden = self._family.run_blocks(state, step, branch, hidden)
-        if self._edges.forward_out:
+        if self._stage < route.stop - 1:
+            assert self._edges.forward_out is not None
             self._edges.forward_out.send(hidden)
-        else:
-            self._finish(item, state, self._family.predict(state, step, branch, hidden))
-        if not item.last:
             return
-        if step + 1 < state.job.steps:
-            self._post_return(state)
-        elif not (self._part.is_tail and state.job.chunks):
-            del self._states[item.request]
+        state.predictions[branch] = self._family.predict(state, step, branch, hidden)
+        if self._edges.guidance_out:
+            self._edges.guidance_out.send([state.predictions.pop(branch)])
+        elif item.last:
+            self._advance(item, request, guidance)
 
-    def _finish(self, item: WorkItem, state: Any, prediction: torch.Tensor) -> None:
-        """Tail: keep the prediction; with the step's last one, guidance, solver and the way back."""
-        state.predictions[item.branch] = prediction
-        if not item.last:
-            return
-        latents = self._family.advance(state, item.number)
+    def _advance(self, item: WorkItem, request: _Request, guidance: Pending | None) -> None:
+        """Route's end: a step's predictions are here, or the second one on its way: guidance, solver, the way back."""
+        state, step = request.state, item.number
+        if request.history:
+            self._family.take_history(state, request.history.wait())
+            request.history.release()
+            request.history = None
+        if guidance:
+            (state.predictions[Branch.UNCOND],) = guidance.wait()
+        latents = self._family.advance(state, step)
         state.predictions.clear()
-        if item.number + 1 < state.job.steps:
-            assert self._edges.return_out is not None
-            self._edges.return_out.send([latents])
-            self._pace.report(Done(item))
-        else:
-            self._pace.report(Done(item, self._family.final_latents(state).float().cpu().numpy()))
+        if guidance:
+            guidance.release()
+        goes_on, same_route = self._follows(request, step)
+        if goes_on:
+            senders = self._edges.return_out if same_route else self._edges.handover_out
+            for sender in senders[: state.job.branches]:
+                sender.send([latents])
+        if self._history_moves(request, step):
+            assert self._edges.history_out is not None
+            self._edges.history_out.send([latents, *self._family.history(state)])
+        if self._part.leads:
+            result = None if goes_on else self._family.final_latents(state).float().cpu().numpy()
+            self._pace.report(Done(item, result, moves=goes_on and not same_route))
 
-    def _post_return(self, state: Any) -> None:
-        """Head: get ready for the latents of the step just begun. Both ends of the edge follow the
-        stream's order, so a receive is posted even where a drop comes before its use."""
-        if self._edges.return_in is None:
+    def _follows(self, request: _Request, step: int) -> tuple[bool, bool]:
+        """Whether a step comes after this one, and whether it has the same route."""
+        goes_on = step + 1 < len(request.routes)
+        return goes_on, goes_on and request.routes[step + 1] == request.routes[step]
+
+    def _history_moves(self, request: _Request, step: int) -> bool:
+        """Whether latents and history go to another route's end: the next step's, or the one that decodes."""
+        goes_on, same_route = self._follows(request, step)
+        end = request.routes[step].stop
+        decodes_elsewhere = request.state.job.chunks > 0 and self._part.leads
+        return end != self._part.parallel.pp and not same_route and (goes_on or decodes_elsewhere)
+
+    def _end_step(self, item: WorkItem, request: _Request) -> None:
+        """After a step's last item, on every stage: get ready for what comes back, or forget the request."""
+        state, step = request.state, item.number
+        goes_on, same_route = self._follows(request, step)
+        if request.latents and self._stage == request.routes[step].start:
+            request.latents.release()  # the step's own latents, embedded by now
+            request.latents = None
+        if goes_on and self._stage == request.routes[step + 1].start:
+            mail = self._returns if same_route else self._handovers
+            assert mail is not None
+            request.latents = mail.post([self._family.latents_spec(state)])
+        if self._histories and self._history_moves(request, step):
+            request.history = self._histories.post(self._family.history_specs(state))
+        if step >= request.last_step and not (self._decodes and state.job.chunks):
+            del self._requests[item.request]
+
+    def _await_latents(self, item: WorkItem, request: _Request) -> None:
+        """Route's first stage, first branch of a step: wait for the step's latents."""
+        if item.kind is not Kind.DENOISE or item.branch is not Branch.COND or request.latents is None:
             return
-        if state.returning is not None:
-            state.returning.release()  # the step's own latents, embedded by now
-        state.returning = self._edges.return_in.post([self._family.latents_spec(state)])
-        self._returns += 1
-        state.return_number = self._returns
+        if self._stage == request.routes[item.number].start:
+            (request.state.latents,) = request.latents.wait()
 
-    def _await_latents(self, item: WorkItem) -> None:
-        """Head, first branch of a step: wait for the step's latents."""
-        first = item.kind is Kind.DENOISE and item.branch is Branch.COND and item.number > 0
-        if not (first and self._part.is_head):
-            return
-        state = self._states[item.request]
-        (state.latents,) = state.returning.wait()
-        # The edge is in order: what was due before is here too, and nobody wants it any more.
-        while self._dropped_returns and self._dropped_returns[0][0] < state.return_number:
-            dropped = self._dropped_returns.popleft()[1]
-            dropped.wait()
-            dropped.release()
-
-    def _decode(self, item: WorkItem) -> None:
-        state = self._states[item.request]
+    def _decode(self, item: WorkItem, request: _Request) -> None:
+        state = request.state
+        if request.history:
+            self._family.take_history(state, request.history.wait())
+            request.history.release()
+            request.history = None
         frames: np.ndarray = self._family.decode(state, item.number)
         if item.number + 1 == state.job.chunks:
-            del self._states[item.request]
+            del self._requests[item.request]
         self._pace.report(Done(item, frames))
 
     def _drop(self, item: WorkItem) -> None:
-        state = self._states.pop(item.request, None)
-        if state is not None and state.returning is not None:
-            # Its buffer must live until the latents are in it.
-            self._dropped_returns.append((state.return_number, state.returning))
+        request = self._requests.pop(item.request)
+        for letter in (request.latents, request.history):
+            if letter is not None:
+                letter.drop()

@@ -1,4 +1,4 @@
-"""The timeline of a run: one row a stage, one slice a work item, in Chrome's trace format.
+"""The timeline of a run: one row a rank, one slice a work item, in Chrome's trace format.
 
 Open the file in ui.perfetto.dev or chrome://tracing. Format: "Trace Event Format", complete events
 ("ph": "X", times in microseconds).
@@ -46,7 +46,7 @@ def write_trace(slices: Iterable[Slice], path: Path) -> None:
     ordered = sorted(slices, key=lambda entry: entry.start_ns)
     origin = min((entry.start_ns for entry in ordered), default=0)
     names = [
-        {"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": {"name": f"stage {rank}"}}
+        {"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": {"name": f"rank {rank}"}}
         for rank in sorted({entry.rank for entry in ordered})
     ]
     events = [

@@ -21,6 +21,8 @@ from cineline.spec import WanKind
 DIFFUSERS = "diffusers"
 """The arm that all others are compared with."""
 
+ONE_RANK = str(ParallelConfig())
+
 
 @dataclass(frozen=True)
 class LineCase:
@@ -28,14 +30,14 @@ class LineCase:
 
     Attributes:
         kind: of the model, 8 blocks of width 512 with random weights.
-        stages: P of the divided arm.
+        arms: divided ones, beside one rank and diffusers; with Ulysses among them diffusers' own is an arm too.
         in_flight: M, requests at once; each is timed with all arms.
         steps: solver steps of a request of 1,536 tokens.
         rounds: runs of each arm.
     """
 
     kind: WanKind
-    stages: int
+    arms: Sequence[ParallelConfig]
     in_flight: Sequence[int]
     steps: int
     rounds: int
@@ -49,33 +51,32 @@ class LineCase:
         return [VideoRequest(prompt=prompt, seed=seed, decode=False, **sizes, **scales) for seed in range(count)]
 
 
-def pp_arm(stages: int) -> str:
-    """The name of the arm with that many stages."""
-    return f"pp={stages}"
-
-
 def time_line(case: LineCase, config: DeviceConfig, tell: Callable[[str], None]) -> dict[int, dict[str, list[Run]]]:
-    """Runs by number in flight and arm: diffusers, one stage, all stages."""
+    """Runs by number in flight and arm: diffusers, one rank, the divided ones."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
         save_random_checkpoint(folder, RandomConfig(case.kind, layers=8, heads=4, head_dim=128, ffn_dim=2048))
         engines = {
-            pp_arm(stages): stack.enter_context(Engine(folder, ParallelConfig(pp=stages), **asdict(config)))
-            for stages in sorted({1, case.stages})
+            str(parallel): stack.enter_context(Engine(folder, parallel, **asdict(config)))
+            for parallel in dict.fromkeys([ParallelConfig(), *case.arms])
         }
-        pipeline = stack.enter_context(reference(folder, config))
+        theirs = {DIFFUSERS: stack.enter_context(reference(folder, config))}
+        for ulysses in sorted({parallel.ulysses for parallel in case.arms} - {1}):
+            theirs[f"{DIFFUSERS}, ulysses={ulysses}"] = stack.enter_context(reference(folder, config, ulysses=ulysses))
         arms: dict[tuple[int, str], Callable[[], float]] = {}
         for count in case.in_flight:
             requests = case.requests(count)
-            arms[count, DIFFUSERS] = partial(_time_reference, pipeline, requests)
+            for name, pipeline in theirs.items():
+                arms[count, name] = partial(_time_reference, pipeline, requests)
             for name, engine in engines.items():
                 arms[count, name] = partial(time_requests, engine, requests)
         warm_up = [request.model_copy(update={"num_inference_steps": 1}) for request in case.requests(1)]
-        _time_reference(pipeline, warm_up)
+        for pipeline in theirs.values():
+            _time_reference(pipeline, warm_up)
         for engine in engines.values():
             time_requests(engine, warm_up)
         runs = interleave({f"M={count} {name}": arm for (count, name), arm in arms.items()}, case.rounds, tell)
-    return {count: {name: runs[f"M={count} {name}"] for name in (DIFFUSERS, *engines)} for count in case.in_flight}
+    return {count: {name: runs[f"M={count} {name}"] for name in (*theirs, *engines)} for count in case.in_flight}
 
 
 def time_requests(engine: Engine, requests: Sequence[VideoRequest]) -> float:

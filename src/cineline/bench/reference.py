@@ -1,14 +1,14 @@
-"""diffusers' own pipelines in a process of their own: what the benchmarks compare with."""
+"""diffusers' own pipelines in processes of their own: what the benchmarks compare with."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,54 +29,80 @@ WAIT_LIMIT_S = 3600.0
 
 @dataclass(frozen=True)
 class Reference:
-    """A diffusers pipeline, loaded, at the other end of a pipe."""
+    """A diffusers pipeline, loaded, at the other end of one pipe (or of one for each of its ranks)."""
 
-    connection: Connection
+    connections: Sequence[Connection]
 
     def latents(self, request: VideoRequest) -> tuple[np.ndarray, float]:
         """Final latents float32 [C, F', H', W'] of a request without open fields, and the seconds they took."""
-        self.connection.send((request, "latent"))
-        latents, seconds = self.answer()
+        latents, seconds = self._ask(request, "latent")
         return latents, seconds
 
     def frames(self, request: VideoRequest) -> np.ndarray:
         """The pictures, uint8 [F, H, W, 3], made from the noise again."""
-        self.connection.send((request, "pil"))
-        frames: np.ndarray = self.answer()[0]
+        frames: np.ndarray = self._ask(request, "pil")[0]
         return frames
 
-    def answer(self) -> Any:
-        """What the process says next.
+    def _ask(self, request: VideoRequest, output_type: str) -> Any:
+        for connection in self.connections:
+            connection.send((request, output_type))
+        answers: dict[Any, Any] = {}
+        while len(answers) < len(self.connections):  # whichever comes first: a rank may end while others wait for it
+            left = [connection for connection in self.connections if connection not in answers]
+            heard = wait(left, WAIT_LIMIT_S)
+            first = next((connection for connection in left if connection in heard), left[0])
+            answers[first] = _answer(first)
+        return answers[self.connections[0]]
 
-        Raises:
-            CinelineError: it ended, or said nothing within `WAIT_LIMIT_S`.
-        """
-        try:
-            if self.connection.poll(WAIT_LIMIT_S):
-                return self.connection.recv()
-        except EOFError:
-            raise CinelineError("The diffusers process ended: see its error above.") from None
-        raise CinelineError(f"The diffusers process has not answered in {WAIT_LIMIT_S:.0f} s: use a smaller request.")
+
+def _answer(connection: Connection) -> Any:
+    """What a process says next.
+
+    Raises:
+        CinelineError: it ended, or said nothing within `WAIT_LIMIT_S`.
+    """
+    try:
+        if connection.poll(WAIT_LIMIT_S):
+            return connection.recv()
+    except EOFError:
+        raise CinelineError("The diffusers process ended: see its error above.") from None
+    raise CinelineError(f"The diffusers process has not answered in {WAIT_LIMIT_S:.0f} s: use a smaller request.")
 
 
 @contextmanager
-def reference(folder: Path, config: DeviceConfig, with_image: bool = False) -> Iterator[Reference]:
-    """diffusers' pipeline of a checkpoint, on the first core alone where `config` pins cores."""
-    ranks = len(os.sched_getaffinity(0)) if config.pin_cores else 1
-    connection, process = start_piped(__name__, config.rank_environment(ranks))
+def reference(folder: Path, config: DeviceConfig, with_image: bool = False, ulysses: int = 1) -> Iterator[Reference]:
+    """diffusers' pipeline of a checkpoint, a core for each rank where `config` pins cores.
+
+    Args:
+        ulysses: ranks of diffusers' own Ulysses attention.
+    """
+    ranks = len(os.sched_getaffinity(0)) if config.pin_cores else ulysses
+    started = [start_piped(__name__, config.rank_environment(ranks)) for _ in range(ulysses)]
+    connections = [connection for connection, _ in started]
     try:
-        connection.send((folder, config, with_image))
-        loaded = Reference(connection)
-        loaded.answer()
-        yield loaded
+        port = None
+        for rank, connection in enumerate(connections):
+            connection.send((folder, config, with_image, rank, ulysses, port))
+            if rank == 0 and ulysses > 1:
+                port = _answer(connection)
+        for connection in connections:
+            _answer(connection)
+        yield Reference(connections)
     finally:
-        connection.close()
-        process.kill()
-        process.wait()
+        for connection, process in started:
+            connection.close()
+            process.kill()
+            process.wait()
 
 
 def _serve(connection: Connection) -> None:
-    pipeline = _load(*connection.recv())
+    folder, config, with_image, rank, ranks, port = connection.recv()
+    if config.pin_cores:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    pipeline = _load(folder, config, with_image)
+    if ranks > 1:
+        _share_tokens(pipeline, connection, rank, ranks, port)
     connection.send(None)
     while True:
         try:
@@ -87,8 +113,6 @@ def _serve(connection: Connection) -> None:
 
 
 def _load(folder: Path, config: DeviceConfig, with_image: bool) -> Any:
-    if config.pin_cores:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     import torch
     from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
     from diffusers.utils.logging import disable_progress_bar
@@ -101,6 +125,24 @@ def _load(folder: Path, config: DeviceConfig, with_image: bool) -> Any:
     pipeline = pipeline_class.from_pretrained(folder, vae=vae, dtype=getattr(torch, config.dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(config.device)
+
+
+def _share_tokens(pipeline: Any, connection: Connection, rank: int, ranks: int, port: int | None) -> None:
+    """diffusers' Ulysses over so many ranks."""
+    import torch
+    import torch.distributed as dist
+    from diffusers import ContextParallelConfig
+
+    from cineline.mesh import open_store
+
+    store = open_store(port, ranks)
+    if port is None:
+        connection.send(store.port)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    # Without it `enable_parallelism` divides by the number of accelerators, which is 0 on a CPU (diffusers 0.42.1).
+    torch.accelerator.device_count = lambda: 1
+    for transformer in filter(None, (pipeline.transformer, pipeline.transformer_2)):
+        transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
 
 
 def _generate(pipeline: Any, request: VideoRequest, output_type: str) -> tuple[np.ndarray, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from cineline.bench.sleeping import SleepingSpec
 from cineline.config import ParallelConfig
 from cineline.engine import Engine
 from cineline.request import VideoRequest
+from cineline.scheduler import speed_up_limit
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ScheduleCase:
         steps: of each request.
         branches: forwards a step, 2 with guidance and 1 without.
         rounds: runs of each arm.
+        high_steps: steps of the first expert, which has stages of its own then; 0 for one expert.
     """
 
     stages: int
@@ -36,22 +39,40 @@ class ScheduleCase:
     steps: int
     branches: int
     rounds: int
+    high_steps: int = 0
 
     def one_stage_s(self, count: int) -> float:
         """Seconds that one device would sleep for `count` requests."""
         return count * self.steps * self.branches * self.stages * self.stage_s
 
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How the stages are used."""
+        if not self.high_steps:
+            return ParallelConfig(pp=self.stages)
+        split = ParallelConfig(pp=self.stages, expert_placement="split")
+        return split.placed(self.stages, self.high_steps / self.steps)
+
+    def limit(self, count: int) -> float:
+        """Throughput against one device: of the formula, or with split experts that of the busier group."""
+        if not self.high_steps:
+            return float(speed_up_limit(self.stages, count, self.branches))
+        high, low = (len(group) for group in self.parallel.groups)
+        return self.steps / max(self.high_steps / high, (self.steps - self.high_steps) / low)
+
 
 def time_schedule(case: ScheduleCase, tell: Callable[[str], None]) -> dict[int, list[Run]]:
     """Runs by number in flight; the fill of the line is included."""
-    spec = SleepingSpec(case.stages, case.stage_s, case.hidden_bytes)
+    # Blocks that both groups can share out evenly; all of them sleep as long as all stages of one expert's line.
+    blocks = math.prod(len(group) for group in case.parallel.groups)
+    spec = SleepingSpec(blocks, case.stages * case.stage_s / blocks, case.hidden_bytes, case.high_steps, case.steps)
     request = VideoRequest(
         prompt="sleep", num_inference_steps=case.steps, guidance_scale=float(case.branches), decode=False
     )
     arms: dict[str, Callable[[], float]] = {}
     with ExitStack() as stack:
         for count in case.in_flight:
-            engine = Engine(spec, ParallelConfig(pp=case.stages), device="cpu", in_flight=count)
+            engine = Engine(spec, case.parallel, device="cpu", in_flight=None if case.high_steps else count)
             stack.enter_context(engine)
             time_requests(engine, [request.model_copy(update={"num_inference_steps": 1})])
             arms[f"M={count}"] = partial(time_requests, engine, [request] * count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from cineline.channel import TensorSpec
+from cineline.config import ParallelConfig, stages_alone
 from cineline.denoise import combine
 from cineline.errors import InvalidRequest
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
@@ -29,12 +30,22 @@ class SleepingSpec:
         layers: blocks.
         block_s: seconds that one block sleeps.
         hidden_bytes: of the hidden states that travel from stage to stage.
+        high_steps: the first steps, which with split experts are the first one's.
+        steps: of all requests, with split experts.
     """
 
     layers: int
     block_s: float
     hidden_bytes: int
+    high_steps: int = 0
+    steps: int = 1
     stages_class: ClassVar[str] = f"{__name__}:SleepingStages"
+
+    def place(self, parallel: ParallelConfig) -> ParallelConfig:
+        """See `FamilySpec.place`: its ranks know nothing of shared tokens or blocks."""
+        if parallel.expert_placement == "split" and parallel.lanes == 1:
+            return parallel.placed(self.layers, self.high_steps / self.steps)
+        return stages_alone(parallel)
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
         """See `FamilySpec.resolve`; steps and guidance are all that counts here."""
@@ -85,6 +96,18 @@ class SleepingStages(PipelineParallelMixin[RequestState]):
 
     def latents_spec(self, state: RequestState) -> TensorSpec:
         return LATENTS
+
+    def expert(self, state: RequestState, step: int) -> int:
+        return int(step >= self._spec.high_steps > 0)
+
+    def history_specs(self, state: RequestState) -> tuple[TensorSpec, ...]:
+        return (LATENTS,)
+
+    def history(self, state: RequestState) -> Sequence[torch.Tensor]:
+        return ()
+
+    def take_history(self, state: RequestState, tensors: Sequence[torch.Tensor]) -> None:
+        state.latents = tensors[0].clone()
 
     def embed(self, state: RequestState, step: int, branch: Branch) -> Hidden:
         return (self._hidden,)

@@ -1,4 +1,4 @@
-"""`cineline bench line | schedule | exact`."""
+"""`cineline bench line | schedule | traffic | exact`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from cineline.cli.options import Json, dtype_of, whole_numbers
-from cineline.config import DeviceConfig
+from cineline.cli.options import Json, axes_of, dtype_of, whole_numbers
+from cineline.config import DeviceConfig, ParallelConfig
 from cineline.errors import InvalidConfig
 from cineline.output import check_output
 from cineline.scheduler import speed_up_limit
@@ -28,7 +28,9 @@ DtypeName = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
 
 @app.command()
 def line(
-    pp: Annotated[int, typer.Option(help="Stages, P.", min=1)] = 2,
+    arm: Annotated[
+        list[str] | None, typer.Option(help="What is compared, such as pp=2 or pp=2,cfg=2; may be repeated; pp=2.")
+    ] = None,
     in_flight: InFlight = "1,3",
     kind: Annotated[str, typer.Option(help="Like which model: ti2v or t2v.")] = "ti2v",
     steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 4,
@@ -37,27 +39,32 @@ def line(
     dtype: DtypeName = "float32",
     json: Json = None,
 ) -> None:
-    """Real compute, 8 blocks of width 512 at 1,536 tokens: P stages against one stage and diffusers."""
+    """Real compute, 8 blocks of width 512 at 1,536 tokens: divided against one rank and diffusers."""
     _check_json(json)
     case_kind = _kind(kind, ("ti2v", "t2v"))
     counts = whole_numbers("in_flight", in_flight)
-    from cineline.bench.line import DIFFUSERS, LineCase, pp_arm, time_line
+    from cineline.bench.line import DIFFUSERS, ONE_RANK, LineCase, time_line
     from cineline.bench.measure import Summary, ratios
     from cineline.bench.report import machine, report
 
     config = DeviceConfig(device, dtype_of("dtype", dtype) or "float32", pin_cores=device == "cpu")
-    case = LineCase(case_kind, pp, counts, steps, runs)
+    divided = [axes_of("arm", text) for text in arm or ["pp=2"]]
+    case = LineCase(case_kind, divided, counts, steps, runs)
     results = time_line(case, config, _teller())
     rows = []
     for count, arms in results.items():
-        limits = {pp_arm(stages): f"{float(speed_up_limit(stages, count, 2)):.2f}" for stages in (1, pp)}
+        limits = {
+            str(parallel): f"{float(speed_up_limit(parallel.pp, count, 2)):.2f}"
+            for parallel in [ParallelConfig(), *divided]
+            if parallel.ranks == parallel.pp
+        }
         for name, own in arms.items():
             per_request = Summary.of([run.seconds / count for run in own])
-            against = [str(ratios(arms[base], own)) for base in (DIFFUSERS, pp_arm(1))]
+            against = [str(ratios(arms[base], own)) for base in (DIFFUSERS, ONE_RANK)]
             rows.append([str(count), name, str(per_request), *against, limits.get(name, ""), _others(own)])
     report(
         f"{kind}, 8 x 512, 1,536 tokens, {steps} steps, {dtype}, {runs} runs: median (range)",
-        ["M", "arm", "s a request", "x diffusers", "x one stage", "limit", "others' CPU"],
+        ["M", "arm", "s a request", "x diffusers", "x one rank", "limit", "others' CPU"],
         rows,
         {"machine": machine(device), "case": asdict(case), "runs": _plain(results)},
         json,
@@ -72,21 +79,29 @@ def schedule(
     hidden_mb: Annotated[float, typer.Option(help="Hidden states that travel, in 10^6 bytes.", min=0.001)] = 3.0,
     steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 40,
     branches: Annotated[int, typer.Option(help="Forwards a step: 2 with guidance, 1 without.", min=1, max=2)] = 2,
+    high_steps: Annotated[
+        int, typer.Option(help="Steps of a first expert with stages of its own; 0 for one expert.", min=0)
+    ] = 0,
     runs: Runs = 4,
     json: Json = None,
 ) -> None:
-    """The real engine with sleeping stages, beside the formula 2MP / max(2M, P+1)."""
+    """The real engine with sleeping stages, beside the formula 2MP / max(2M, P+1).
+
+    With split experts (--high-steps) M requests are submitted at once, and as many are in flight as by default.
+    """
     _check_json(json)
     counts = whole_numbers("in_flight", in_flight)
     from cineline.bench.measure import Summary
     from cineline.bench.report import machine, report
     from cineline.bench.schedule import ScheduleCase, time_schedule
 
-    case = ScheduleCase(pp, counts, stage_ms / 1000, round(hidden_mb * 1e6), steps, branches, runs)
+    if high_steps >= steps or (high_steps and pp < 2):
+        raise InvalidConfig(f"high_steps={high_steps} of steps={steps} on pp={pp}: use less, on two stages or more.")
+    case = ScheduleCase(pp, counts, stage_ms / 1000, round(hidden_mb * 1e6), steps, branches, runs, high_steps)
     results = time_schedule(case, _teller())
     rows = []
     for count, own in results.items():
-        limit = float(speed_up_limit(pp, count, branches))
+        limit = case.limit(count)
         speed_up = Summary.of([case.one_stage_s(count) / run.seconds for run in own])
         share = Summary.of([100 * case.one_stage_s(count) / run.seconds / limit for run in own])
         rows.append([str(pp), str(count), str(speed_up), f"{limit:.2f}", str(share), _others(own)])
@@ -95,6 +110,27 @@ def schedule(
         ["P", "M", "speed-up", "limit", "% of the limit", "others' CPU"],
         rows,
         {"machine": machine("cpu"), "case": asdict(case), "runs": _plain(results)},
+        json,
+    )
+
+
+@app.command()
+def traffic(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Json = None,
+) -> None:
+    """Bytes that a rank sends for a forward, by axis: counted, beside the formula."""
+    _check_json(json)
+    config = DeviceConfig(device)
+    from cineline.bench.report import machine, report
+    from cineline.bench.traffic import measure
+
+    found = measure(config, _teller())
+    report(
+        "The busiest rank, one forward, 4 blocks of width 96, 128 tokens, float32",
+        ["axes", "counted", "computed", "formula"],
+        [[row.parallel, f"{row.counted:,}", f"{row.computed:,}", row.formula] for row in found],
+        {"machine": machine(device), "rows": [asdict(row) for row in found]},
         json,
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
-from cineline.cli.options import dtype_of, whole_numbers
+from cineline.cli.options import dtype_of, placement_of, whole_numbers
 from cineline.cli.progress import RequestProgress, make_view
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
@@ -56,8 +57,18 @@ def generate(
     ] = None,
     pp: Annotated[int | None, _option(_PARALLEL, "Pipeline stages; 1, or torchrun's world.")] = None,
     split: Annotated[str | None, _option(_PARALLEL, "Blocks on each stage, such as 5,2,1.")] = None,
+    cfg: Annotated[int, _option(_PARALLEL, "2 runs both branches of guidance at once, on a line each; 1.")] = 1,
+    ulysses: Annotated[int, _option(_PARALLEL, "Ranks of a stage that share the tokens, by heads; 1.")] = 1,
+    ring: Annotated[int, _option(_PARALLEL, "Ranks of a stage that share the tokens, in a ring; 1.")] = 1,
+    tp: Annotated[int, _option(_PARALLEL, "Ranks of a stage that share each block's weights; 1.")] = 1,
+    expert_placement: Annotated[
+        str, _option(_PARALLEL, "shared, or split: the two experts on stages of their own; shared.")
+    ] = "shared",
     in_flight: Annotated[int | None, _option(_PARALLEL, "Requests that denoise at once; fills the line.")] = None,
     device: Annotated[str | None, _option(_PARALLEL, "cpu or cuda; cuda where there is one.")] = None,
+    allow_untested_device: Annotated[
+        bool, _option(_PARALLEL, "Let --device be another of torch's accelerators.", "--allow-untested-device")
+    ] = False,
     dtype: Annotated[str | None, _option(_PARALLEL, "float32 or bfloat16; float32 on the CPU.")] = None,
     vae_dtype: Annotated[str, _option(_PARALLEL, "float32 or bfloat16; float32.")] = "float32",
     launcher: Annotated[str | None, _option(_PARALLEL, "local or torchrun; torchrun inside its world.")] = None,
@@ -86,11 +97,18 @@ def generate(
         "fps": fps,
     }
     fields = {name: value for name, value in options.items() if value is not None}
-    parallel = ParallelConfig(_stages(pp), None if split is None else whole_numbers("split", split))
+    axes = {"cfg": cfg, "ulysses": ulysses, "ring": ring, "tp": tp}
+    parallel = ParallelConfig(
+        _stages(pp, axes),
+        None if split is None else whole_numbers("split", split),
+        **axes,
+        expert_placement=placement_of(expert_placement),
+    )
     console = Console(stderr=True)
     launch = _launcher(launcher)
     if launch == "torchrun" and torchrun_rank() != 0:
-        sys.exit(serve_torchrun_rank(DeviceConfig(device or "cpu").rank_environment(torchrun_world()[1])))
+        config = DeviceConfig(device or "cpu", allow_untested_device=allow_untested_device)
+        sys.exit(serve_torchrun_rank(config.rank_environment(torchrun_world()[1])))
 
     outputs = Outputs(output, output_dir, save_latents)
     if requests is None:
@@ -106,8 +124,8 @@ def generate(
     spec = open_model(model)
     check_tasks(spec, tasks, requests)
     if not quiet:
-        stages = "1 stage" if parallel.pp == 1 else f"{parallel.pp} stages"
-        console.print(f"Loading {model or MINIS[0]} on {stages}", highlight=False, soft_wrap=True)
+        ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
+        console.print(f"Loading {model or MINIS[0]} on {ranks}", highlight=False, soft_wrap=True)
 
     with Engine(
         spec,
@@ -118,6 +136,7 @@ def generate(
         in_flight=in_flight,
         trace=trace,
         launcher=launch,
+        allow_untested_device=allow_untested_device,
     ) as engine:
         failed = _run(engine, tasks, quiet, console)
     if failed:
@@ -174,10 +193,12 @@ def _describe(job: Job) -> str:
     )
 
 
-def _stages(pp: int | None) -> int:
+def _stages(pp: int | None, axes: Mapping[str, int]) -> int:
+    """As many stages as are given, else what the other axes leave of torchrun's world."""
     if pp is not None:
         return pp
-    return torchrun_world()[0] if torchrun_rank() is not None else 1
+    others = math.prod(axes.values())
+    return torchrun_world()[0] // others or 1 if torchrun_rank() is not None and others > 0 else 1
 
 
 def _launcher(name: str | None) -> Launcher:

@@ -3,50 +3,88 @@
 The line (scheduler, channels, stage loop, engine) knows nothing else of a model. A family has a
 `FamilySpec` (the rules for its requests, no torch) and a class with this mixin, one instance a rank.
 
-Legend: P stages; the head is the first stage, the tail the last, one stage alone is both.
+Legend: P stages; the head is the first stage, the tail the last, one stage alone is both. A stage may be several
+ranks: then each of them is a head, a tail, or neither.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.distributed.device_mesh import DeviceMesh
 
-from cineline.channel import Pending, TensorSpec
-from cineline.config import DeviceConfig
+from cineline.axis import Axis, Traffic
+from cineline.channel import TensorSpec
+from cineline.config import DeviceConfig, ParallelConfig, Place
 from cineline.request import Branch, Job
 
 
 @dataclass(frozen=True)
 class StagePart:
-    """One stage's place in the line and its share of the model.
+    """One rank's place in the mesh and its share of the model.
 
     Attributes:
-        stage: 0 to stages - 1.
-        stages: P.
-        layers: the blocks it runs, of each of the family's block stacks.
+        place: its coordinates. parallel: the sizes of the axes.
+        layers: the blocks its stage runs, of each of the family's block stacks.
         device: where it computes.
         config: dtypes and the like.
+        mesh: the process groups of the axes; None for a world of one rank.
+        traffic: bytes that this rank has sent, by axis.
     """
 
-    stage: int
-    stages: int
+    place: Place
+    parallel: ParallelConfig
     layers: range
     device: torch.device
     config: DeviceConfig
+    mesh: DeviceMesh | None = None
+    traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def is_head(self) -> bool:
-        return self.stage == 0
+        return self.place.pp == 0
 
     @property
     def is_tail(self) -> bool:
-        return self.stage == self.stages - 1
+        return self.place.pp == self.parallel.pp - 1
+
+    def route(self, expert: int) -> range:
+        """The stages that execute a step of this expert."""
+        groups = self.parallel.groups
+        return groups[min(expert, len(groups) - 1)]
+
+    @property
+    def rank(self) -> int:
+        return self.parallel.rank(self.place)
+
+    @property
+    def is_first_lane(self) -> bool:
+        """Of the ranks of its stage, the one that does what they need not all do."""
+        return self.place == Place(cfg=self.place.cfg, pp=self.place.pp)
+
+    def axis(self, name: str) -> Axis:
+        """The ranks that differ from this one in that coordinate alone."""
+        return Axis(self.mesh, name, self.traffic)
+
+    @property
+    def leads(self) -> bool:
+        """Of the ranks that compute the same latents, the one that answers for them."""
+        return self.place == Place(pp=self.place.pp)
+
+    def takes_part(self, job: Job) -> bool:
+        """A job without guidance has nothing for the line of the second branch."""
+        return self.place.cfg < job.branches
+
+    def branches(self, job: Job) -> tuple[Branch, ...]:
+        """The branches of the job that this rank's line runs."""
+        own = [self.place.cfg] if self.parallel.cfg == 2 else range(job.branches)
+        return tuple(Branch(branch) for branch in own)
 
 
 @dataclass
@@ -60,7 +98,6 @@ class RequestState:
         image: the first frame, on the head alone.
         conditioning: made once by the head's `encode`, handed to all stages in this order.
         latents: the current ones: on the head the input of the step, on the tail its result.
-        returning, return_number: the head's posted receive of the next latents, and which one of all it is.
         predictions: on the tail, the step's predictions so far.
     """
 
@@ -68,8 +105,6 @@ class RequestState:
     image: Image.Image | None = None
     conditioning: dict[str, torch.Tensor] = field(default_factory=dict)
     latents: torch.Tensor | None = None
-    returning: Pending | None = None
-    return_number: int = 0
     predictions: dict[Branch, torch.Tensor] = field(default_factory=dict)
 
 
@@ -113,6 +148,26 @@ class PipelineParallelMixin(ABC, Generic[State]):
     @abstractmethod
     def latents_spec(self, state: State) -> TensorSpec:
         """What travels back from tail to head after a step."""
+
+    def expert(self, state: State, step: int) -> int:
+        """Which of the family's experts a step needs; with split experts they are on different stages."""
+        return 0
+
+    def history_specs(self, state: State) -> tuple[TensorSpec, ...]:
+        """With split experts, what moves to the second one's tail: the latents and `history`."""
+        raise NotImplementedError("a family of several experts says what its solver keeps")
+
+    def history(self, state: State) -> Sequence[torch.Tensor]:
+        """The first expert's tail, after its last step: the tensors that the solver keeps from step to step."""
+        raise NotImplementedError("a family of several experts says what its solver keeps")
+
+    def take_history(self, state: State, tensors: Sequence[torch.Tensor]) -> None:
+        """The second expert's tail, before its first step: latents and history, to be copied."""
+        raise NotImplementedError("a family of several experts says what its solver keeps")
+
+    def prediction_spec(self, state: State) -> TensorSpec:
+        """What the tail of the second branch's line sends to the first's, with CFG parallelism."""
+        return self.latents_spec(state)
 
     @abstractmethod
     def embed(self, state: State, step: int, branch: Branch) -> Hidden:

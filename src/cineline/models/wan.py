@@ -10,13 +10,14 @@ Legend: S tokens, D model width, B rows of a product, K distinct rows of a time 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import nn
@@ -24,9 +25,11 @@ from torch import nn
 from cineline.channel import TensorSpec
 from cineline.codec.text import TOKENS, TextEncoder
 from cineline.codec.vae import DecodeState, FrameDecoder, ImageEncoder
-from cineline.denoise import Step, combine, make_solver, make_steps
+from cineline.denoise import Step, combine, history_of, make_solver, make_steps, rehearse
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
-from cineline.models.weights import Weights
+from cineline.models.sequence_parallel import ShardedAttention, TokenShards
+from cineline.models.tensor_parallel import shard_block
+from cineline.models.weights import Shard, Weights
 from cineline.request import Branch, Job
 from cineline.spec import WanSpec
 
@@ -44,25 +47,25 @@ class WanState(RequestState):
     Attributes:
         steps: timestep, expert and guidance of every step.
         latent_shape: [1, C, F', H', W'].
-        rotary: cosines and sines of the positions, float32 [1, S, 1, head dim] each.
+        tokens: S.
+        shards: this rank's share of them.
+        rotary: cosines and sines of this rank's positions, float32 [1, s, 1, head dim] each.
         solver: on the tail, diffusers' scheduler with this request's history.
-        condition: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'].
+        condition: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'];
+            with split experts, whose second head needs them too, they are in the conditioning.
         decoding: on the tail, the decode under way.
         uniform: by expert, for each of its steps whether all tokens have the same time embedding.
     """
 
     steps: list[Step] = field(default_factory=list)
     latent_shape: tuple[int, ...] = ()
+    tokens: int = 0
+    shards: Any = None
     rotary: tuple[torch.Tensor, torch.Tensor] = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
     solver: Any = None
     condition: torch.Tensor | None = None
     decoding: DecodeState | None = None
     uniform: dict[int, list[bool]] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        """S."""
-        return self.rotary[0].shape[1]
 
     def position_in_expert(self, step: int) -> int:
         """The step's number among those of its expert."""
@@ -75,6 +78,7 @@ class WanStages(PipelineParallelMixin[WanState]):
     def __init__(self, spec: WanSpec) -> None:
         self._spec = spec
         self._experts: list[Any] = []
+        self._groups: list[range] = []
 
     def load(self, part: StagePart) -> int:
         self._part = part
@@ -82,34 +86,52 @@ class WanStages(PipelineParallelMixin[WanState]):
         self._dtype = getattr(torch, part.config.dtype)
         vae_dtype = getattr(torch, part.config.vae_dtype)
         folder = self._spec.folder
-        read = sum(self._load_expert(name) for name in self._spec.experts)
-        if part.is_head:
+        self._ring, self._ulysses, self._tp = (part.axis(name) for name in ("ring", "ulysses", "tp"))
+        rope = WanRotaryPosEmbed(
+            self._spec.transformer["attention_head_dim"], self._spec.patch, self._spec.transformer["rope_max_seq_len"]
+        )
+        self._rope = rope.to(self._device)
+        self._groups = [part.route(expert) for expert in range(len(self._spec.experts))]
+        read = sum(self._load_expert(expert) for expert in range(len(self._groups)))
+        if part.is_head and part.is_first_lane:
             self._text = TextEncoder(folder, self._dtype, self._device)
             read += self._text.bytes_read
-        if part.is_head and self._spec.kind != "t2v":
+        if part.is_head and part.is_first_lane and self._spec.kind != "t2v":
             self._image = ImageEncoder(folder, vae_dtype, self._device)
             read += self._image.bytes_read
-        if part.is_tail:
+        if part.is_tail and part.leads:
             self._frames = FrameDecoder(folder, vae_dtype, self._device)
             read += self._frames.bytes_read
         return read
 
-    def _load_expert(self, name: str) -> int:
-        weights = Weights(self._spec.folder / name)
+    def _load_expert(self, expert: int) -> int:
+        """Build and read what this rank needs of an expert: its blocks, and what stands before and after them.
+
+        The condition embedders of all experts are on the line's head, which embeds for every stage.
+        """
+        weights = Weights(self._spec.folder / self._spec.experts[expert])
         with torch.device("meta"):
             model = WanTransformer3DModel.from_config(self._spec.transformer)
         weights.check_names(model.state_dict(), ignored=model._keys_to_ignore_on_load_unexpected)
-        rope = type(model.rope)(
-            self._spec.transformer["attention_head_dim"], self._spec.patch, self._spec.transformer["rope_max_seq_len"]
-        )
-        model.rope = rope.to(self._device)
+        stage, group = self._part.place.pp, self._groups[expert]
+        layers = self._part.layers if stage in group else range(0)
         # Keyed by the block's number in the whole model, so that names stay the stored ones.
-        model.blocks = nn.ModuleDict({str(layer): model.blocks[layer] for layer in self._part.layers})
+        model.blocks = nn.ModuleDict({str(layer): model.blocks[layer] for layer in layers})
         if not self._part.is_head:
-            del model.patch_embedding, model.condition_embedder
-        if not self._part.is_tail:
+            del model.condition_embedder
+        if stage != group.start:
+            del model.patch_embedding
+        if stage != group.stop - 1:
             del model.norm_out, model.proj_out, model.scale_shift_table
-        weights.load(model, self._dtype, self._device, fp32=model._keep_in_fp32_modules)
+        del model.rope
+        shards: dict[str, Shard] = {}
+        for layer, block in model.blocks.items():
+            if self._ring.size * self._ulysses.size > 1:
+                block.attn1.processor = ShardedAttention(self._ring, self._ulysses)
+            if self._tp.size > 1:
+                parts = shard_block(block, self._tp)
+                shards |= {f"blocks.{layer}.{name}": shard for name, shard in parts.items()}
+        weights.load(model, self._dtype, self._device, fp32=model._keep_in_fp32_modules, shards=shards)
         self._experts.append(model)
         return weights.bytes_read
 
@@ -117,13 +139,40 @@ class WanStages(PipelineParallelMixin[WanState]):
         solver = make_solver(self._spec.scheduler_class, self._spec.scheduler, job, self._device)
         shape = self._spec.latent_shape(job)
         state = WanState(job, image, steps=make_steps(solver, job), latent_shape=shape)
-        state.rotary = self._experts[0].rope(torch.empty(shape, device="meta"))
-        if self._part.is_tail:
+        cos, sin = self._rope(torch.empty(shape, device="meta"))
+        state.tokens = cos.shape[1]
+        state.shards = TokenShards(state.tokens, self._ring, self._ulysses)
+        state.rotary = state.shards.cut(cos), state.shards.cut(sin)
+        stage = self._part.place.pp
+        starts, ends = {group.start for group in self._groups}, {group.stop - 1 for group in self._groups}
+        if stage in ends:
             state.solver = solver
-        if self._part.is_head or self._part.is_tail:
+        if stage == self._groups[-1].stop - 1 > self._groups[0].stop - 1:
+            rehearse(solver, sum(step.expert == 0 for step in state.steps), shape, self._dtype)
+        if stage in starts | ends:
             generator = torch.Generator("cpu").manual_seed(job.seed)
             state.latents = randn_tensor(shape, generator=generator, device=self._device, dtype=torch.float32)
         return state
+
+    # Split experts: a request moves once from the stages of one to those of the other.
+
+    def expert(self, state: WanState, step: int) -> int:
+        return state.steps[step].expert
+
+    # The structure of a solver's history follows from the steps it has made, whatever went through it: the second
+    # group's end rehearses the first one's steps at admission, and takes the values in when they come.
+
+    def history_specs(self, state: WanState) -> tuple[TensorSpec, ...]:
+        kept = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in history_of(state.solver)]
+        return self.latents_spec(state), *kept
+
+    def history(self, state: WanState) -> list[torch.Tensor]:
+        return history_of(state.solver)
+
+    def take_history(self, state: WanState, tensors: Sequence[torch.Tensor]) -> None:
+        state.latents = tensors[0].clone()
+        for own, received in zip(history_of(state.solver), tensors[1:], strict=True):
+            own.copy_(received)
 
     # Encode: prompt, image and timesteps to what every stage needs.
 
@@ -133,8 +182,8 @@ class WanStages(PipelineParallelMixin[WanState]):
         specs = {}
         for expert in self._experts_used(state):
             steps = sum(step.expert == expert for step in state.steps)
-            for branch in range(state.job.branches):
-                specs[_text_name(expert, Branch(branch))] = TensorSpec((1, TOKENS, width), self._dtype)
+            for branch in self._part.branches(state.job):
+                specs[_text_name(expert, branch)] = TensorSpec((1, TOKENS, width), self._dtype)
             specs[f"time.{expert}"] = TensorSpec((steps, rows, width), self._dtype)
             specs[f"modulation.{expert}"] = TensorSpec((steps, rows, 6, width), self._dtype)
             if self._spec.kind == "ti2v":
@@ -142,35 +191,61 @@ class WanStages(PipelineParallelMixin[WanState]):
         if self._keeps_first_frame(state):
             _, channels, _, height, width_ = state.latent_shape
             specs["first_frame"] = TensorSpec((1, channels, 1, height, width_), torch.float32)
+        if self._spec.kind == "i2v" and len(self._part.parallel.groups) > 1:
+            beside = self._spec.transformer["in_channels"] - state.latent_shape[1]
+            specs["condition"] = TensorSpec((1, beside, *state.latent_shape[2:]), torch.float32)
         return specs
 
     def encode(self, state: WanState) -> Mapping[str, torch.Tensor]:
         job = state.job
-        prompts = [job.prompt, job.negative_prompt][: job.branches]
-        embeddings = [self._text.encode(prompt) for prompt in prompts]
+        prompts = {Branch.COND: job.prompt, Branch.UNCOND: job.negative_prompt}
+        embeddings = {branch: self._embed_text(prompts[branch]) for branch in self._part.branches(job)}
         made = {}
         for expert in self._experts_used(state):
             embedder = self._experts[expert].condition_embedder
-            for branch, embedding in enumerate(embeddings):
-                made[_text_name(expert, Branch(branch))] = embedder.text_embedder(embedding)
+            for branch, embedding in embeddings.items():
+                made[_text_name(expert, branch)] = embedder.text_embedder(embedding)
             rows = [self._embed_time(state, expert, step) for step in state.steps if step.expert == expert]
             for name, stacked in zip(("time", "modulation", "row"), zip(*rows, strict=True), strict=True):
                 made[f"{name}.{expert}"] = torch.stack(stacked)
-        if state.image is not None:
-            condition = self._condition(state, state.image)
-            state.image = None
+        if job.has_image:
+            condition = self._condition(state)
             if self._keeps_first_frame(state):
                 made["first_frame"] = condition
             else:
-                state.condition = condition
+                made["condition"] = state.condition = condition
         return {name: made[name] for name in self.conditioning_specs(state)}
 
-    def _condition(self, state: WanState, image: Image.Image) -> torch.Tensor:
+    def _embed_text(self, prompt: str) -> torch.Tensor:
+        """Text embedding [1, 512, text width]; the stage's first rank makes it and hands it to the others."""
+        if self._part.is_first_lane:
+            embedding = self._text.encode(prompt)
+        else:
+            shape = 1, TOKENS, self._spec.transformer["text_dim"]
+            embedding = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return self._hand_out(embedding)
+
+    def _hand_out(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor of the stage's first rank, on all of them."""
+        for axis in (self._ring, self._ulysses, self._tp):
+            axis.broadcast(tensor)
+        return tensor
+
+    def _condition(self, state: WanState) -> torch.Tensor:
         """The image as latents: of one frame (TI2V), or of a whole clip with its mask before it (I2V)."""
-        job = state.job
-        if self._keeps_first_frame(state):
-            return self._image.encode(image, job.height, job.width, num_frames=1)
-        latents = self._image.encode(image, job.height, job.width, job.num_frames)
+        job, first_frame_alone = state.job, self._keeps_first_frame(state)
+        if self._part.is_first_lane:
+            assert state.image is not None
+            frames = 1 if first_frame_alone else job.num_frames
+            latents = self._image.encode(state.image, job.height, job.width, frames).contiguous()
+            state.image = None
+        else:
+            batch, channels, frames, height, width = state.latent_shape
+            shape = batch, channels, 1 if first_frame_alone else frames, height, width
+            latents = torch.empty(shape, device=self._device)
+        self._hand_out(latents)
+        if first_frame_alone:
+            return latents
         given = torch.zeros(1, self._spec.vae_frames, *latents.shape[2:], device=self._device)
         given[:, :, 0] = 1
         return torch.cat([given, latents], dim=1)
@@ -197,19 +272,24 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def hidden_specs(self, state: WanState) -> tuple[TensorSpec, ...]:
         width = self._spec.transformer["num_attention_heads"] * self._spec.transformer["attention_head_dim"]
-        return (TensorSpec((1, state.tokens, width), self._dtype),)
+        own = state.shards.own
+        return (TensorSpec((1, own.stop - own.start, width), self._dtype),)
 
     def latents_spec(self, state: WanState) -> TensorSpec:
         return TensorSpec(state.latent_shape, torch.float32)
+
+    def prediction_spec(self, state: WanState) -> TensorSpec:
+        return TensorSpec(state.latent_shape, self._dtype)
 
     def embed(self, state: WanState, step: int, branch: Branch) -> Hidden:
         assert state.latents is not None
         model = self._experts[state.steps[step].expert]
         latents = self._with_first_frame(state, state.latents)
-        if state.condition is not None:
-            latents = torch.cat([latents, state.condition], dim=1)
+        condition = state.conditioning.get("condition", state.condition)
+        if condition is not None:
+            latents = torch.cat([latents, condition], dim=1)
         hidden = model.patch_embedding(latents.to(self._dtype))
-        return (hidden.flatten(2).transpose(1, 2).contiguous(),)
+        return (state.shards.cut(hidden.flatten(2).transpose(1, 2)).contiguous(),)
 
     def run_blocks(self, state: WanState, step: int, branch: Branch, hidden: Hidden) -> Hidden:
         expert = state.steps[step].expert
@@ -217,6 +297,8 @@ class WanStages(PipelineParallelMixin[WanState]):
         modulation = self._of_step(state, "modulation", step)
         (states,) = hidden
         for block in self._experts[expert].blocks.values():
+            if isinstance(block.attn1.processor, ShardedAttention):
+                block.attn1.processor.shards = state.shards
             states = block(states, text, modulation, state.rotary)
         return (states,)
 
@@ -232,7 +314,7 @@ class WanStages(PipelineParallelMixin[WanState]):
             shift, scale = (model.scale_shift_table + time.unsqueeze(1)).chunk(2, dim=1)
         (states,) = hidden
         states = (model.norm_out(states.float()) * (1 + scale) + shift).type_as(states)
-        return self._unpatchify(state, model.proj_out(states))
+        return self._unpatchify(state, state.shards.gather(model.proj_out(states)))
 
     def _unpatchify(self, state: WanState, patches: torch.Tensor) -> torch.Tensor:
         _, _, frames, height, width = state.latent_shape
@@ -276,7 +358,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         return (1 - mask) * state.conditioning["first_frame"] + mask * latents
 
     def _of_step(self, state: WanState, name: str, step: int) -> torch.Tensor:
-        """Time embedding or modulation of a step: [1, ...], or with `expand_timesteps` [1, S or 1, ...]."""
+        """Time embedding or modulation of a step: [1, ...], or with `expand_timesteps` [1, s or 1, ...]."""
         expert, position = state.steps[step].expert, state.position_in_expert(step)
         rows = state.conditioning[f"{name}.{expert}"][position]
         if self._spec.kind != "ti2v":
@@ -286,7 +368,7 @@ class WanStages(PipelineParallelMixin[WanState]):
             state.uniform[expert] = (row == 0).all(dim=1).tolist()
         if state.uniform[expert][position]:
             return rows[:1].unsqueeze(0)
-        return rows[row[position].long()].unsqueeze(0)
+        return rows[row[position, state.shards.own].long()].unsqueeze(0)
 
 
 def _text_name(expert: int, branch: Branch) -> str:

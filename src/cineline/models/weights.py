@@ -29,6 +29,24 @@ class StoredTensor:
     shape: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A part of a tensor: the `index`-th of `count` equal ones along a dimension."""
+
+    dim: int
+    index: int
+    count: int
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The whole tensor's shape."""
+        return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(shape))
+
+    def cut(self, shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Where a part of this shape lies."""
+        start = self.index * shape[self.dim]
+        return tuple(slice(start, start + size) if dim == self.dim else slice(None) for dim, size in enumerate(shape))
+
+
 class Weights:
     """The safetensors files of one component.
 
@@ -104,8 +122,15 @@ class Weights:
                 "use the config.json that belongs to it."
             )
 
-    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """One tensor, converted and copied out of the file's memory map.
+    def read(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        shard: Shard | None = None,
+    ) -> torch.Tensor:
+        """One tensor of this shape, or the shard of one, converted and copied out of the file's memory map.
 
         Raises:
             CheckpointError: it is missing, has another shape, or cannot be read.
@@ -113,14 +138,17 @@ class Weights:
         stored = self._stored.get(name)
         if stored is None:
             raise CheckpointError(f"{self._folder} lacks tensor {name!r}: download it again.")
-        if stored.shape != shape:
+        expected = shape if shard is None else shard.whole(shape)
+        if stored.shape != expected:
             raise CheckpointError(
-                f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, but the config says {list(shape)}: "
+                f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, but the config says {list(expected)}: "
                 "use the config.json that belongs to it."
             )
         try:
             with safe_open(stored.file, framework="pt") as file:
-                tensor: torch.Tensor = file.get_tensor(name)
+                tensor: torch.Tensor = (
+                    file.get_tensor(name) if shard is None else file.get_slice(name)[shard.cut(shape)]
+                )
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{stored.file}: tensor {name!r} cannot be read ({error}).") from None
         self.bytes_read += tensor.nbytes
@@ -134,6 +162,7 @@ class Weights:
         device: torch.device,
         fp32: Iterable[str] = (),
         aliases: Mapping[str, str] | None = None,
+        shards: Mapping[str, Shard] | None = None,
     ) -> None:
         """Fill a module that was built on the meta device.
 
@@ -142,6 +171,7 @@ class Weights:
             dtype: of the floating-point tensors.
             fp32: parts of names that stay float32 (diffusers' `_keep_in_fp32_modules`).
             aliases: stored name to use instead, for tied tensors that are stored once.
+            shards: the part to read, for tensors of which the module has a part.
 
         Raises:
             CheckpointError: see `read`.
@@ -151,7 +181,7 @@ class Weights:
         for name, tensor in module.state_dict().items():
             wanted = torch.float32 if keep.intersection(name.split(".")) else dtype
             stored = (aliases or {}).get(name, name)
-            state[name] = self.read(stored, tuple(tensor.shape), wanted, device)
+            state[name] = self.read(stored, tuple(tensor.shape), wanted, device, (shards or {}).get(name))
         module.load_state_dict(state, strict=True, assign=True)
         module.requires_grad_(False).eval()
 
