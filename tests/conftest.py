@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import start_forked
 from oracle import Oracle
 
+from cineline import launch
 from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
 
 torch.set_num_threads(1)
@@ -35,3 +37,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RandomConf
 def oracle() -> Oracle:
     """What diffusers' own pipelines give."""
     return Oracle()
+
+
+@pytest.fixture(autouse=True)
+def fast_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork ranks from a process that has the libraries, but where a test is about their processes."""
+    if request.node.get_closest_marker("real_start") is None:
+        monkeypatch.setattr(launch, "start_piped", start_forked)

@@ -28,9 +28,17 @@ from cineline import (
     RequestHandle,
     ResultTimeout,
     VideoRequest,
+    launch,
 )
 
 LIMIT_S = 30.0
+
+pytestmark = pytest.mark.real_start
+
+
+def own_ranks() -> list[psutil.Process]:
+    """Rank processes that this one has started and that are still there."""
+    return [child for child in psutil.Process().children() if launch.WORKER in child.cmdline()]
 
 
 def request(prompt: str = "abc", **fields: object) -> VideoRequest:
@@ -98,7 +106,7 @@ def test_a_result_that_takes_too_long_times_out_and_goes_on() -> None:
 )
 def test_a_rank_that_fails_ends_every_request_and_is_named(fault, words, stage) -> None:
     with engine(FaultySpec(), 3) as line:
-        ranks = psutil.Process().children()
+        ranks = own_ranks()
         handles = [line.submit(request(prompt)) for prompt in ("slow", f"{fault} {stage} 2", "slow")]
         started = time.monotonic()
         for handle in handles:
@@ -116,7 +124,7 @@ def test_a_rank_that_fails_ends_every_request_and_is_named(fault, words, stage) 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_rank_that_is_killed_is_named(stage) -> None:
     with engine(FaultySpec(), 2) as line:
-        ranks = sorted(psutil.Process().children(), key=lambda process: process.pid)
+        ranks = sorted(own_ranks(), key=lambda process: process.pid)
         handle = line.submit(request("slow", num_inference_steps=500))
         while handle.progress[0] < 2:
             time.sleep(0.01)
@@ -127,22 +135,22 @@ def test_a_rank_that_is_killed_is_named(stage) -> None:
 
 def test_an_idle_rank_that_is_killed_is_named_at_the_next_request() -> None:
     with engine(ToySpec(), 2) as line:
-        ranks = sorted(psutil.Process().children(), key=lambda process: process.pid)
+        ranks = sorted(own_ranks(), key=lambda process: process.pid)
         ranks[1].send_signal(signal.SIGKILL)
         with pytest.raises(RankFailed, match="Rank 1 failed: the process was killed by SIGKILL"):
             line.submit(request()).result(10)
 
 
 def test_a_rank_that_fails_while_it_starts_ends_the_others() -> None:
-    before = set(psutil.Process().children())
+    before = set(own_ranks())
     with pytest.raises(RankFailed, match="NoSuchClass"):
         engine(UnloadableSpec(), 2)
-    assert not psutil.wait_procs(set(psutil.Process().children()) - before, timeout=5)[1]
+    assert not psutil.wait_procs(set(own_ranks()) - before, timeout=5)[1]
 
 
 def test_a_closed_engine_ends_what_is_not_done() -> None:
     line = engine(FaultySpec(), 2)
-    ranks = psutil.Process().children()
+    ranks = own_ranks()
     handle = line.submit(request("slow", num_inference_steps=1000))
     line.close()
     line.close()
@@ -159,7 +167,7 @@ def test_an_engine_leaves_no_process_port_or_thread_behind() -> None:
 
     threads = threading.active_count()
     with engine(ToySpec(), 3) as line:
-        ranks = psutil.Process().children()
+        ranks = own_ranks()
         ports = {
             entry.laddr.port for rank in ranks for entry in rank.net_connections() if entry.status == psutil.CONN_LISTEN
         }
@@ -214,7 +222,7 @@ def test_bad_configs_are_refused_before_anything_starts() -> None:
     ]:
         with pytest.raises(InvalidConfig, match=words):
             Engine(ToySpec(), **{"device": "cpu"} | options)
-    assert not psutil.Process().children()
+    assert not own_ranks()
 
 
 def test_unknown_and_misshapen_request_fields_are_refused() -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from multiprocessing.connection import Client, Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from cineline import control
 from cineline.errors import CinelineError, EdgeBroken, InvalidConfig
@@ -24,14 +24,21 @@ PARENT_EVERY_S = 0.5
 
 
 def main() -> None:
-    """Serve one engine until it says stop or goes away."""
+    """Find the engine and serve it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
-    store = None
     if "--fd" in sys.argv:
-        connection = Connection(int(sys.argv[sys.argv.index("--fd") + 1]))
-    else:
-        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-        store, connection = _find_engine()
+        serve(Connection(int(sys.argv[sys.argv.index("--fd") + 1])))
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    store, connection = _find_engine()
+    serve(connection, store)
+
+
+def serve(connection: Connection, store: Any = None) -> NoReturn:
+    """Serve one engine until it says stop or goes away; the process ends with that.
+
+    Args:
+        store: torchrun's rendezvous, where there is one.
+    """
     outbox: queue.SimpleQueue[control.Message | None] = queue.SimpleQueue()
     sender = threading.Thread(target=_send_all, args=(connection, outbox), daemon=True)
     sender.start()
@@ -82,31 +89,34 @@ def _serve(connection: Connection, outbox: queue.SimpleQueue[control.Message | N
     import torch
 
     from cineline import mesh
+    from cineline.axis import Traffic
     from cineline.models.pipeline_parallel import PipelineParallelMixin, StagePart
     from cineline.stage import StageLoop
 
     if setup.config.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    stages = len(setup.cut)
-    if stages > 1 and store is None:
-        store = mesh.open_store(setup.store_port, stages)
+    parallel = setup.parallel
+    if parallel.ranks > 1 and store is None:
+        store = mesh.open_store(setup.store_port, parallel.ranks)
         if setup.store_port is None:
             outbox.put(control.StoreOpen(store.port))
     device = mesh.pick_device(setup.config.device, setup.local_rank)
-    part = StagePart(setup.rank, stages, setup.cut[setup.rank], device, setup.config)
+    traffic = Traffic()
+    try:
+        edges, device_mesh = mesh.join(store, setup.rank, parallel, device, setup.ranks_on_host, traffic)
+    except RuntimeError as error:
+        raise EdgeBroken(f"the other ranks could not be met ({error})") from None
+    place = parallel.place(setup.rank)
+    part = StagePart(place, parallel, setup.cut[place.pp], device, setup.config, device_mesh, traffic)
     module, name = setup.spec.stages_class.split(":")
     family = getattr(importlib.import_module(module), name)(setup.spec)
     assert isinstance(family, PipelineParallelMixin)
     with torch.no_grad():
         bytes_read = family.load(part)
-    try:
-        edges = mesh.join(store, part.stage, part.stages, device, setup.ranks_on_host)
-    except RuntimeError as error:
-        raise EdgeBroken(f"the other ranks could not be met ({error})") from None
     outbox.put(control.Ready(bytes_read))
     slices: list[Any] = []
     StageLoop(family, part, edges, inbox, outbox.put, slices.append if setup.trace else None).run()
-    outbox.put(control.Timeline(tuple(slices)))
+    outbox.put(control.Timeline(tuple(slices), dict(traffic)))
 
 
 def _end_with_parent(parent: int) -> None:

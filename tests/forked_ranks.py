@@ -1,0 +1,64 @@
+"""Ranks forked from a process that has loaded the libraries: a new Python takes four seconds of a core for that.
+
+What is tested is the same but for the start itself, which the tests of the command line do for real.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from cineline import launch, worker
+
+PRELOADED = ["cineline.models.wan", "cineline.stage", "cineline.mesh", "diffusers.schedulers", "toy_family"]
+
+FIXED = ("MKL_CBWR", "OMP_NUM_THREADS")
+"""What must be set before torch loads."""
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOADED)
+_start_anew = launch.start_piped
+
+
+class ForkedRank:
+    """A process as `launch.RankProcess` uses one."""
+
+    def __init__(self, process: Any) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0.0)
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def start_forked(module: str, environment: Mapping[str, str]) -> tuple[Connection, Any]:
+    """As `launch.start_piped`."""
+    if module != launch.WORKER or any(environment.get(name) != os.environ.get(name) for name in FIXED):
+        return _start_anew(module, environment)
+    ours, theirs = multiprocessing.Pipe()
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"}
+    process = _context.Process(target=_serve, args=(theirs, {**loopback, **environment}), daemon=True)
+    process.start()
+    theirs.close()
+    return ours, ForkedRank(process)
+
+
+def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(environment)
+    worker.serve(connection)
