@@ -18,7 +18,7 @@ from cineline.control import Admit, Begun, Done, Message, Stop
 from cineline.mesh import edges_of
 from cineline.models.pipeline_parallel import StagePart
 from cineline.request import Job, WorkItem
-from cineline.scheduler import Scheduler
+from cineline.scheduler import scheduler_for
 from cineline.stage import StageLoop
 
 LIMIT_S = 30.0
@@ -79,13 +79,13 @@ class LocalLine:
         self.emitted: list[WorkItem] = []
         ranks = range(parallel.ranks)
         self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in ranks]
-        self.scheduler = Scheduler([len(group) for group in parallel.groups], in_flight, self._admit, parallel.cfg)
+        self.scheduler = scheduler_for(parallel, in_flight, self._admit)
         ends: list[dict[str, list[LocalChannel]]] = [defaultdict(list) for _ in ranks]
         for edge in edges_of(parallel):
             channel = RendezvousChannel() if rendezvous and edge.source != edge.target else StrictChannel()
             ends[edge.source][f"{edge.kind}_out"].append(channel)
             ends[edge.target][f"{edge.kind}_in"].append(channel)
-        cut = parallel.cut(spec.layers)
+        cut = spec.cut(parallel, DeviceConfig())
         self.loops = []
         for rank in ranks:
             family, place = stages_class(spec), parallel.place(rank)

@@ -204,7 +204,7 @@ def test_bad_configs_are_refused_before_anything_starts() -> None:
         ({"pp": 9}, "pp=9 is more than the model's 8 blocks"),
         ({"pp": 0}, "pp=0 is too small"),
         ({"pp": 2, "split": [7, 2]}, "adds up to 9"),
-        ({"pp": 2, "split": [8, 0]}, "empty stage"),
+        ({"pp": 2, "split": [8, 0]}, "below 1"),
         ({"pp": 2, "split": [8]}, "1 entries for pp=2"),
         ({"pp": "2"}, "pp='2' is no whole number"),
         ({"pp": 2, "split": "4,4"}, "split='4,4' is no list"),

@@ -36,13 +36,16 @@ class SplitToyStages(ToyStages):
         state.latents, state.before = (tensor.clone() for tensor in tensors)
 
 
+decode_ways = st.sampled_from(["layers", "tail"])
+
 parallels = st.one_of(
-    st.builds(ParallelConfig, pp=st.integers(1, 8), cfg=st.integers(1, 2)),
+    st.builds(ParallelConfig, pp=st.integers(1, 8), cfg=st.integers(1, 2), vae_decode=decode_ways),
     st.integers(2, 6).flatmap(
         lambda pp: st.builds(
             ParallelConfig,
             pp=st.just(pp),
             cfg=st.integers(1, 2),
+            vae_decode=decode_ways,
             expert_placement=st.just("split"),
             high_stages=st.integers(1, pp - 1),
         )

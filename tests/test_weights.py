@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cineline import CheckpointError, ParallelConfig
-from cineline.config import DeviceConfig, Place
+from cineline.config import Cut, DeviceConfig, Place
+from cineline.costs.vae import VaeCosts
 from cineline.models import weights
 from cineline.models.pipeline_parallel import StagePart
 from cineline.models.random_checkpoint import RandomConfig
@@ -30,8 +31,10 @@ VAE_ENCODER = ("encoder.", "quant_conv.")
 def load(folder: Path, stage: int = 0, stages: int = 1) -> int:
     """Bytes that one stage reads."""
     spec = WanSpec.open(folder)
-    layers = ParallelConfig(pp=stages).cut(spec.layers)[stage]
-    part = StagePart(Place(pp=stage), ParallelConfig(pp=stages), layers, torch.device("cpu"), DeviceConfig())
+    parallel = spec.place(ParallelConfig(pp=stages))
+    part = StagePart(
+        Place(pp=stage), parallel, spec.cut(parallel, DeviceConfig())[stage], torch.device("cpu"), DeviceConfig()
+    )
     with torch.no_grad():
         return WanStages(spec).load(part)
 
@@ -46,15 +49,25 @@ def stored(folder: Path) -> dict[tuple[str, str], int]:
     return sizes
 
 
-def owner(component: str, name: str, layers: list[range]) -> int | None:
+def owner(component: str, name: str, cuts: Sequence[Cut], units: list[str]) -> int | None:
     """The stage that must read a tensor, None where nobody should."""
-    last = len(layers) - 1
+    last = len(cuts) - 1
+
+    def holder(stack: str, number: int) -> int:
+        return next(stage for stage, cut in enumerate(cuts) if number in getattr(cut, stack))
+
     if component == "text_encoder":
-        return 0
+        if name.startswith("encoder.block."):
+            return holder("text", int(name.split(".")[2]))
+        return last if "final_layer_norm" in name else 0
     if component == "vae":
-        return 0 if name.startswith(VAE_ENCODER) else last
+        if name.startswith((*VAE_ENCODER, "post_quant_conv.")):
+            return 0
+        inside = name.removeprefix("decoder.")
+        unit = next((unit for unit in units if inside.startswith(f"{unit}.")), "head")
+        return holder("decoder", units.index(unit))
     if name.startswith("blocks."):
-        return next(stage for stage, own in enumerate(layers) if int(name.split(".")[1]) in own)
+        return holder("blocks", int(name.split(".")[1]))
     return 0 if name.startswith(("patch_embedding.", "condition_embedder.")) else last
 
 
@@ -79,9 +92,10 @@ def test_each_stage_reads_its_own_tensors_once_and_no_others(kind, stages, check
     sizes = stored(folder)
     if kind == "t2v":  # it takes no image
         sizes = {key: size for key, size in sizes.items() if not (key[0] == "vae" and key[1].startswith(VAE_ENCODER))}
-    layers = ParallelConfig(pp=stages).cut(WanSpec.open(folder).layers)
+    spec = WanSpec.open(folder)
+    cuts, units = spec.cut(spec.place(ParallelConfig(pp=stages)), DeviceConfig()), VaeCosts.of(spec.vae).names
     for stage in range(stages):
-        expected = {key: size for key, size in sizes.items() if owner(*key, layers) == stage}
+        expected = {key: size for key, size in sizes.items() if owner(*key, cuts, units) == stage}
         assert load(folder, stage, stages) == sum(expected.values())
         assert sorted((component, name) for at, component, name in read if at == stage) == sorted(expected)
 

@@ -1,25 +1,23 @@
-"""A second, tiny family: proof that the line knows nothing of Wan. `toy_reference.py` has it in one piece.
-
-Two tensors travel over an edge, of different dtypes; the solver has a history. Legend: C channels.
-"""
+"""A second, tiny family: proof that the line knows nothing of Wan. `toy_reference.py` has it in one piece. Legend: C
+channels. Two tensors travel with a forward; the solver has a history; text encoder and decoder are cut too."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
-import numpy as np
 import torch
+import toy_arithmetic as toy
 from PIL import Image
+from toy_arithmetic import C
 
 from cineline.channel import TensorSpec
-from cineline.config import stages_alone
+from cineline.config import Cut, DeviceConfig, ParallelConfig, stages_alone
 from cineline.denoise import combine
 from cineline.models.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
 from cineline.request import Branch, Job, VideoRequest
-
-C = 3
 
 
 @dataclass(frozen=True)
@@ -28,25 +26,16 @@ class ToySpec:
     stages_class: ClassVar[str] = "toy_family:ToyStages"
     place = staticmethod(stages_alone)
 
+    def cut(self, parallel: ParallelConfig, config: DeviceConfig) -> tuple[Cut, ...]:
+        return parallel.cut(self.layers, toy.TEXT_LAYERS, toy.DECODER_UNITS)
+
     def resolve(self, request: VideoRequest, number: int) -> Job:
         steps, frames, scale = request.num_inference_steps or 4, request.num_frames or 5, request.guidance_scale or 1.0
-        sizes = {"height": 1, "width": 1, "num_frames": frames, "steps": steps, "branches": 2 if scale > 1 else 1}
+        sizes = dict.fromkeys(("height", "width"), 1) | dict.fromkeys(("branches", "texts"), 2 if scale > 1 else 1)
         rest = {"guidance_scale_2": None, "flow_shift": None, "boundary_ratio": None, "fps": 1, "has_image": False}
         given = request.model_dump(include={"prompt", "negative_prompt", "seed"})
-        return Job(id=number, chunks=frames * request.decode, guidance_scale=scale, **given, **sizes, **rest)
-
-
-def block(layer: int, hidden: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    weight = torch.sin(torch.arange(C * C, dtype=torch.float32) + layer).view(C, C)
-    return torch.tanh(hidden @ weight + text)
-
-
-def text_of(prompt: str) -> torch.Tensor:
-    return torch.full((C,), sum(map(ord, prompt)) % 97 / 97)
-
-
-def step_of(latents: torch.Tensor, prediction: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    return latents - 0.3 * prediction + 0.1 * before
+        made = {"num_frames": frames, "chunks": frames * request.decode, "steps": steps, "guidance_scale": scale}
+        return Job(id=number, **made, **given, **sizes, **rest)
 
 
 class ToyStages(PipelineParallelMixin[RequestState]):
@@ -58,14 +47,20 @@ class ToyStages(PipelineParallelMixin[RequestState]):
         return 0  # bytes of weights
 
     def admit(self, job: Job, image: Image.Image | None) -> RequestState:
-        noise = torch.randn(job.num_frames, C, generator=torch.Generator().manual_seed(job.seed))
-        return RequestState(job, latents=noise)
+        return RequestState(job, latents=torch.randn(job.num_frames, C, generator=toy.seeded(job.seed)))
+
+    def embedding_spec(self, state: RequestState) -> TensorSpec:
+        return TensorSpec((C,), torch.float32)
+
+    def encode_text(self, state, branch, hidden):
+        (text,) = hidden or (toy.text_of(state.job.prompt if branch is Branch.COND else state.job.negative_prompt),)
+        return (reduce(toy.text_layer, self.part.cut.text, text),)
 
     def encode(self, state: RequestState) -> Mapping[str, torch.Tensor]:
-        return {"cond": text_of(state.job.prompt), "uncond": text_of(state.job.negative_prompt)}
+        return {branch.name: text.clone() for branch, text in state.texts.items()}
 
     def conditioning_specs(self, state: RequestState) -> Mapping[str, TensorSpec]:
-        return {name: TensorSpec((C,), torch.float32) for name in ("cond", "uncond")}
+        return {branch.name: TensorSpec((C,), torch.float32) for branch in self.part.branches(state.job)}
 
     def hidden_specs(self, state: RequestState) -> tuple[TensorSpec, ...]:
         return TensorSpec((state.job.num_frames, C), torch.float32), TensorSpec((1,), torch.int64)
@@ -78,9 +73,9 @@ class ToyStages(PipelineParallelMixin[RequestState]):
 
     def run_blocks(self, state, step, branch, hidden):
         states, count = hidden
-        for layer in self.part.layers:
-            states = block(layer, states, state.conditioning[branch.name.lower()])
-        return states, count + len(self.part.layers)
+        for layer in self.part.cut.blocks:
+            states = toy.block(layer, states, state.conditioning[branch.name])
+        return states, count + len(self.part.cut.blocks)
 
     def predict(self, state, step, branch, hidden) -> torch.Tensor:
         assert hidden[1] == self.spec.layers
@@ -88,12 +83,17 @@ class ToyStages(PipelineParallelMixin[RequestState]):
 
     def advance(self, state: RequestState, step: int) -> torch.Tensor:
         prediction = combine(state.predictions, state.job.guidance_scale)
-        state.latents = step_of(state.latents, prediction, getattr(state, "before", torch.zeros(())))
-        state.before = prediction
-        return state.latents
+        latents = toy.step_of(state.latents, prediction, getattr(state, "before", torch.zeros(())))
+        state.latents, state.before = latents, prediction
+        return latents
 
     def final_latents(self, state: RequestState) -> torch.Tensor:
         return state.latents.view(1, -1, C, 1)
 
-    def decode(self, state: RequestState, chunk: int) -> np.ndarray:
-        return (state.latents[chunk].view(1, 1, 1, C) * 40 + 128).clamp(0, 255).byte().numpy()
+    def decode_specs(self, state: RequestState, chunk: int) -> tuple[TensorSpec, ...]:
+        return (TensorSpec((C,), torch.float32),)
+
+    def decode(self, state, chunk, hidden):
+        (pixel,) = hidden or (state.latents[chunk],)
+        pixel = reduce(toy.decoder_unit, self.part.cut.decoder, pixel)
+        return (toy.quantise(pixel),) if self.part.is_tail else (pixel,)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from toy_family import C, ToySpec, block, step_of, text_of
+from toy_arithmetic import DECODER_UNITS, TEXT_LAYERS, C, block, decoder_unit, quantise, step_of, text_layer, text_of
+from toy_family import ToySpec
 
 from cineline import VideoRequest
 
@@ -17,14 +18,22 @@ def toy_reference(spec: ToySpec, request: VideoRequest) -> tuple[torch.Tensor, n
     for step in range(job.steps):
 
         def forward(prompt: str, latents: torch.Tensor = latents, step: int = step) -> torch.Tensor:
-            hidden = latents + step
+            hidden, text = latents + step, text_of(prompt)
+            for layer in range(TEXT_LAYERS):
+                text = text_layer(text, layer)
             for layer in range(spec.layers):
-                hidden = block(layer, hidden, text_of(prompt))
+                hidden = block(layer, hidden, text)
             return hidden
 
         cond = forward(job.prompt)
         uncond = forward(job.negative_prompt) if job.branches == 2 else cond
         prediction = uncond + job.guidance_scale * (cond - uncond)
         latents, before = step_of(latents, prediction, before), prediction
-    frames = (latents.view(-1, 1, 1, C) * 40 + 128).clamp(0, 255).byte().numpy() if job.chunks else None
+    frames = torch.cat([decode(pixel) for pixel in latents]).numpy() if job.chunks else None
     return latents.view(1, -1, C, 1), frames
+
+
+def decode(pixel: torch.Tensor) -> torch.Tensor:
+    for unit in range(DECODER_UNITS):
+        pixel = decoder_unit(pixel, unit)
+    return quantise(pixel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -66,11 +66,11 @@ class Axis:
         self._count(padded.nbytes * (self.size - 1))
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """The first rank's tensor, in place."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """That rank's tensor, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, group=self._group, group_src=0)
-            self._count(tensor.nbytes if self.index == 0 else 0)
+            dist.broadcast(tensor, group=self._group, group_src=source)
+            self._count(tensor.nbytes if self.index == source else 0)
         return tensor
 
     def pass_on(self, sent: Tensor, received: Tensor) -> list[dist.Work]:
@@ -83,6 +83,31 @@ class Axis:
             dist.P2POp(dist.irecv, received, group=self._group, group_peer=before),
         ]
         return dist.batch_isend_irecv(operations)
+
+    def exchange(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:
+        """Tensors to other ranks, and from others into these (contiguous) ones; each by the rank's number here.
+
+        Both ends of a pair exchange in the same order. Returns when all is here and gone.
+        """
+        assert self._group is not None
+        # Gloo's messages go through host memory.
+        staged = dist.get_backend(self._group) == "gloo" and any(
+            tensor.device.type != "cpu" for tensor in (*sent.values(), *received.values())
+        )
+        outgoing = {rank: (tensor.cpu() if staged else tensor).contiguous() for rank, tensor in sent.items()}
+        incoming = {
+            rank: torch.empty_like(tensor, device="cpu") if staged else tensor for rank, tensor in received.items()
+        }
+        operations = [
+            *(dist.P2POp(dist.isend, tensor, group=self._group, group_peer=rank) for rank, tensor in outgoing.items()),
+            *(dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=rank) for rank, tensor in incoming.items()),
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else []:
+            work.wait()
+        for rank, tensor in received.items():
+            if incoming[rank] is not tensor:
+                tensor.copy_(incoming[rank])
+        self._count(sum(tensor.nbytes for tensor in outgoing.values()))
 
     def _count(self, nbytes: int) -> None:
         self._traffic[self.name] += nbytes

@@ -19,9 +19,7 @@ import torch
 import torch.distributed as dist
 
 from cineline.errors import CinelineError, EdgeBroken
-
-SENDS_UNDERWAY = 2
-"""Sends that may be unfinished on an edge before the sender waits for the oldest one; each keeps its tensors alive."""
+from cineline.simulation.actions import SENDS_UNDERWAY
 
 WAIT_LIMIT = timedelta(hours=2)
 """Last limit of a wait for a tensor; a peer's death is noticed through its process long before."""
@@ -88,6 +86,7 @@ class Edges:
         forward_in, forward_out: from the stage before, to the stage after.
         return_in: on the head, latents from the tail.
         return_out: on the tail, latents to the head; with CFG parallelism to the heads of both lines.
+        loop_in, loop_out: from a line's tail to its head, embeddings of prompts, and latents to be decoded.
         handover_in, handover_out: with split experts, latents from the first expert's tail to the second's head(s).
         history_in, history_out: the same with the solver's history, to the second's tail.
         guidance_in, guidance_out: with CFG parallelism the second branch's prediction, from its tail to the first's.
@@ -97,6 +96,8 @@ class Edges:
     forward_out: Sender | None = None
     return_in: Receiver | None = None
     return_out: tuple[Sender, ...] = ()
+    loop_in: Receiver | None = None
+    loop_out: Sender | None = None
     handover_in: Receiver | None = None
     handover_out: tuple[Sender, ...] = ()
     history_in: Receiver | None = None

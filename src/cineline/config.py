@@ -11,7 +11,14 @@ from typing import Literal, get_args
 from cineline.errors import InvalidConfig
 
 Dtype = Literal["float32", "bfloat16"]
+TextEncoder = Literal["resident", "reload", "cpu"]
+"""Where a stage keeps its layers of the text encoder: on its device, there only while prompts are encoded, or in the
+host's memory, where they are run too."""
+
 ExpertPlacement = Literal["shared", "split"]
+VaeDecode = Literal["layers", "rows", "tail", "tiled"]
+"""How the VAE decodes: its layers cut over the stages (exact), the picture's rows shared out among them (close), all
+of it on the last stage (exact), or there in overlapping tiles (lossy, least memory)."""
 DEVICES = ("cpu", "cuda")
 
 AXES = ("cfg", "pp", "ring", "ulysses", "tp")
@@ -26,6 +33,9 @@ MEANING = {
 }
 
 
+UNITS = {"split": "blocks", "text_split": "layers of the text encoder", "vae_split": "units of the VAE's decoder"}
+
+
 @dataclass(frozen=True)
 class Place:
     """A rank's coordinates, one for each axis of `AXES`."""
@@ -35,6 +45,21 @@ class Place:
     ring: int = 0
     ulysses: int = 0
     tp: int = 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one stage holds: numbers of units of each stack, in the order in which the stages run them.
+
+    Attributes:
+        blocks: of the transformer (of each expert).
+        text: layers of the text encoder. Its embedding is on the first stage, its last norm on the last one.
+        decoder: units of the VAE's decoder (`VaeCosts.names`).
+    """
+
+    blocks: range
+    text: range = range(0)
+    decoder: range = range(0)
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,9 @@ class ParallelConfig:
         tp: ranks of a stage that share each block's weights.
         expert_placement: "shared" gives every stage blocks of both experts; "split" gives the high-noise expert
             the first `high_stages` stages and the low-noise expert the others, and `split` has the blocks of both.
+        text_split: layers of the text encoder on each stage, which may be none; None balances weights.
+        vae_split: units of the VAE's decoder on each stage, which may be none; None balances time.
+        vae_decode: how the VAE decodes (see `VaeDecode`).
         high_stages: with split experts; None shares the stages out by the steps of each (see `WanSpec`), or
             follows `split`.
 
@@ -64,6 +92,9 @@ class ParallelConfig:
     tp: int = 1
     expert_placement: ExpertPlacement = "shared"
     high_stages: int | None = None
+    text_split: Sequence[int] | None = None
+    vae_split: Sequence[int] | None = None
+    vae_decode: VaeDecode = "layers"
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -83,17 +114,28 @@ class ParallelConfig:
                 raise InvalidConfig(f"high_stages={self.high_stages} is for expert_placement='split': leave it out.")
             if type(self.high_stages) is not int or not 1 <= self.high_stages < self.pp:
                 raise InvalidConfig(f"high_stages={self.high_stages!r} of pp={self.pp}: use 1 to {self.pp - 1}.")
-        if self.split is None:
+        if self.vae_decode not in get_args(VaeDecode):
+            known = ", ".join(get_args(VaeDecode))
+            raise InvalidConfig(f"vae_decode={self.vae_decode!r} is not known: use one of {known}.")
+        for name, least in (("split", 1), ("text_split", 0), ("vae_split", 0)):
+            self._check_split(name, least)
+        if self.vae_split is not None and self.vae_decode != "layers":
+            raise InvalidConfig(f"vae_split is for vae_decode='layers', not {self.vae_decode!r}: leave it out.")
+
+    def _check_split(self, name: str, least: int) -> None:
+        """A split as a tuple, one entry of at least so many units a stage."""
+        split = getattr(self, name)
+        if split is None:
             return
-        if isinstance(self.split, str) or not all(type(size) is int for size in self.split):
-            raise InvalidConfig(f"split={self.split!r} is no list of whole numbers: give one such as [5, 2, 1].")
-        object.__setattr__(self, "split", tuple(self.split))
-        if len(self.split) != self.pp:
+        if isinstance(split, str) or not all(type(size) is int for size in split):
+            raise InvalidConfig(f"{name}={split!r} is no list of whole numbers: give one such as [5, 2, 1].")
+        object.__setattr__(self, name, tuple(split))
+        if len(split) != self.pp:
             raise InvalidConfig(
-                f"split={list(self.split)} has {len(self.split)} entries for pp={self.pp}: give one entry a stage."
+                f"{name}={list(split)} has {len(split)} entries for pp={self.pp}: give one entry a stage."
             )
-        if min(self.split) < 1:
-            raise InvalidConfig(f"split={list(self.split)} has an empty stage: give each stage at least 1 block.")
+        if min(split) < least:
+            raise InvalidConfig(f"{name}={list(split)} has an entry below {least}: give each stage {least} or more.")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -174,36 +216,62 @@ class ParallelConfig:
             "expert, and so must the others."
         )
 
-    def cut(self, layers: int) -> list[range]:
-        """The blocks of each stage, first to last, for a model of `layers` blocks (each expert's, where it is split).
+    def cut(self, layers: int, text_layers: int = 0, decoder_units: int = 0) -> tuple[Cut, ...]:
+        """What each stage holds, first to last, of a model of `layers` blocks (each expert's, where it is split).
 
         Raises:
             InvalidConfig: more stages than blocks, or a split that does not add up.
         """
-        return [blocks for group in self.groups for blocks in self._cut_group(group, layers)]
+        text = _stretches("text_split", self.text_split or _evenly(text_layers, self.pp), text_layers)
+        decoder = self._decoder_units(decoder_units)
+        return tuple(Cut(*of_stage) for of_stage in zip(self.blocks(layers), text, decoder, strict=True))
 
-    def _cut_group(self, group: range, layers: int) -> list[range]:
+    def blocks(self, layers: int) -> list[range]:
+        """The blocks of each stage, of `layers` (with split experts of as many each).
+
+        Raises:
+            InvalidConfig: more stages than blocks, or a split that does not add up.
+        """
+        return [block for group in self.groups for block in _stretches("split", self._blocks(group, layers), layers)]
+
+    def _blocks(self, group: range, layers: int) -> Sequence[int]:
         stages = len(group)
         if stages > layers:
             raise InvalidConfig(f"pp={stages} is more than the model's {layers} blocks: use at most {layers} stages.")
-        even = [layers // stages + (stage < layers % stages) for stage in range(stages)]
-        sizes = even if self.split is None else self.split[group.start : group.stop]
-        if sum(sizes) != layers:
-            raise InvalidConfig(
-                f"split={list(sizes)} adds up to {sum(sizes)}, but the model has {layers} blocks: make it add up."
-            )
-        starts = [sum(sizes[:stage]) for stage in range(stages)]
-        return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+        return _evenly(layers, stages) if self.split is None else self.split[group.start : group.stop]
+
+    def _decoder_units(self, units: int) -> list[range]:
+        if self.vae_decode == "rows":
+            return [range(units)] * self.pp
+        if self.vae_decode == "layers":
+            return _stretches("vae_split", self.vae_split or _evenly(units, self.pp), units)
+        return [range(0)] * (self.pp - 1) + [range(units)]
+
+
+def _evenly(count: int, stages: int) -> list[int]:
+    return [count // stages + (stage < count % stages) for stage in range(stages)]
+
+
+def _stretches(name: str, sizes: Sequence[int], count: int) -> list[range]:
+    """Neighbouring ranges of these sizes, which must add up."""
+    if sum(sizes) != count:
+        raise InvalidConfig(
+            f"{name}={list(sizes)} adds up to {sum(sizes)}, but the model has {count} {UNITS[name]}: make it add up."
+        )
+    starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def stages_alone(parallel: ParallelConfig) -> ParallelConfig:
     """The config as it is, for a family of one expert whose blocks run on one rank each.
 
     Raises:
-        InvalidConfig: another axis than pp and cfg divides something.
+        InvalidConfig: another axis than pp and cfg divides something, or the picture is to be divided.
     """
     if parallel.lanes > 1 or parallel.expert_placement == "split":
         raise InvalidConfig(f"{parallel}: this model can be divided by pp and cfg alone.")
+    if parallel.vae_decode not in ("layers", "tail"):
+        raise InvalidConfig(f"vae_decode={parallel.vae_decode!r} is not for this model: use layers or tail.")
     return parallel
 
 
@@ -215,6 +283,7 @@ class DeviceConfig:
         device: "cpu", or an accelerator's torch name ("cuda"); a rank takes the one of its local number.
         dtype: of the transformers and the text encoder.
         vae_dtype: of the VAE.
+        text_encoder: where its layers are kept (see `TextEncoder`).
         pin_cores: pin rank r to core r modulo the host's cores (benchmarks).
         allow_untested_device: try another of torch's accelerators (such as "npu" or "xpu"), on which nothing of
             this has been run.
@@ -223,6 +292,7 @@ class DeviceConfig:
     device: str = "cpu"
     dtype: Dtype = "float32"
     vae_dtype: Dtype = "float32"
+    text_encoder: TextEncoder = "resident"
     pin_cores: bool = False
     allow_untested_device: bool = False
 
@@ -235,6 +305,9 @@ class DeviceConfig:
             value = getattr(self, name)
             if value not in get_args(Dtype):
                 raise InvalidConfig(f"{name}={value!r} is not supported: use float32 or bfloat16.")
+        if self.text_encoder not in get_args(TextEncoder):
+            known = ", ".join(get_args(TextEncoder))
+            raise InvalidConfig(f"text_encoder={self.text_encoder!r} is not known: use one of {known}.")
 
     def rank_environment(self, ranks_on_host: int) -> dict[str, str]:
         """Environment of a rank process, to be set before torch loads.

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 import numpy as np
 from PIL import Image
 
-from cineline.config import DeviceConfig, ParallelConfig
+from cineline.config import Cut, DeviceConfig, ParallelConfig
 from cineline.errors import CinelineError
 from cineline.request import Job, WorkItem
 from cineline.spec import FamilySpec
@@ -29,7 +29,7 @@ class Setup:
     """Engine to rank, first: what it is to be.
 
     Attributes:
-        rank: its number, from 0. parallel: the sizes of the axes. cut: blocks of every stage.
+        rank: its number, from 0. parallel: the sizes of the axes. cut: what each stage holds.
         local_rank, ranks_on_host: its number on its host, of how many.
         store_port: of the rendezvous on this host; None tells rank 0 to open one and announce it,
             and is not used under torchrun, which has its own.
@@ -39,7 +39,7 @@ class Setup:
     spec: FamilySpec
     rank: int
     parallel: ParallelConfig
-    cut: tuple[range, ...]
+    cut: tuple[Cut, ...]
     config: DeviceConfig
     local_rank: int
     ranks_on_host: int

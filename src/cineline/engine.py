@@ -7,16 +7,18 @@ live side by side. One thread listens to the ranks; a lock guards the scheduler 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from dataclasses import dataclass, field
 from multiprocessing import connection as mp_connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from cineline import control
-from cineline.config import DEVICES, DeviceConfig, Dtype, ParallelConfig, Place
+from cineline.auto import divide
+from cineline.config import DEVICES, Cut, DeviceConfig, Dtype, ParallelConfig, Place, TextEncoder
 from cineline.errors import (
     CinelineError,
     EdgeBroken,
@@ -30,12 +32,20 @@ from cineline.hub import open_model
 from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun, torchrun_rank, torchrun_world
 from cineline.output import check_output
 from cineline.request import Job, VideoRequest, WorkItem
-from cineline.scheduler import Scheduler
+from cineline.scheduler import Scheduler, scheduler_for
 from cineline.spec import FamilySpec, load_image
 from cineline.trace import Slice, write_trace
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger(__name__)
+
+NOT_EXACT = {
+    "rows": "are close to the exact ones (most values equal, others a grey level off), not equal.",
+    "tiled": "differ from the exact ones, most of all where tiles meet.",
+}
+"""What is said of the ways to decode that are not exact."""
 
 START_LIMIT_S = 3600.0
 
@@ -60,10 +70,12 @@ class Engine:
     Args:
         model: a folder in diffusers format, a hub id, mini-ti2v, mini-t2v, or another family's spec; None for
             mini-ti2v.
-        parallel: how the model is divided.
+        parallel: how the model is divided; "auto" lets the planner divide it over this machine's devices, for
+            requests of the model's default size.
         device: "cpu" or "cuda"; None takes cuda where there is one.
         dtype: of transformers and text encoder; None is float32 on the CPU, bfloat16 elsewhere.
         vae_dtype: of the VAE.
+        text_encoder: where its layers are kept, see `DeviceConfig`.
         in_flight: requests that denoise at once; None fills the line with one to spare.
         trace: write a Chrome trace there on close, where nothing was left undone.
         launcher: start the ranks here, or be rank 0 of a torchrun world.
@@ -82,18 +94,18 @@ class Engine:
     def __init__(
         self,
         model: str | Path | FamilySpec | None = None,
-        parallel: ParallelConfig | None = None,
+        parallel: ParallelConfig | Literal["auto"] | None = None,
         *,
         device: str | None = None,
         dtype: Dtype | None = None,
         vae_dtype: Dtype = "float32",
+        text_encoder: TextEncoder = "resident",
         in_flight: int | None = None,
         trace: str | Path | None = None,
         launcher: Launcher = "local",
         pin_cores: bool = False,
         allow_untested_device: bool = False,
     ) -> None:
-        parallel = parallel or ParallelConfig()
         device = device or default_device()
         if in_flight is not None and (type(in_flight) is not int or in_flight < 1):
             raise InvalidConfig(f"in_flight={in_flight!r} is no whole number from 1 on: give 1 or more.")
@@ -102,12 +114,18 @@ class Engine:
         if launcher == "torchrun" and torchrun_rank() is None:
             raise InvalidConfig("launcher='torchrun' needs a torchrun world: start the program with torchrun.")
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        config = DeviceConfig(device, dtype, vae_dtype, pin_cores, allow_untested_device)
+        config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device)
         self.spec = open_model(model)
-        parallel = self.spec.place(parallel)
+        if parallel == "auto":
+            if launcher == "torchrun":
+                raise InvalidConfig("parallel='auto' is for ranks of this machine: give torchrun's a ParallelConfig.")
+            parallel, in_flight = divide(self.spec, config, in_flight)
+        parallel = self.spec.place(parallel or ParallelConfig())
+        if parallel.vae_decode in NOT_EXACT:
+            log.warning("vae_decode=%r: frames %s", parallel.vae_decode, NOT_EXACT[parallel.vae_decode])
         if launcher == "local":
             _check_devices(parallel, config)
-        cut = tuple(parallel.cut(self.spec.layers))
+        cut = self.spec.cut(parallel, config)
         heads = (Place(cfg=cfg) for cfg in range(parallel.cfg))
         self._image_ranks = {parallel.rank(place) for place in heads}
         self._trace = None if trace is None else Path(trace)
@@ -118,7 +136,7 @@ class Engine:
         self._timelines = 0
         self._closed = False
         self._lock = threading.RLock()
-        self._line = _Line(Scheduler([len(group) for group in parallel.groups], in_flight, self._admit, parallel.cfg))
+        self._line = _Line(scheduler_for(parallel, in_flight, self._admit))
         environment = config.rank_environment(parallel.ranks if launcher == "local" else torchrun_world()[1])
         if launcher == "local":
             self._ranks = launch_local(parallel.ranks, environment)
@@ -188,7 +206,7 @@ class Engine:
 
     # Starting.
 
-    def _start(self, parallel: ParallelConfig, cut: tuple[range, ...], config: DeviceConfig) -> list[int]:
+    def _start(self, parallel: ParallelConfig, cut: tuple[Cut, ...], config: DeviceConfig) -> list[int]:
         """Tell every rank what it is and wait until all are ready; the bytes of weights each has read."""
         deadline = time.monotonic() + START_LIMIT_S
         port = None

@@ -9,6 +9,7 @@ CinelineError
 ├── EdgeBroken          inside a rank: a neighbour is gone; the engine looks for the one that failed
 ├── RequestCancelled    the request was cancelled before it was done
 ├── ResultTimeout       `result(timeout=...)` ran out of time; the request goes on
+├── Deadlock            a simulated schedule in which nobody can go on
 └── EngineClosed        the engine was closed before the request was done
 
 A message is one sentence with the value, the rule and the remedy.
@@ -64,6 +65,10 @@ class RequestCancelled(CinelineError):
 
 class ResultTimeout(CinelineError, TimeoutError):
     """`result(timeout=...)` ran out of time; the request itself goes on."""
+
+
+class Deadlock(CinelineError):
+    """A simulated schedule in which work is left and nobody can go on, or two ends of an edge disagree."""
 
 
 class EngineClosed(CinelineError, RuntimeError):

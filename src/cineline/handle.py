@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -26,6 +27,7 @@ class RequestHandle:
         self._future: Future[Video] = Future()
         self._steps_done = 0
         self._latents: np.ndarray | None = None
+        self._lock = threading.Lock()
         self._chunks: list[np.ndarray] = []
         self._chunks_done = 0
 
@@ -63,6 +65,12 @@ class RequestHandle:
                 "wait longer or cancel it."
             ) from None
 
+    def take_frames(self) -> list[np.ndarray]:
+        """Frames decoded since the last call, each uint8 [F, H, W, 3]; the result has those that were not taken."""
+        with self._lock:
+            taken, self._chunks = self._chunks, []
+        return taken
+
     def take(self, done: Done) -> None:
         """Engine: a step or a chunk is done."""
         if done.item.kind is Kind.DENOISE:
@@ -71,7 +79,8 @@ class RequestHandle:
             self._latents = self._latents if done.result is None else done.result
         elif done.item.kind is Kind.DECODE:
             assert done.result is not None
-            self._chunks.append(done.result)
+            with self._lock:
+                self._chunks.append(done.result)
             self._chunks_done += 1
 
     def finish(self) -> None:
@@ -79,9 +88,10 @@ class RequestHandle:
         import torch  # late: the engine itself needs none
 
         assert self._latents is not None
-        frames = np.concatenate(self._chunks) if self._chunks else None
+        chunks = self.take_frames()
+        frames = np.concatenate(chunks) if chunks else None
         latents = torch.from_numpy(self._latents.copy())
-        self._chunks, self._latents = [], None
+        self._latents = None
         self._future.set_result(Video(latents, frames, self.job.fps))
 
     def fail(self, error: CinelineError) -> None:

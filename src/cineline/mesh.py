@@ -33,8 +33,9 @@ class Edge:
     """A one-way connection of two ranks.
 
     Attributes:
-        kind: forward (hidden states), return (latents), guidance (the second branch's prediction), handover
-            (latents to the second expert's head), history (latents and solver to its tail).
+        kind: forward (hidden states), return (latents), loop (embeddings, latents to decode), guidance (the second
+            branch's prediction), handover (latents to the second expert's head), history (latents and solver to its
+            tail).
         source, target: ranks.
     """
 
@@ -83,7 +84,8 @@ def edges_of(parallel: ParallelConfig) -> Iterator[Edge]:
     """All edges, in the one order in which every rank makes them.
 
     A lane is the ranks of equal ring, ulysses and tp coordinates, one a stage. Each lane of each branch's
-    line has the edges of a pipeline; the first line's tails return latents to the heads of both.
+    line has the edges of a pipeline; the first line's tails return latents to the heads of both. The loop, from a
+    line's last stage to its first, is the first lane's alone.
     """
     for lane in range(parallel.lanes):
         lines = [
@@ -96,6 +98,8 @@ def edges_of(parallel: ParallelConfig) -> Iterator[Edge]:
                 yield Edge("return", lines[0][group[-1]], ranks[group[0]])
             for before, after in pairwise(parallel.groups):
                 yield Edge("handover", lines[0][before[-1]], ranks[after[0]])
+            if lane == 0:
+                yield Edge("loop", ranks[-1], ranks[0])
         for group in parallel.groups if parallel.cfg == 2 else ():
             yield Edge("guidance", lines[1][group[-1]], lines[0][group[-1]])
         for before, after in pairwise(parallel.groups):
@@ -116,7 +120,7 @@ def join(
     backend may connect two ends only when both first use it.
 
     Args:
-        store: the rendezvous; None for a single rank, whose return edge leads to itself.
+        store: the rendezvous; None for a single rank, whose return and loop lead to itself.
         device: where this rank computes.
         ranks_on_host: how many share this host's devices.
         traffic: where the bytes sent over the edges are counted, by the edge's kind.
@@ -126,7 +130,8 @@ def join(
     """
     if parallel.ranks == 1:
         itself = LocalChannel()
-        return Edges(return_in=itself, return_out=(itself,)), None
+        loop = LocalChannel()
+        return Edges(return_in=itself, return_out=(itself,), loop_in=loop, loop_out=loop), None
     backend, staged = pick_backend(device, ranks_on_host)
     if staged and parallel.lanes > 1:
         raise InvalidConfig(
@@ -164,6 +169,8 @@ def join(
         forward_out=next(iter(outgoing["forward"]), None),
         return_in=incoming.get("return"),
         return_out=tuple(outgoing["return"]),
+        loop_in=incoming.get("loop"),
+        loop_out=next(iter(outgoing["loop"]), None),
         handover_in=incoming.get("handover"),
         handover_out=tuple(outgoing["handover"]),
         history_in=incoming.get("history"),

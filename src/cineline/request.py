@@ -96,6 +96,7 @@ class Job:
     Attributes:
         id: unique in its engine.
         steps: solver steps. branches: forwards a step, 2 with guidance and 1 without.
+        texts: prompts that go through the stages' text encoder, one a branch; 0 where the family has none.
         chunks: decode items, one a latent frame; 0 when the request stops at the latents.
         has_image: whether the head is handed a first frame.
         The other fields are `VideoRequest`'s, resolved; a scale that a model does not use is None.
@@ -109,6 +110,7 @@ class Job:
     num_frames: int
     steps: int
     branches: int
+    texts: int
     chunks: int
     guidance_scale: float
     guidance_scale_2: float | None
@@ -120,12 +122,18 @@ class Job:
 
 
 class Kind(enum.IntEnum):
-    """What a work item does."""
+    """What a work item does.
 
-    ENCODE = 0
-    DENOISE = 1
-    DECODE = 2
-    DROP = 3
+    TEXT: a prompt through the text encoder's slices, its embedding from the tail back to the head. ENCODE: the head
+    makes a request's conditioning and hands it to all stages. DENOISE: a forward of one branch of one step. DECODE:
+    a chunk of latents through the VAE decoder's slices to frames. DROP: every stage forgets the request.
+    """
+
+    TEXT = 0
+    ENCODE = 1
+    DENOISE = 2
+    DECODE = 3
+    DROP = 4
 
 
 class Branch(enum.IntEnum):
@@ -142,7 +150,7 @@ class WorkItem(NamedTuple):
         kind: what to do.
         request: the job's id.
         number: the solver step (DENOISE) or the chunk (DECODE).
-        branch: of a DENOISE item.
+        branch: of a TEXT or DENOISE item.
         last: whether this item ends its turn: the step's last branch, or any other whole item.
     """
 

@@ -1,10 +1,11 @@
 """Which work item comes next: the one place that decides the order (no torch).
 
-A request is a row of turns: encode and first step, one turn a further step, one a decode chunk. A turn
-is one or more work items, emitted together. The next turn of a request is emitted when the tail begins
-the last item of the turn before. Headers thus run one stage's work ahead of the tensors, so that no
-stage waits for one; requests take turns in the order in which they come back; and the line never holds
-two turns of one request while another could go, which would leave a bubble between the two.
+A request is a row of turns: its prompts through the text encoder, encode and first step, one turn a further step, one
+a decode chunk (the first of these holds as many chunks as there are stages, where the decoder is cut over them, so that
+each has one). A turn is one or more work items, emitted together. The next turn of a request is emitted when the tail
+begins an item that ends one. Headers thus run one stage's work ahead of the tensors, so that no stage waits for one;
+requests take turns in the order in which they come back; and the line never holds two turns of one request while
+another could go, which would leave a bubble between the two.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from cineline.config import ParallelConfig
 from cineline.request import Branch, Job, Kind, WorkItem
 
 
@@ -32,16 +34,23 @@ def speed_up_limit(stages: int, in_flight: int, branches: int) -> Fraction:
     return Fraction(items * stages, max(items, stages + branches - 1))
 
 
-def turns_of(job: Job, branches: int) -> Iterator[list[WorkItem]]:
-    """The job's turns, in order, with that many items a step."""
-    for step in range(job.steps):
-        items = [
-            WorkItem(Kind.DENOISE, job.id, step, Branch(branch), last=branch == branches - 1)
-            for branch in range(branches)
+def turns_of(job: Job, branches: int, decode_ahead: int = 1) -> Iterator[list[WorkItem]]:
+    """The job's turns, in order, with that many items a step and chunks in the first turn of its decode."""
+    if job.texts:
+        yield [
+            WorkItem(Kind.TEXT, job.id, 0, Branch(branch), last=branch == branches - 1) for branch in range(branches)
         ]
+    for step in range(job.steps):
+        items = _a_branch_each(Kind.DENOISE, job, step, branches)
         yield items if step else [WorkItem(Kind.ENCODE, job.id, last=False), *items]
-    for chunk in range(job.chunks):
-        yield [WorkItem(Kind.DECODE, job.id, chunk)]
+    chunks = [WorkItem(Kind.DECODE, job.id, chunk) for chunk in range(job.chunks)]
+    if chunks:
+        yield chunks[:decode_ahead]
+    yield from ([chunk] for chunk in chunks[decode_ahead:])
+
+
+def _a_branch_each(kind: Kind, job: Job, number: int, branches: int) -> list[WorkItem]:
+    return [WorkItem(kind, job.id, number, Branch(branch), last=branch == branches - 1) for branch in range(branches)]
 
 
 @dataclass(eq=False)
@@ -53,7 +62,7 @@ class _Entry:
     group: int = 0
 
     def __post_init__(self) -> None:
-        self.unfinished = len(self.turns)
+        self.unfinished = sum(item.last for turn in self.turns for item in turn)
 
     @property
     def denoising(self) -> bool:
@@ -71,15 +80,22 @@ class Scheduler:
         in_flight: requests that may denoise at once; None for the default of each group.
         admit: called with a job just before its first item is emitted.
         cfg: lines that share a step's branches. With two, a step is one item, of which each line runs its branch.
+        decode_ahead: chunks of a request that may be in the line at once: the stages, where the decoder is cut.
     """
 
     def __init__(
-        self, groups: Sequence[int], in_flight: int | None, admit: Callable[[Job], None], cfg: int = 1
+        self,
+        groups: Sequence[int],
+        in_flight: int | None,
+        admit: Callable[[Job], None],
+        cfg: int = 1,
+        decode_ahead: int = 1,
     ) -> None:
         self._groups = groups
         self._in_flight = in_flight
         self._admit = admit
         self._cfg = cfg
+        self._decode_ahead = decode_ahead
         self._waiting: deque[Job] = deque()
         self._active: dict[int, _Entry] = {}
         self._ready: deque[_Entry] = deque()
@@ -94,7 +110,8 @@ class Scheduler:
         while self._waiting and self._has_room(self._waiting[0]):
             job = self._waiting.popleft()
             self._admit(job)
-            self._active[job.id] = _Entry(job, deque(turns_of(job, self._branches(job))))
+            turns = turns_of(job, self._branches(job), self._decode_ahead)
+            self._active[job.id] = _Entry(job, deque(turns))
             self._ready.append(self._active[job.id])
         items: list[WorkItem] = []
         while (entry := next(filter(self._may_go, self._ready), None)) is not None:
@@ -105,13 +122,13 @@ class Scheduler:
         return items
 
     def begun(self, item: WorkItem) -> None:
-        """Record that the tail has begun `item`, the last of its turn: the request's next turn may go."""
+        """Record that the tail has begun `item`, an end of a turn: the request's next turn may go."""
         entry = self._active.get(item.request)
-        if entry is not None and entry.turns:
+        if entry is not None and len(entry.turns) > self._ready.count(entry):
             self._ready.append(entry)
 
     def complete(self, item: WorkItem, moves: bool = False) -> bool:
-        """Record that the tail has finished `item`, the last of its turn; true when it was the request's last.
+        """Record that the tail has finished `item`, an end of a turn; true when it was the request's last.
 
         Args:
             moves: the request goes on in the next group.
@@ -167,3 +184,9 @@ class Scheduler:
     def _may_go(self, entry: _Entry) -> bool:
         # One request decodes at a time: a VAE decoder's cache takes gigabytes.
         return entry.turns[0][0].kind is not Kind.DECODE or self._decoder in (None, entry)
+
+
+def scheduler_for(parallel: ParallelConfig, in_flight: int | None, admit: Callable[[Job], None]) -> Scheduler:
+    """The scheduler of a line that is divided so."""
+    ahead = parallel.pp if parallel.vae_decode == "layers" else 1
+    return Scheduler([len(group) for group in parallel.groups], in_flight, admit, parallel.cfg, ahead)

@@ -11,8 +11,10 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from PIL import Image, ImageOps
 
-from cineline.config import ParallelConfig
+from cineline.config import Cut, DeviceConfig, ParallelConfig
+from cineline.costs.model import ModelCosts
 from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest
+from cineline.planning.cut import default_cut
 from cineline.request import Job, VideoRequest
 
 WanKind = Literal["ti2v", "t2v", "i2v"]
@@ -72,20 +74,24 @@ class FamilySpec(Protocol):
 
     Attributes:
         stages_class: "module:Class" of the family's `PipelineParallelMixin`, imported by the ranks.
-        layers: blocks that the stages share out.
     """
 
     @property
     def stages_class(self) -> str: ...
-
-    @property
-    def layers(self) -> int: ...
 
     def place(self, parallel: ParallelConfig) -> ParallelConfig:
         """The config with nothing left open.
 
         Raises:
             InvalidConfig: this model cannot be divided that way.
+        """
+        ...
+
+    def cut(self, parallel: ParallelConfig, config: DeviceConfig) -> tuple[Cut, ...]:
+        """What each stage holds, for a config that `place` has returned; `config` says how large the weights are.
+
+        Raises:
+            InvalidConfig: more stages than blocks, or a split that does not add up.
         """
         ...
 
@@ -107,7 +113,7 @@ class WanSpec:
         kind: ti2v (text, or text and image), t2v (text), i2v (text and image).
         transformer: config of the (high-noise) expert. Both experts have the same.
         experts: component names, high noise first.
-        vae, scheduler: their configs; scheduler_class names a diffusers scheduler.
+        text, vae, scheduler: their configs; scheduler_class names a diffusers scheduler.
         boundary_ratio: share of the training timesteps where the low-noise expert takes over, if any.
         defaults: default request, the kind's row updated by the folder's `cineline.json`.
     """
@@ -116,6 +122,7 @@ class WanSpec:
     kind: WanKind
     transformer: Mapping[str, Any]
     experts: tuple[str, ...]
+    text: Mapping[str, Any]
     vae: Mapping[str, Any]
     scheduler: Mapping[str, Any]
     scheduler_class: str
@@ -149,6 +156,7 @@ class WanSpec:
             raise CheckpointError(f"{folder}/model_index.json names no 'transformer': use a whole checkpoint.")
         configs = [_read_json(folder / name / "config.json", "each component has one") for name in experts]
         vae = _read_json(folder / "vae" / "config.json", "each component has one")
+        text = _read_json(folder / "text_encoder" / "config.json", "each component has one")
         kind = cls._kind(folder, index, configs[0], vae)
         shapes = [{key: value for key, value in config.items() if not key.startswith("_")} for config in configs]
         if any(shape != shapes[0] for shape in shapes):
@@ -166,6 +174,7 @@ class WanSpec:
             kind=kind,
             transformer=configs[0],
             experts=experts,
+            text=text,
             vae=vae,
             scheduler=scheduler,
             scheduler_class=str(_class_of(index, "scheduler")),
@@ -237,6 +246,17 @@ class WanSpec:
         boundary = self.boundary_ratio or 0.0
         return 1 - boundary / (shift - (shift - 1) * boundary)
 
+    def high_steps(self, job: Job) -> int:
+        """Steps of a job that are the high-noise expert's: those whose noise level is at or above the boundary.
+
+        With even levels u from 1 to 1 / 1000 before the shift, as diffusers' flow schedulers have them.
+        """
+        if job.boundary_ratio is None or len(self.experts) < 2:
+            return job.steps
+        shift = float(job.flow_shift or self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
+        levels = [1 - 0.999 * step / job.steps for step in range(job.steps)]
+        return sum(shift * u / (1 + (shift - 1) * u) >= job.boundary_ratio for u in levels)
+
     def place(self, parallel: ParallelConfig) -> ParallelConfig:
         """See `FamilySpec.place`."""
         if parallel.expert_placement == "split" and len(self.experts) < 2:
@@ -252,6 +272,12 @@ class WanSpec:
         if width % parallel.tp:
             raise InvalidConfig(f"tp={parallel.tp} does not divide the model's feed-forward width {width}: use less.")
         return parallel.placed(self.layers, self.high_share)
+
+    def cut(self, parallel: ParallelConfig, config: DeviceConfig) -> tuple[Cut, ...]:
+        """See `FamilySpec.cut`."""
+        costs = ModelCosts.of(self, config.dtype, config.vae_dtype)
+        filled = default_cut(costs, parallel)
+        return filled.cut(self.layers, costs.text.layers, len(costs.vae.decoder))
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
         """See `FamilySpec.resolve`."""
@@ -291,6 +317,7 @@ class WanSpec:
             num_frames=frames,
             steps=value["num_inference_steps"],
             branches=2 if scale > 1 else 1,
+            texts=2 if scale > 1 else 1,
             chunks=(frames - 1) // self.vae_frames + 1 if request.decode else 0,
             guidance_scale=scale,
             guidance_scale_2=scale_2,

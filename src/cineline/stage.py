@@ -5,11 +5,10 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from cineline.channel import Edges, Pending, Receiver, TensorSpec
@@ -17,10 +16,8 @@ from cineline.control import Admit, Begun, Done, Message, Stop
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
 from cineline.pace import Pace, marker
 from cineline.request import Branch, Kind, WorkItem
+from cineline.simulation.actions import RECEIVES_AHEAD
 from cineline.trace import Slice
-
-RECEIVES_AHEAD = 2
-"""Receives posted ahead of their use, so that tensors travel while the stage computes."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,9 @@ class _Request:
     Attributes:
         state: the family's.
         routes: for each step the stages that execute it.
-        latents, history: the posted receives of the next step's latents, and of the solver's history.
+        latents, history: the posted receives of the next step's latents (or of those to decode), and of the solver's
+            history.
+        texts: the posted receives of the prompts' embeddings.
         last_step: this stage's last one, -1 where it has none.
     """
 
@@ -101,6 +100,12 @@ class _Request:
     last_step: int
     latents: _Letter | None = None
     history: _Letter | None = None
+    texts: dict[Branch, _Letter] = field(default_factory=dict)
+
+    @property
+    def letters(self) -> list[_Letter]:
+        """All that it waits for."""
+        return [letter for letter in (self.latents, self.history, *self.texts.values()) if letter is not None]
 
 
 class StageLoop:
@@ -131,7 +136,6 @@ class StageLoop:
         self._family = family
         self._part = part
         self._stage = part.place.pp
-        self._decodes = part.is_tail and part.leads
         self._edges = edges
         self._inbox = inbox
         self._report = report
@@ -142,6 +146,7 @@ class StageLoop:
         self._returns = _Mail(edges.return_in) if edges.return_in else None
         self._handovers = _Mail(edges.handover_in) if edges.handover_in else None
         self._histories = _Mail(edges.history_in) if edges.history_in else None
+        self._loops = _Mail(edges.loop_in) if edges.loop_in else None
         self._stopping = False
 
     @torch.no_grad()
@@ -181,7 +186,11 @@ class StageLoop:
         ahead, all_of_them = RECEIVES_AHEAD + 1, len(self._requests)
         latents = [self._family.latents_spec(state)]
         if self._edges.forward_in is not None:
-            self._edges.forward_in.reserve(self._family.hidden_specs(state), ahead)
+            for specs in self._forward_specs(state):
+                self._edges.forward_in.reserve(specs, ahead)
+        if self._edges.loop_in is not None:
+            for spec in [*latents, *([self._family.embedding_spec(state)] if job.texts else [])]:
+                self._edges.loop_in.reserve([spec], all_of_them)
         if self._edges.return_in is not None:
             self._edges.return_in.reserve(latents, all_of_them)
         if self._edges.handover_in is not None:
@@ -191,10 +200,23 @@ class StageLoop:
         if self._edges.guidance_in is not None and job.branches == 2:
             self._edges.guidance_in.reserve([self._family.prediction_spec(state)], ahead)
 
+    def _forward_specs(self, state: Any) -> Iterator[tuple[TensorSpec, ...]]:
+        """All that a request's items bring over the forward edge, but for the conditioning."""
+        yield self._family.hidden_specs(state)
+        if state.job.texts and self._part.is_first_lane:
+            yield self._family.text_specs(state)
+        if self._part.decodes and self._part.hands_chunks_on:
+            for chunk in range(min(2, state.job.chunks)):  # the first one is shorter than the others
+                yield self._family.decode_specs(state, chunk)
+
     def _post(self, item: WorkItem) -> _Next:
         request = self._requests[item.request]
         hidden = guidance = None
-        if item.kind is Kind.ENCODE and self._edges.forward_in is not None:
+        if self._edges.forward_in is not None and item.kind is Kind.TEXT and self._part.is_first_lane:
+            hidden = self._edges.forward_in.post(self._family.text_specs(request.state))
+        elif self._edges.forward_in is not None and item.kind is Kind.DECODE and self._gets_chunks:
+            hidden = self._edges.forward_in.post(self._family.decode_specs(request.state, item.number))
+        elif item.kind is Kind.ENCODE and self._edges.forward_in is not None:
             specs = self._family.conditioning_specs(request.state)
             hidden = self._edges.forward_in.post(tuple(specs.values()), keep=True) if specs else None
         elif item.kind is Kind.DENOISE and self._stage in request.routes[item.number]:
@@ -221,44 +243,74 @@ class StageLoop:
         if item.last and self._answers(item, request):
             self._report(Begun(item))
         start = time.time_ns()
-        branch, executed = item.branch, True
-        if item.kind is Kind.ENCODE:
-            self._encode(request, received)
-        elif item.kind is Kind.DENOISE:
-            branch = self._part.branches(request.state.job)[item.branch]
-            executed = self._stage in request.routes[item.number]
-            if executed:
-                self._denoise(item, branch, request, received, due.guidance)
-            if due.hidden:
-                due.hidden.release()
-            if item.last:
-                self._end_step(item, request)
-        elif item.kind is Kind.DECODE and self._decodes:
-            self._decode(item, request)
-        elif item.kind is Kind.DROP:
-            self._drop(item)
-        else:
-            executed = False
+        branch = self._part.branches(request.state.job)[item.branch]
+        executed = self._run(item, branch, request, received, due.guidance)
+        if due.hidden and item.kind is not Kind.ENCODE:  # the conditioning stays
+            due.hidden.release()
+        if item.kind is Kind.DENOISE and item.last:
+            self._end_step(item, request)
         if self._record and executed:
             if self._part.device.type != "cpu":
                 torch.accelerator.synchronize()
             self._record(Slice(self._part.rank, item._replace(branch=branch), start, time.time_ns(), start - asked))
 
+    def _run(
+        self, item: WorkItem, branch: Branch, request: _Request, received: Hidden, guidance: Pending | None
+    ) -> bool:
+        """Execute an item, if it is this rank's at all; whether it was."""
+        if item.kind is Kind.TEXT and self._part.is_first_lane:
+            self._encode_text(item, branch, request, received)
+        elif item.kind is Kind.ENCODE:
+            self._encode(request, received)
+        elif item.kind is Kind.DENOISE and self._stage in request.routes[item.number]:
+            self._denoise(item, branch, request, received, guidance)
+        elif item.kind is Kind.DECODE and self._part.decodes:
+            self._decode(item, request, received)
+        elif item.kind is Kind.DROP:
+            self._drop(item)
+        else:
+            return False
+        return True
+
     def _answers(self, item: WorkItem, request: _Request) -> bool:
         """Whether the engine hears of this item from here: from the last stage that executes it."""
         if item.kind is Kind.DENOISE:
             return self._part.leads and self._stage == request.routes[item.number].stop - 1
-        return item.kind is Kind.DECODE and self._decodes
+        return item.kind in (Kind.TEXT, Kind.DECODE) and self._part.is_tail and self._part.leads
+
+    @property
+    def _gets_chunks(self) -> bool:
+        return self._part.decodes and self._part.hands_chunks_on
+
+    def _encode_text(self, item: WorkItem, branch: Branch, request: _Request, received: Hidden) -> None:
+        """A prompt through this stage's layers; behind the last ones its embedding goes back to the head."""
+        made = self._family.encode_text(request.state, branch, received)
+        if self._part.is_tail:
+            assert self._edges.loop_out is not None
+            self._edges.loop_out.send(made, "text")
+        else:
+            assert self._edges.forward_out is not None
+            self._edges.forward_out.send(_apart(made, received), "text")
+        if self._loops is not None:
+            request.texts[branch] = self._loops.post([self._family.embedding_spec(request.state)])
+        if item.last and self._answers(item, request):
+            self._pace.report(Done(item))
 
     def _encode(self, request: _Request, received: Hidden) -> None:
         state = request.state
+        for branch, letter in request.texts.items():
+            (state.texts[branch],) = letter.wait()
         names = self._family.conditioning_specs(state)
         if self._part.is_head:
             state.conditioning.update(self._family.encode(state))
+            state.texts.clear()
         else:
             state.conditioning.update(zip(names, received, strict=True))
         if self._edges.forward_out and names:
             self._edges.forward_out.send([state.conditioning[name] for name in names], "conditioning")
+        for letter in request.texts.values():
+            letter.release()
+        request.texts.clear()
 
     def _denoise(
         self, item: WorkItem, branch: Branch, request: _Request, received: Hidden, guidance: Pending | None
@@ -294,6 +346,10 @@ class StageLoop:
             senders = self._edges.return_out if same_route else self._edges.handover_out
             for sender in senders[: state.job.branches]:
                 sender.send([latents])
+        elif state.job.chunks and self._gets_chunks:
+            to_head = self._edges.return_out[0] if request.routes[step].start == 0 else self._edges.loop_out
+            assert to_head is not None
+            to_head.send([latents])
         if self._history_moves(request, step):
             assert self._edges.history_out is not None
             self._edges.history_out.send([latents, *self._family.history(state)])
@@ -310,7 +366,7 @@ class StageLoop:
         """Whether latents and history go to another route's end: the next step's, or the one that decodes."""
         goes_on, same_route = self._follows(request, step)
         end = request.routes[step].stop
-        decodes_elsewhere = request.state.job.chunks > 0 and self._part.leads
+        decodes_elsewhere = request.state.job.chunks > 0 and self._part.leads and not self._part.hands_chunks_on
         return end != self._part.parallel.pp and not same_route and (goes_on or decodes_elsewhere)
 
     def _end_step(self, item: WorkItem, request: _Request) -> None:
@@ -324,31 +380,49 @@ class StageLoop:
             mail = self._returns if same_route else self._handovers
             assert mail is not None
             request.latents = mail.post([self._family.latents_spec(state)])
+        if not goes_on and state.job.chunks and self._gets_chunks and self._part.is_head:
+            mail = self._returns if request.routes[step].start == 0 else self._loops
+            assert mail is not None
+            request.latents = mail.post([self._family.latents_spec(state)])
         if self._histories and self._history_moves(request, step):
             request.history = self._histories.post(self._family.history_specs(state))
-        if step >= request.last_step and not (self._decodes and state.job.chunks):
+        if step >= request.last_step and not (self._part.decodes and state.job.chunks):
             del self._requests[item.request]
+        elif not goes_on:
+            self._family.end_denoising(state)
 
     def _await_latents(self, item: WorkItem, request: _Request) -> None:
-        """Route's first stage, first branch of a step: wait for the step's latents."""
-        if item.kind is not Kind.DENOISE or item.branch is not Branch.COND or request.latents is None:
+        """Before the first item that needs them: the latents of a step, on its route's first stage, or of a decode."""
+        if request.latents is None or request.latents.is_here:
             return
-        if self._stage == request.routes[item.number].start:
+        starts_step = item.kind is Kind.DENOISE and self._stage == request.routes[item.number].start
+        if starts_step or item.kind is Kind.DECODE:
             (request.state.latents,) = request.latents.wait()
 
-    def _decode(self, item: WorkItem, request: _Request) -> None:
+    def _decode(self, item: WorkItem, request: _Request, received: Hidden) -> None:
         state = request.state
         if request.history:
             self._family.take_history(state, request.history.wait())
             request.history.release()
             request.history = None
-        frames: np.ndarray = self._family.decode(state, item.number)
+        made = self._family.decode(state, item.number, received)
+        if self._part.is_tail:
+            frames = _apart(made, received)[0]
+            self._pace.report(Done(item, frames.cpu().numpy()))
+        elif self._gets_chunks:
+            assert self._edges.forward_out is not None
+            self._edges.forward_out.send(_apart(made, received), "decode")
         if item.number + 1 == state.job.chunks:
+            if request.latents:
+                request.latents.release()
             del self._requests[item.request]
-        self._pace.report(Done(item, frames))
 
     def _drop(self, item: WorkItem) -> None:
-        request = self._requests.pop(item.request)
-        for letter in (request.latents, request.history):
-            if letter is not None:
-                letter.drop()
+        for letter in self._requests.pop(item.request).letters:
+            letter.drop()
+
+
+def _apart(made: Hidden, received: Hidden) -> Hidden:
+    """What a stage sends on, copied where it is what it was given: that buffer will be used again."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in received}
+    return tuple(tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor for tensor in made)

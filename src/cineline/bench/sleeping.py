@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 
 from cineline.channel import TensorSpec
-from cineline.config import ParallelConfig, stages_alone
+from cineline.config import Cut, DeviceConfig, ParallelConfig, stages_alone
 from cineline.denoise import combine
 from cineline.errors import InvalidRequest
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
@@ -47,6 +46,10 @@ class SleepingSpec:
             return parallel.placed(self.layers, self.high_steps / self.steps)
         return stages_alone(parallel)
 
+    def cut(self, parallel: ParallelConfig, config: DeviceConfig) -> tuple[Cut, ...]:
+        """See `FamilySpec.cut`."""
+        return parallel.cut(self.layers)
+
     def resolve(self, request: VideoRequest, number: int) -> Job:
         """See `FamilySpec.resolve`; steps and guidance are all that counts here."""
         if request.num_inference_steps is None or request.guidance_scale is None:
@@ -60,6 +63,7 @@ class SleepingSpec:
             num_frames=1,
             steps=request.num_inference_steps,
             branches=2 if request.guidance_scale > 1 else 1,
+            texts=0,
             chunks=0,
             guidance_scale=request.guidance_scale,
             guidance_scale_2=None,
@@ -78,7 +82,7 @@ class SleepingStages(PipelineParallelMixin[RequestState]):
         self._spec = spec
 
     def load(self, part: StagePart) -> int:
-        self._sleep_s = self._spec.block_s * len(part.layers)
+        self._sleep_s = self._spec.block_s * len(part.cut.blocks)
         self._hidden = torch.zeros(self._spec.hidden_bytes, dtype=torch.uint8)
         return 0
 
@@ -127,5 +131,5 @@ class SleepingStages(PipelineParallelMixin[RequestState]):
         assert state.latents is not None
         return state.latents
 
-    def decode(self, state: RequestState, chunk: int) -> np.ndarray:
+    def decode(self, state: RequestState, chunk: int, hidden: Hidden) -> Hidden:
         raise NotImplementedError("a sleeping model has no frames: ask with decode=False")

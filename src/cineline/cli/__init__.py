@@ -1,4 +1,4 @@
-"""The command line: `cineline generate | bench | eval`."""
+"""The command line: `cineline generate | plan | bench | eval`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from cineline.cli.bench import app as bench_app
 from cineline.cli.evaluate import app as eval_app
 from cineline.cli.generate import generate
+from cineline.cli.plan import plan
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError
 from cineline.launch import QUIET
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(plan)
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 

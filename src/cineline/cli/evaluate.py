@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cineline.cli.options import Json, dtype_of
-from cineline.config import ParallelConfig
+from cineline.cli.options import Json, one_of
+from cineline.config import Dtype, ParallelConfig
 from cineline.errors import InvalidConfig
 from cineline.output import check_output, whole_file
 
@@ -51,7 +51,9 @@ def score(
     assert isinstance(spec, WanSpec)
     console = Console(stderr=True)
     device = device or default_device()
-    with Engine(spec, ParallelConfig(pp), device=device, dtype=dtype_of("dtype", dtype)) as engine:
+    with Engine(
+        spec, ParallelConfig(pp), device=device, dtype=None if dtype is None else one_of("dtype", dtype, Dtype)
+    ) as engine:
         side = min(spec.defaults["height"], spec.defaults["width"])
         shown = show(
             engine, scenes[:prompts], seed, image_to_video, side, lambda text: console.print(text, highlight=False)

@@ -13,15 +13,16 @@ import typer
 from rich.console import Console
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
-from cineline.cli.options import dtype_of, placement_of, whole_numbers
+from cineline.cli.options import one_of, whole_numbers
 from cineline.cli.progress import RequestProgress, make_view
-from cineline.config import DeviceConfig, ParallelConfig
+from cineline.config import DeviceConfig, Dtype, ExpertPlacement, ParallelConfig, TextEncoder, VaeDecode
 from cineline.engine import Engine
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
 from cineline.hub import MINIS, open_model
 from cineline.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
-from cineline.output import check_output, whole_file
-from cineline.request import Job, Video
+from cineline.output import check_output
+from cineline.request import Job
+from cineline.sink import Sink
 
 POLL_S = 0.1
 
@@ -64,6 +65,23 @@ def generate(
     expert_placement: Annotated[
         str, _option(_PARALLEL, "shared, or split: the two experts on stages of their own; shared.")
     ] = "shared",
+    text_split: Annotated[
+        str | None, _option(_PARALLEL, "Layers of the text encoder on each stage, such as 10,14; balances weights.")
+    ] = None,
+    text_encoder: Annotated[
+        str, _option(_PARALLEL, "resident; reload: in memory only while prompts are encoded; cpu: kept and run there.")
+    ] = "resident",
+    vae_decode: Annotated[
+        str,
+        _option(
+            _PARALLEL,
+            "layers: cut over the stages, exact; rows: each has some of the picture, close, least memory; tail: on the "
+            "last stage; tiled: there, lossy; layers.",
+        ),
+    ] = "layers",
+    vae_split: Annotated[
+        str | None, _option(_PARALLEL, "Units of the VAE's decoder on each stage, such as 11,4; balances time.")
+    ] = None,
     in_flight: Annotated[int | None, _option(_PARALLEL, "Requests that denoise at once; fills the line.")] = None,
     device: Annotated[str | None, _option(_PARALLEL, "cpu or cuda; cuda where there is one.")] = None,
     allow_untested_device: Annotated[
@@ -102,7 +120,10 @@ def generate(
         _stages(pp, axes),
         None if split is None else whole_numbers("split", split),
         **axes,
-        expert_placement=placement_of(expert_placement),
+        expert_placement=one_of("expert_placement", expert_placement, ExpertPlacement),
+        text_split=None if text_split is None else whole_numbers("text_split", text_split, least=0),
+        vae_split=None if vae_split is None else whole_numbers("vae_split", vae_split, least=0),
+        vae_decode=one_of("vae_decode", vae_decode, VaeDecode),
     )
     console = Console(stderr=True)
     launch = _launcher(launcher)
@@ -131,8 +152,9 @@ def generate(
         spec,
         parallel,
         device=device,
-        dtype=dtype_of("dtype", dtype),
-        vae_dtype=dtype_of("vae_dtype", vae_dtype) or "float32",
+        dtype=None if dtype is None else one_of("dtype", dtype, Dtype),
+        vae_dtype=one_of("vae_dtype", vae_dtype, Dtype),
+        text_encoder=one_of("text_encoder", text_encoder, TextEncoder),
         in_flight=in_flight,
         trace=trace,
         launcher=launch,
@@ -145,40 +167,41 @@ def generate(
 
 def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, console: Console) -> CinelineError | None:
     """Submit all, write each result as it comes; the first error, after the others are done."""
-    unwritten = dict(enumerate([engine.submit(task.request) for task in tasks]))
+    handles = [engine.submit(task.request) for task in tasks]
     labels = [(task.video or task.latents or Path()).name for task in tasks]
     if not quiet:
-        for label, handle in zip(labels, unwritten.values(), strict=True):
+        for label, handle in zip(labels, handles, strict=True):
             console.print(f"{label}: {_describe(handle.job)}", highlight=False, soft_wrap=True)
     view = make_view(labels, quiet, console)
-    states = [RequestProgress.of(handle) for handle in unwritten.values()]
+    states = [RequestProgress.of(handle) for handle in handles]
+    sinks = {
+        number: Sink(handle, task.video, task.latents)
+        for number, (task, handle) in enumerate(zip(tasks, handles, strict=True))
+    }
+    del handles  # a sink that is done goes, and its video with it: that is large
     failed: CinelineError | None = None
     try:
-        while unwritten:
+        while sinks:
             time.sleep(POLL_S)
-            for number, handle in unwritten.items():
-                states[number] = RequestProgress.of(handle)
-            view.update(states)
-            for number in [number for number in unwritten if states[number].done]:
+            for number, sink in list(sinks.items()):
+                states[number] = RequestProgress.of(sink.handle)
                 try:
-                    _write(tasks[number], unwritten.pop(number).result())  # popped: a video is large
+                    sink.update()
+                    if states[number].done:
+                        del sinks[number]
+                        for path in sink.finish():
+                            print(path, flush=True)
                 except CinelineError as error:
                     failed = failed or error
+                    sinks.pop(number, None)
+                    sink.give_up(error)
+                    sink.handle.cancel()  # nobody waits for it any more
+            view.update(states)
     finally:
+        for sink in sinks.values():
+            sink.give_up(KeyboardInterrupt())
         view.close()
     return failed
-
-
-def _write(task: Task, video: Video) -> None:
-    if task.latents is not None:
-        from safetensors.torch import save_file
-
-        with whole_file(task.latents) as temporary:
-            save_file({"latents": video.latents.contiguous()}, temporary)
-        print(task.latents, flush=True)
-    if task.video is not None:
-        video.save(task.video)
-        print(task.video, flush=True)
 
 
 def _describe(job: Job) -> str:

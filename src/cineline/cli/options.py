@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from cineline.config import AXES, Dtype, ExpertPlacement, ParallelConfig
+from cineline.config import AXES, ParallelConfig
 from cineline.errors import InvalidConfig
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result there.", show_default=False)]
 
 
-def dtype_of(name: str, value: str | None) -> Dtype | None:
-    """A dtype by its name.
+def one_of(name: str, value: str, known: Any) -> Any:
+    """The value, if it is one of a `Literal`'s.
 
     Raises:
-        InvalidConfig: it is none that Cineline computes in.
+        InvalidConfig: it is none.
     """
-    if value == "float32":
-        return "float32"
-    if value == "bfloat16":
-        return "bfloat16"
-    if value is None:
-        return None
-    raise InvalidConfig(f"{name}={value!r} is not supported: use float32 or bfloat16.")
-
-
-def placement_of(value: str) -> ExpertPlacement:
-    """An expert placement by its name.
-
-    Raises:
-        InvalidConfig: there is no such one.
-    """
-    if value == "shared":
-        return "shared"
-    if value == "split":
-        return "split"
-    raise InvalidConfig(f"expert_placement={value!r} is not known: use shared or split.")
+    if value not in get_args(known):
+        raise InvalidConfig(f"{name}={value!r} is not known: use {' or '.join(get_args(known))}.")
+    return value
 
 
 def axes_of(name: str, text: str) -> ParallelConfig:
@@ -56,13 +39,13 @@ def axes_of(name: str, text: str) -> ParallelConfig:
     return ParallelConfig(**sizes)
 
 
-def whole_numbers(name: str, text: str) -> list[int]:
-    """Positive whole numbers separated by commas.
+def whole_numbers(name: str, text: str, least: int = 1) -> list[int]:
+    """Whole numbers, none below `least`, separated by commas.
 
     Raises:
         InvalidConfig: there is something else between the commas.
     """
     numbers = [part.strip() for part in text.split(",")]
-    if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
-        raise InvalidConfig(f"{name}={text!r} is no list of whole numbers above 0: write it as 5,2,1.")
+    if not all(number.isascii() and number.isdigit() and int(number) >= least for number in numbers):
+        raise InvalidConfig(f"{name}={text!r} is no list of whole numbers from {least} on: write it as 5,2,1.")
     return [int(number) for number in numbers]

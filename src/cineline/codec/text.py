@@ -1,14 +1,20 @@
-"""Prompts to embeddings, as diffusers' Wan pipelines make them."""
+"""Prompts to embeddings, as diffusers' Wan pipelines make them, by an encoder that is cut over the stages.
+
+Legend: D the encoder's width.
+"""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
+from cineline.config import TextEncoder
 from cineline.errors import CheckpointError
 from cineline.models.weights import Weights
 
@@ -18,38 +24,21 @@ TOKENS = 512
 """Rows of a prompt's embedding; shorter prompts are padded with zeros, longer ones cut off."""
 
 
-class TextEncoder:
-    """Tokenizer and UMT5 encoder.
+class Tokenizer:
+    """Prompts to token numbers.
 
     Args:
-        folder: the checkpoint's, with `tokenizer` and `text_encoder`.
-        dtype, device: of the weights.
-
-    Attributes:
-        bytes_read: of the weights.
+        folder: the checkpoint's, with `tokenizer`.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, folder: Path) -> None:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            config = UMT5Config.from_pretrained(folder / "text_encoder", local_files_only=True)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: tokenizer or text encoder cannot be loaded ({error}).") from None
-        with torch.device("meta"):
-            self._model = UMT5EncoderModel(config)
-        # The encoder has its own reference to the embedding; the outer one is not used in a forward.
-        del self._model.shared
-        weights = Weights(folder / "text_encoder")
-        own, tied = "encoder.embed_tokens.weight", "shared.weight"
-        aliases = {} if own in weights else {own: tied}
-        names = {aliases.get(name, name) for name in self._model.state_dict()}
-        weights.check_names(names, ignored=["shared"])
-        weights.load(self._model, dtype, device, aliases=aliases)
-        self.bytes_read = weights.bytes_read
-        self._device = device
+            raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({error}).") from None
 
-    def encode(self, prompt: str) -> torch.Tensor:
-        """Embedding [1, 512, D] of one prompt (D the encoder's width), zero behind its last token."""
+    def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Token numbers int64 [1, 512] of one prompt, and its mask: 1 up to its last token, 0 behind."""
         cleaned = prompt_clean(prompt)
         count = len(self._tokenizer(cleaned).input_ids)
         if count > TOKENS:
@@ -63,9 +52,91 @@ class TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mask = tokens.attention_mask
-        length = int(mask.gt(0).sum())
-        output = self._model(tokens.input_ids.to(self._device), mask.to(self._device))
-        embedding: torch.Tensor = output.last_hidden_state
-        embedding[:, length:] = 0
-        return embedding
+        return tokens.input_ids, tokens.attention_mask
+
+
+class TextSlice:
+    """Some layers of the UMT5 encoder, with no other weights than theirs.
+
+    Args:
+        folder: the checkpoint's, with `text_encoder`.
+        layers: numbers of neighbours, maybe none.
+        is_first, is_last: the embedding of tokens, and the norm behind the last layer, are here too.
+        dtype, device: of the weights, and `home` where they are kept.
+
+    Attributes:
+        bytes_read: of the weights, so far.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layers: range,
+        is_first: bool,
+        is_last: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        home: TextEncoder = "resident",
+    ) -> None:
+        self._folder = folder
+        self._layers = layers
+        self._is_first, self._is_last = is_first, is_last
+        self._dtype = dtype
+        self._device = torch.device("cpu") if home == "cpu" else device
+        self._reloads = home == "reload"
+        self._stack: Any = None
+        self.bytes_read = 0
+        self._load()
+        self.release()
+
+    def run(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Its layers over hidden states [1, 512, D], or token numbers [1, 512] on the first slice; [1, 512, D].
+
+        Behind the last layer what stands behind the prompt's last token is zero.
+        """
+        if self._stack is None:
+            self._load()
+        given = {"input_ids" if self._is_first else "inputs_embeds": states.to(self._device)}
+        made: Tensor = self._stack(attention_mask=mask.to(self._device), **given).last_hidden_state
+        if self._is_last:
+            made[:, int(mask.sum()) :] = 0
+        return made
+
+    def release(self) -> None:
+        """No prompt is left for now: free the weights where they are loaded anew for the next one."""
+        if self._reloads:
+            self._stack = None
+
+    def _load(self) -> None:
+        """Build the encoder and read this slice of it; transformers' own forward then runs what is left of it."""
+        try:
+            config = UMT5Config.from_pretrained(self._folder / "text_encoder", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._folder}: the text encoder cannot be loaded ({error}).") from None
+        with torch.device("meta"):
+            whole = UMT5EncoderModel(config)
+        # The encoder has its own reference to the embedding; the outer one is not used in a forward.
+        del whole.shared
+        weights = Weights(self._folder / "text_encoder")
+        own, tied = "encoder.embed_tokens.weight", "shared.weight"
+        aliases = {} if own in weights else {own: tied}
+        weights.check_names({aliases.get(name, name) for name in whole.state_dict()}, ignored=["shared"])
+        stack = whole.encoder
+        stack.block = nn.ModuleList(stack.block[number] for number in self._layers)
+        if not self._is_first:
+            del stack.embed_tokens
+        if not self._is_last:
+            stack.final_layer_norm = nn.Identity()
+        stored = {name: f"encoder.{self._stored_name(name)}" for name in stack.state_dict()}
+        stored = {name: aliases.get(whole_name, whole_name) for name, whole_name in stored.items()}
+        weights.load(stack, self._dtype, self._device, aliases=stored)
+        self.bytes_read += weights.bytes_read
+        self._stack = stack
+
+    def _stored_name(self, name: str) -> str:
+        """Layers are numbered from 0 here, and through the whole encoder there."""
+        kind, _, rest = name.partition(".")
+        if kind != "block":
+            return name
+        number, _, rest = rest.partition(".")
+        return f"block.{self._layers[int(number)]}.{rest}"

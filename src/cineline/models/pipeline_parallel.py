@@ -14,14 +14,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.distributed.device_mesh import DeviceMesh
 
 from cineline.axis import Axis, Traffic
 from cineline.channel import TensorSpec
-from cineline.config import DeviceConfig, ParallelConfig, Place
+from cineline.config import Cut, DeviceConfig, ParallelConfig, Place
 from cineline.request import Branch, Job
 
 
@@ -31,7 +30,7 @@ class StagePart:
 
     Attributes:
         place: its coordinates. parallel: the sizes of the axes.
-        layers: the blocks its stage runs, of each of the family's block stacks.
+        cut: what its stage holds of each component.
         device: where it computes.
         config: dtypes and the like.
         mesh: the process groups of the axes; None for a world of one rank.
@@ -40,7 +39,7 @@ class StagePart:
 
     place: Place
     parallel: ParallelConfig
-    layers: range
+    cut: Cut
     device: torch.device
     config: DeviceConfig
     mesh: DeviceMesh | None = None
@@ -53,6 +52,21 @@ class StagePart:
     @property
     def is_tail(self) -> bool:
         return self.place.pp == self.parallel.pp - 1
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this rank has a part in decoding: on all stages, or on the last one alone; one rank a stage."""
+        return self.leads and (self.is_tail or self.parallel.vae_decode in ("layers", "rows"))
+
+    @property
+    def hands_chunks_on(self) -> bool:
+        """Whether chunks go from stage to stage, from the head on: the VAE's layers are cut."""
+        return self.parallel.vae_decode == "layers"
+
+    @property
+    def takes_latents(self) -> bool:
+        """Whether decoding begins here: on the head where chunks are handed on, else wherever this rank decodes."""
+        return self.decodes and (self.is_head or not self.hands_chunks_on)
 
     def route(self, expert: int) -> range:
         """The stages that execute a step of this expert."""
@@ -96,6 +110,7 @@ class RequestState:
     Attributes:
         job: the resolved request.
         image: the first frame, on the head alone.
+        texts: on the head, embeddings of the prompts until they are used.
         conditioning: made once by the head's `encode`, handed to all stages in this order.
         latents: the current ones: on the head the input of the step, on the tail its result.
         predictions: on the tail, the step's predictions so far.
@@ -103,6 +118,7 @@ class RequestState:
 
     job: Job
     image: Image.Image | None = None
+    texts: dict[Branch, torch.Tensor] = field(default_factory=dict)
     conditioning: dict[str, torch.Tensor] = field(default_factory=dict)
     latents: torch.Tensor | None = None
     predictions: dict[Branch, torch.Tensor] = field(default_factory=dict)
@@ -116,8 +132,9 @@ class PipelineParallelMixin(ABC, Generic[State]):
     """A model family, cut: the part that one stage runs.
 
     A denoise item calls `embed` on the head, `run_blocks` on every stage, `predict` on the tail;
-    `advance` ends the step there and its result goes back to the head. An encode item calls `encode`
-    on the head; a decode item calls `decode` on the tail. Tensors that a method returns must be new:
+    `advance` ends the step there and its result goes back to the head. A text item (where a job has `texts`) calls
+    `encode_text` on every stage, and its result goes back to the head; an encode item calls `encode` on the head; a
+    decode item calls `decode` on every stage, or on the tail alone. Tensors that a method keeps or returns must be new:
     the line reuses the buffers of those it was given.
     """
 
@@ -132,6 +149,18 @@ class PipelineParallelMixin(ABC, Generic[State]):
     @abstractmethod
     def admit(self, job: Job, image: Image.Image | None) -> State:
         """A new request; `image` on the head alone."""
+
+    def text_specs(self, state: State) -> tuple[TensorSpec, ...]:
+        """What travels over a forward edge with a text item."""
+        return (self.embedding_spec(state),)
+
+    def embedding_spec(self, state: State) -> TensorSpec:
+        """What the tail sends back to the head after a text item."""
+        raise NotImplementedError("a family whose jobs have texts says what travels with them")
+
+    def encode_text(self, state: State, branch: Branch, hidden: Hidden) -> Hidden:
+        """Every stage: its layers of the text encoder. The head is given nothing; the tail gives the embedding."""
+        raise NotImplementedError("a family whose jobs have texts encodes them")
 
     @abstractmethod
     def encode(self, state: State) -> Mapping[str, torch.Tensor]:
@@ -185,10 +214,21 @@ class PipelineParallelMixin(ABC, Generic[State]):
     def advance(self, state: State, step: int) -> torch.Tensor:
         """Tail: guidance over `state.predictions` and one solver step; the new latents, also kept in the state."""
 
+    def end_denoising(self, state: State) -> None:
+        """Every stage that decodes, after the last step: free what decoding does not need."""
+
     @abstractmethod
     def final_latents(self, state: State) -> torch.Tensor:
         """Tail, after the last step: what the user gets, float32 [C, F', H', W']."""
 
+    def decode_specs(self, state: State, chunk: int) -> tuple[TensorSpec, ...]:
+        """Every stage but the head: what travels over the edge from the stage before with a chunk."""
+        raise NotImplementedError("a family whose decoder is cut over the stages says what travels")
+
     @abstractmethod
-    def decode(self, state: State, chunk: int) -> np.ndarray:
-        """Tail: the frames of one chunk, uint8 [F, H, W, 3]."""
+    def decode(self, state: State, chunk: int, hidden: Hidden) -> Hidden:
+        """A chunk through this stage's part of the decoder; from the tail come frames, uint8 [F, H, W, 3].
+
+        Where the decoder is cut, the head begins with the last step's latents, and `hidden` is what the stage before
+        returned. Where it is not, the tail does all of it, or all stages do it together.
+        """

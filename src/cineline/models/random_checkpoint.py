@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -30,6 +31,7 @@ class RandomConfig:
     Attributes:
         kind: which Wan 2.2 model it is like.
         layers, heads, head_dim, ffn_dim: of the transformer(s).
+        text_layers, text_width: of the text encoder. vae_width: channels of the VAE at full size.
         seed: of the weights.
         boundary_ratio: of the two-expert kinds.
         flow_shift: of the solver.
@@ -41,6 +43,9 @@ class RandomConfig:
     heads: int = 2
     head_dim: int = 24
     ffn_dim: int = 96
+    text_layers: int = 2
+    text_width: int = 32
+    vae_width: int = 4
     seed: int = 0
     boundary_ratio: float = 0.875
     flow_shift: float = 5.0
@@ -62,11 +67,11 @@ def save_random_checkpoint(folder: Path, config: RandomConfig) -> Path:
 
 def _build(config: RandomConfig) -> WanPipeline | WanImageToVideoPipeline:
     two_experts = config.kind != "ti2v"
-    vae = _vae(config.kind)
+    vae = random_vae(config.kind, config.vae_width)
     channels = vae.config.z_dim
     components = {
         "tokenizer": _tokenizer(),
-        "text_encoder": _text_encoder(),
+        "text_encoder": _text_encoder(config.text_layers, config.text_width),
         "vae": vae,
         "scheduler": UniPCMultistepScheduler(
             prediction_type="flow_prediction",
@@ -88,34 +93,36 @@ def _transformer(config: RandomConfig, latent_channels: int) -> WanTransformer3D
         attention_head_dim=config.head_dim,
         in_channels=2 * latent_channels + 4 if config.kind == "i2v" else latent_channels,
         out_channels=latent_channels,
-        text_dim=32,
+        text_dim=config.text_width,
         freq_dim=64,
         ffn_dim=config.ffn_dim,
         num_layers=config.layers,
     )
 
 
-def _vae(kind: WanKind) -> AutoencoderKLWan:
+def random_vae(kind: WanKind, width: int = 4, **changes: Any) -> AutoencoderKLWan:
+    """The VAE of such a model with random weights, so many channels at full size, and `changes` to its config."""
     channels = 16
     statistics = {
         "latents_mean": [0.1 * (channel % 5 - 2) for channel in range(channels)],
         "latents_std": [0.5 + 0.1 * (channel % 7) for channel in range(channels)],
     }
-    shape = {"base_dim": 4, "z_dim": channels, "num_res_blocks": 1}
+    shape = {"base_dim": width, "z_dim": channels, "num_res_blocks": 1}
     if kind == "ti2v":  # the Wan 2.2 VAE
         shape |= {
-            "decoder_base_dim": 8,
+            "decoder_base_dim": 2 * width,
             "is_residual": True,
             "patch_size": 2,
             "in_channels": 12,
             "out_channels": 12,
             "scale_factor_spatial": 16,
         }
-    return AutoencoderKLWan(**shape, **statistics)
+    return AutoencoderKLWan(**shape | statistics | changes)
 
 
-def _text_encoder() -> UMT5EncoderModel:
-    return UMT5EncoderModel(UMT5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+def _text_encoder(layers: int, width: int) -> UMT5EncoderModel:
+    config = UMT5Config(vocab_size=300, d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=layers, num_heads=4)
+    return UMT5EncoderModel(config)
 
 
 def _tokenizer() -> T5Tokenizer:

@@ -1,7 +1,7 @@
 """Wan 2.2 cut over stages, from diffusers' own modules.
 
-The head holds patch and condition embedders, text encoder and VAE encoder; the tail the output
-projection and the VAE decoder; the blocks of all experts are shared out alike.
+The head holds patch and condition embedders, tokenizer and VAE encoder, the tail the output projection; the blocks of
+all experts, the text encoder's layers and the VAE decoder's units are shared out.
 
 Legend: S tokens, D model width, B rows of a product, K distinct rows of a time embedding (1, or with
 `expand_timesteps` as many as `SLOTS` and S allow).
@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
@@ -23,8 +23,10 @@ from PIL import Image
 from torch import nn
 
 from cineline.channel import TensorSpec
-from cineline.codec.text import TOKENS, TextEncoder
-from cineline.codec.vae import DecodeState, FrameDecoder, ImageEncoder
+from cineline.codec.decoder import Decoder, DecoderSlice, TiledDecoder, boundary_specs
+from cineline.codec.rows import RowDecoder
+from cineline.codec.text import TOKENS, TextSlice, Tokenizer
+from cineline.codec.vae import ImageEncoder
 from cineline.denoise import Step, combine, history_of, make_solver, make_steps, rehearse
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
 from cineline.models.sequence_parallel import ShardedAttention, TokenShards
@@ -53,7 +55,7 @@ class WanState(RequestState):
         solver: on the tail, diffusers' scheduler with this request's history.
         condition: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'];
             with split experts, whose second head needs them too, they are in the conditioning.
-        decoding: on the tail, the decode under way.
+        decoding: the decode under way, as this stage's decoder keeps it.
         uniform: by expert, for each of its steps whether all tokens have the same time embedding.
     """
 
@@ -64,7 +66,7 @@ class WanState(RequestState):
     rotary: tuple[torch.Tensor, torch.Tensor] = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
     solver: Any = None
     condition: torch.Tensor | None = None
-    decoding: DecodeState | None = None
+    decoding: Any = None
     uniform: dict[int, list[bool]] = field(default_factory=dict)
 
     def position_in_expert(self, step: int) -> int:
@@ -93,16 +95,28 @@ class WanStages(PipelineParallelMixin[WanState]):
         self._rope = rope.to(self._device)
         self._groups = [part.route(expert) for expert in range(len(self._spec.experts))]
         read = sum(self._load_expert(expert) for expert in range(len(self._groups)))
-        if part.is_head and part.is_first_lane:
-            self._text = TextEncoder(folder, self._dtype, self._device)
+        if part.is_first_lane:
+            self._text = TextSlice(
+                folder, part.cut.text, part.is_head, part.is_tail, self._dtype, self._device, part.config.text_encoder
+            )
             read += self._text.bytes_read
+        if part.is_head and part.is_first_lane:
+            self._tokenizer = Tokenizer(folder)
         if part.is_head and part.is_first_lane and self._spec.kind != "t2v":
             self._image = ImageEncoder(folder, vae_dtype, self._device)
             read += self._image.bytes_read
-        if part.is_tail and part.leads:
-            self._frames = FrameDecoder(folder, vae_dtype, self._device)
-            read += self._frames.bytes_read
+        if part.decodes:
+            self._decoder = self._load_decoder(folder, vae_dtype)
+            read += self._decoder.bytes_read
         return read
+
+    def _load_decoder(self, folder: Path, dtype: torch.dtype) -> Decoder:
+        way = self._part.parallel.vae_decode
+        if way == "rows":
+            return RowDecoder(folder, dtype, self._device, self._part.axis("pp"))
+        if way == "tiled":
+            return TiledDecoder(folder, dtype, self._device)
+        return DecoderSlice(folder, self._part.cut.decoder, dtype, self._device, self._part.takes_latents)
 
     def _load_expert(self, expert: int) -> int:
         """Build and read what this rank needs of an expert: its blocks, and what stands before and after them.
@@ -114,7 +128,7 @@ class WanStages(PipelineParallelMixin[WanState]):
             model = WanTransformer3DModel.from_config(self._spec.transformer)
         weights.check_names(model.state_dict(), ignored=model._keys_to_ignore_on_load_unexpected)
         stage, group = self._part.place.pp, self._groups[expert]
-        layers = self._part.layers if stage in group else range(0)
+        layers = self._part.cut.blocks if stage in group else range(0)
         # Keyed by the block's number in the whole model, so that names stay the stored ones.
         model.blocks = nn.ModuleDict({str(layer): model.blocks[layer] for layer in layers})
         if not self._part.is_head:
@@ -174,7 +188,24 @@ class WanStages(PipelineParallelMixin[WanState]):
         for own, received in zip(history_of(state.solver), tensors[1:], strict=True):
             own.copy_(received)
 
-    # Encode: prompt, image and timesteps to what every stage needs.
+    # Text: a prompt through the encoder's layers, from stage to stage.
+
+    def text_specs(self, state: WanState) -> tuple[TensorSpec, ...]:
+        return self.embedding_spec(state), TensorSpec((1, TOKENS), torch.int64)
+
+    def embedding_spec(self, state: WanState) -> TensorSpec:
+        return TensorSpec((1, TOKENS, int(self._spec.text["d_model"])), self._dtype)
+
+    def encode_text(self, state: WanState, branch: Branch, hidden: Hidden) -> Hidden:
+        if self._part.is_head:
+            hidden = self._tokenizer(state.job.prompt if branch is Branch.COND else state.job.negative_prompt)
+        states, mask = hidden
+        states = self._text.run(states, mask).to(self._device)
+        if branch is self._part.branches(state.job)[-1]:
+            self._text.release()
+        return (states,) if self._part.is_tail else (states, mask.to(self._device))
+
+    # Encode: embeddings, image and timesteps to what every stage needs.
 
     def conditioning_specs(self, state: WanState) -> Mapping[str, TensorSpec]:
         width = self._spec.transformer["num_attention_heads"] * self._spec.transformer["attention_head_dim"]
@@ -198,8 +229,7 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def encode(self, state: WanState) -> Mapping[str, torch.Tensor]:
         job = state.job
-        prompts = {Branch.COND: job.prompt, Branch.UNCOND: job.negative_prompt}
-        embeddings = {branch: self._embed_text(prompts[branch]) for branch in self._part.branches(job)}
+        embeddings = {branch: self._embedding(state, branch) for branch in self._part.branches(job)}
         made = {}
         for expert in self._experts_used(state):
             embedder = self._experts[expert].condition_embedder
@@ -216,14 +246,12 @@ class WanStages(PipelineParallelMixin[WanState]):
                 made["condition"] = state.condition = condition
         return {name: made[name] for name in self.conditioning_specs(state)}
 
-    def _embed_text(self, prompt: str) -> torch.Tensor:
-        """Text embedding [1, 512, text width]; the stage's first rank makes it and hands it to the others."""
+    def _embedding(self, state: WanState, branch: Branch) -> torch.Tensor:
+        """A prompt's, [1, 512, text width]; the stage's first rank has it and hands it to the others."""
         if self._part.is_first_lane:
-            embedding = self._text.encode(prompt)
-        else:
-            shape = 1, TOKENS, self._spec.transformer["text_dim"]
-            embedding = torch.empty(shape, dtype=self._dtype, device=self._device)
-        return self._hand_out(embedding)
+            return self._hand_out(state.texts[branch])
+        spec = self.embedding_spec(state)
+        return self._hand_out(torch.empty(spec.shape, dtype=spec.dtype, device=self._device))
 
     def _hand_out(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor of the stage's first rank, on all of them."""
@@ -331,14 +359,31 @@ class WanStages(PipelineParallelMixin[WanState]):
         state.latents = latents
         return latents
 
+    def end_denoising(self, state: WanState) -> None:
+        state.conditioning = {name: kept for name, kept in state.conditioning.items() if name == "first_frame"}
+        state.rotary = torch.empty(0), torch.empty(0)
+        state.condition = None
+
     def final_latents(self, state: WanState) -> torch.Tensor:
         assert state.latents is not None
         return self._with_first_frame(state, state.latents)[0]
 
-    def decode(self, state: WanState, chunk: int) -> np.ndarray:
+    def decode_specs(self, state: WanState, chunk: int) -> tuple[TensorSpec, ...]:
+        dtype = getattr(torch, self._part.config.vae_dtype)
+        return boundary_specs(self._spec.vae, state.latent_shape, chunk, self._part.cut.decoder.start, dtype)
+
+    def decode(self, state: WanState, chunk: int, hidden: Hidden) -> Hidden:
         if state.decoding is None:
-            state.decoding = self._frames.start(self.final_latents(state).unsqueeze(0))
-        return self._frames.decode(state.decoding, chunk)
+            state.decoding = self._decoder.start(self._latents_to_decode(state) if self._part.takes_latents else None)
+        return self._decoder.run(state.decoding, chunk, hidden)
+
+    def _latents_to_decode(self, state: WanState) -> torch.Tensor:
+        """Final latents [1, C, F', H', W'], where a decode begins; by rows that is on every stage."""
+        if self._part.parallel.vae_decode != "rows":
+            return self.final_latents(state).unsqueeze(0)
+        tail = self._part.parallel.pp - 1
+        latents = self.final_latents(state).unsqueeze(0) if self._part.is_tail else torch.empty(state.latent_shape)
+        return self._part.axis("pp").broadcast(latents.to(self._device), tail)
 
     # Facts of a request.
 

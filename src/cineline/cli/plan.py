@@ -1,0 +1,175 @@
+"""`cineline plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_format
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cineline.cli.options import Json, one_of
+from cineline.config import Dtype
+from cineline.errors import InvalidConfig
+from cineline.hub import open_model
+from cineline.output import check_output, whole_file
+from cineline.planning.hardware import devices_of, link_of
+from cineline.planning.known import KNOWN
+from cineline.planning.planner import Plan, Planning, Task, planned_job
+from cineline.planning.planner import plan as compare
+from cineline.planning.report import LIMITS, as_json, exactness, name_of, options_of, stage_rows, verdict
+from cineline.simulation.simulator import simulate
+from cineline.simulation.timeline import PICTURE_SUFFIXES, draw_timeline
+from cineline.spec import WanSpec
+from cineline.trace import write_trace
+
+FILE_WIDTH = 150
+"""Columns of what is printed where there is no terminal."""
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="A hub id of Wan 2.2 (nothing is downloaded), or a folder.")],
+    devices: Annotated[str, typer.Option(help="Such as 4xL40S, or 2xL40S,1xRTX4090 in the order of the stages.")],
+    link: Annotated[str, typer.Option(help="pcie4, pcie5, nvlink3 to 5, ethernet10, 25, 100 or 400.")] = "pcie4",
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's default.", show_default=False)] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's default.", show_default=False)] = None,
+    num_frames: Annotated[int | None, typer.Option(help="4k+1; the model's default.", show_default=False)] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Solver steps.", show_default=False)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 for none.", show_default=False)] = None,
+    requests: Annotated[int, typer.Option(help="How many such requests wait at once.", min=1)] = 8,
+    in_flight: Annotated[int | None, typer.Option(help="Requests that denoise at once.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    vae_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    json: Json = None,
+    timeline: Annotated[
+        Path | None,
+        typer.Option(help="Simulate the best plan: a timeline for ui.perfetto.dev, .json.", show_default=False),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="The same as a picture, .png or .svg.", show_default=False)
+    ] = None,
+) -> None:
+    """How to divide a model over devices: seconds and GB, computed before anything runs.
+
+    From the model's configs and the devices' data sheets, at stated shares of
+    their peak rates; no weights, no accelerator and no download are needed.
+    """
+    for file, suffixes in ((json, (".json",)), (timeline, (".json",)), (picture, PICTURE_SUFFIXES)):
+        if file is not None:
+            check_output(file, suffixes)
+    spec = KNOWN.get(model) or open_model(model)
+    if not isinstance(spec, WanSpec):
+        raise InvalidConfig(f"model={model!r} is not a Wan model: the planner knows no other family.")
+    fields = {
+        "height": height,
+        "width": width,
+        "num_frames": num_frames,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }
+    task = Task(
+        spec=spec,
+        devices=devices_of(devices),
+        link=link_of(link),
+        job=planned_job(spec, {name: value for name, value in fields.items() if value is not None}),
+        requests=requests,
+        dtype=one_of("dtype", dtype, Dtype),
+        vae_dtype=one_of("vae_dtype", vae_dtype, Dtype),
+        in_flight=in_flight,
+    )
+    planning = compare(task)
+    show(planning, task)
+    if json is not None:
+        with whole_file(json) as temporary:
+            temporary.write_text(json_format.dumps(as_json(planning, task), indent=1) + "\n")
+    if timeline is not None or picture is not None:
+        _replay(planning.best, task, timeline, picture)
+
+
+def _replay(best: Plan, task: Task, timeline: Path | None, picture: Path | None) -> None:
+    """Simulate one replica's share of the requests, and write what was asked for."""
+    jobs = [dataclasses.replace(task.job, id=number) for number in range(-(-task.requests // best.replicas))]
+    simulate(best.line, jobs, best.in_flight, rendezvous=True)  # raises where sends that wait would lock the line
+    run = simulate(best.line, jobs, best.in_flight)
+    bubbles = max(run.bubbles.values())
+    print(
+        f"Simulated: {run.makespan_s:.1f} s for {len(jobs)} requests, bubbles of at most {bubbles:.1%} on a stage, no "
+        "deadlock even where each send waits for its receive."
+    )
+    if timeline is not None:
+        write_trace(run.slices, timeline)
+    if picture is not None:
+        draw_timeline(run.slices, picture)
+
+
+def show(planning: Planning, task: Task) -> None:
+    """Print the plan and the alternatives."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=FILE_WIDTH)
+    job, best = task.job, planning.best
+    names = [device.name for device in task.devices]
+    listed = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    console.print(
+        f"{task.spec.folder}, {job.width}x{job.height}, {job.num_frames} frames, {job.steps} steps, {task.requests} "
+        f"requests, on {listed} over {task.link.name}. Computed, not measured.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(_plans_table(planning, task))
+    console.print(_stages_table(best))
+    for sentence in (
+        verdict(planning, task),
+        f"Limited by {LIMITS[best.limit]}.",
+        f"Run it: {options_of(best, task)}",
+    ):
+        console.print(sentence, highlight=False, soft_wrap=True)
+
+
+def _plans_table(planning: Planning, task: Task) -> Table:
+    table = Table(title="Plans", title_justify="left")
+    for number, column in enumerate(
+        ["", "axes", "result", "in flight", "s alone", "s a request", f"s for {task.requests}", "GB"]
+    ):
+        table.add_column(column, justify="right" if number > 2 else "left")
+    chosen: Sequence[tuple[str, Plan | None]] = [
+        ("best", planning.best),
+        ("latency", planning.latency),
+        ("throughput", planning.throughput),
+        ("memory", planning.memory),
+        ("replicas", planning.replicas),
+    ]
+    for name, plan in [*chosen, *(("", other) for other in planning.others[:8])]:
+        if plan is not None:
+            table.add_row(name, *_cells(plan))
+    return table
+
+
+def _cells(plan: Plan) -> list[str]:
+    return [
+        name_of(plan) + ("" if plan.parallel.vae_decode in ("layers",) else f", decode {plan.parallel.vae_decode}"),
+        exactness(plan),
+        str(plan.in_flight),
+        f"{plan.latency:.1f}",
+        f"{plan.period:.1f}",
+        f"{plan.total:.1f}",
+        f"{plan.peak / 1e9:.1f}",
+    ]
+
+
+def _stages_table(plan: Plan) -> Table:
+    table = Table(title=f"The best plan's stages (vae_decode={plan.parallel.vae_decode})", title_justify="left")
+    rows = stage_rows(plan)
+    for column in ["stage", "device", "blocks", "text layers", "decoder units", "GB weights", "GB at most", "busy"]:
+        table.add_column(column, justify="left" if column == "device" else "right")
+    for row in rows:
+        table.add_row(
+            *(str(row[name]) for name in ("stage", "device", "blocks", "text_layers", "decoder_units")),
+            *(f"{row[name]:.1f}" for name in ("weights_gb", "peak_gb")),
+            f"{row['busy']:.0%}",
+        )
+    return table

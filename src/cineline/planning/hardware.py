@@ -1,0 +1,193 @@
+"""Devices and links by name, from vendors' data sheets (dense rates; not measured here; no torch)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from cineline.config import Dtype
+from cineline.costs.work import Work
+from cineline.errors import InvalidConfig
+
+LINEAR_SHARE, ATTENTION_SHARE, CONVOLUTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.6, 0.5, 0.3, 0.7, 0.8
+"""Of the data sheet's rate that large shapes reach: assumptions, to be replaced by a calibration where there is one."""
+
+CALL_S = 20e-6
+"""Of every unit called, on an accelerator."""
+
+RESERVED_BYTES = 5 * 10**8
+"""On an accelerator, for its context. A card sold as 24 GB has 24 GiB; 24 x 10^9 bytes are counted on, and what is
+between is left to libraries, communicators and fragmentation (cards with GDDR and ECC have less of it)."""
+
+GIGA, TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does a second.
+
+    Attributes:
+        linear, attention, convolution: FLOP/s, the last one in the VAE's dtype.
+        moved: bytes/s of element-wise operations.
+        call_s: seconds that each unit costs by itself.
+    """
+
+    linear: float
+    attention: float
+    convolution: float
+    moved: float
+    call_s: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """Time that the work takes."""
+        return (
+            work.linear / self.linear
+            + work.attention / self.attention
+            + work.convolution / self.convolution
+            + work.moved / self.moved
+            + work.calls * self.call_s
+        )
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of a kind.
+
+    Attributes:
+        memory: bytes.
+        bf16, fp32: FLOP/s on the data sheet, dense; fp32 without TF32.
+        bandwidth: of its memory, bytes/s.
+        direct: whether it can send to another over PCIe; if not, what travels goes through the host's memory.
+        measured: rates that a calibration found, which then count instead.
+        reserved: bytes that are never free.
+    """
+
+    name: str
+    memory: float
+    bf16: float = 0.0
+    fp32: float = 0.0
+    bandwidth: float = 0.0
+    direct: bool = True
+    measured: Rates | None = None
+    reserved: int = RESERVED_BYTES
+
+    def rates(self, dtype: Dtype, vae_dtype: Dtype) -> Rates:
+        """For models in these dtypes. torch convolves float32 in TF32, at half of bfloat16's rate."""
+        if self.measured is not None:
+            return self.measured
+        peak = self.bf16 if dtype == "bfloat16" else self.fp32
+        convolution = self.bf16 if vae_dtype == "bfloat16" else self.bf16 / 2
+        return Rates(
+            linear=LINEAR_SHARE * peak,
+            attention=ATTENTION_SHARE * peak,
+            convolution=CONVOLUTION_SHARE * convolution,
+            moved=MEMORY_SHARE * self.bandwidth,
+            call_s=CALL_S,
+        )
+
+
+def _device(name: str, bf16: float, fp32: float, memory: float, bandwidth: float, direct: bool = True) -> Device:
+    return Device(name, memory * GIGA, bf16 * TERA, fp32 * TERA, bandwidth * GIGA, direct)
+
+
+DEVICES = {
+    device.name.lower(): device
+    for device in (
+        _device("RTX4090", 165, 82.6, 24, 1008, direct=False),
+        _device("RTX5090", 210, 104.8, 32, 1792, direct=False),
+        _device("L40", 181, 90.5, 48, 864),
+        _device("L40S", 362, 91.6, 48, 864),
+        _device("A100", 312, 19.5, 80, 2039),
+        _device("H100", 989, 67, 80, 3350),
+        _device("H100-PCIe", 756, 51, 80, 2000),
+        _device("H20", 148, 44, 96, 4000),
+        _device("H200", 989, 67, 141, 4800),
+        _device("B200", 2250, 75, 180, 8000),
+    )
+}
+"""By name in small letters."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins two stages, one way.
+
+    Attributes:
+        bandwidth: bytes/s that large messages reach.
+        latency_s: of any message.
+        on_bus: PCIe, over which devices that are not `direct` send through the host.
+    """
+
+    name: str
+    bandwidth: float
+    latency_s: float = 20e-6
+    on_bus: bool = False
+
+    def seconds(self, nbytes: float) -> float:
+        """Time of one message."""
+        return self.latency_s + nbytes / self.bandwidth
+
+    def between(self, *devices: Device) -> Link:
+        """As it is between these: half as fast where they cannot send to each other directly."""
+        staged = self.on_bus and not all(device.direct for device in devices)
+        return replace(self, bandwidth=self.bandwidth / 2) if staged else self
+
+
+LINKS = {
+    "pcie4": Link("pcie4", LINK_SHARE * 32 * GIGA, on_bus=True),
+    "pcie5": Link("pcie5", LINK_SHARE * 64 * GIGA, on_bus=True),
+    "nvlink3": Link("nvlink3", LINK_SHARE * 300 * GIGA),
+    "nvlink4": Link("nvlink4", LINK_SHARE * 450 * GIGA),
+    "nvlink5": Link("nvlink5", LINK_SHARE * 900 * GIGA),
+    "ethernet10": Link("ethernet10", LINK_SHARE * 1.25 * GIGA, latency_s=50e-6),
+    "ethernet25": Link("ethernet25", LINK_SHARE * 3.125 * GIGA, latency_s=50e-6),
+    "ethernet100": Link("ethernet100", LINK_SHARE * 12.5 * GIGA, latency_s=50e-6),
+    "ethernet400": Link("ethernet400", LINK_SHARE * 50 * GIGA, latency_s=50e-6),
+}
+"""By name; a data sheet's figure for both ways halved."""
+
+
+def devices_of(text: str) -> tuple[Device, ...]:
+    """Devices such as 4xL40S, or 2xL40S,1xRTX4090, in the order of the stages.
+
+    Raises:
+        InvalidConfig: an unknown device, or no number.
+    """
+    devices: list[Device] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:([1-9]\d{0,3})x)?([A-Za-z][\w-]*)\s*", part, re.ASCII)
+        if match is None:
+            raise InvalidConfig(f"devices={text!r}: write them as 4xL40S or 2xL40S,1xRTX4090.")
+        device = DEVICES.get(match[2].lower())
+        if device is None:
+            known = ", ".join(entry.name for entry in DEVICES.values())
+            raise InvalidConfig(f"devices={text!r}: {match[2]} is not in the table; known are {known}.")
+        devices += [device] * int(match[1] or 1)
+    return tuple(devices)
+
+
+def link_of(name: str) -> Link:
+    """A link by its name.
+
+    Raises:
+        InvalidConfig: there is no such one.
+    """
+    link = LINKS.get(name.lower())
+    if link is None:
+        raise InvalidConfig(f"link={name!r} is not in the table: use one of {', '.join(LINKS)}.")
+    return link
+
+
+def device_named(name: str, memory: float) -> Device:
+    """The device that a driver calls so, such as "NVIDIA A100-SXM4-80GB", with no more memory than it reports.
+
+    Raises:
+        InvalidConfig: none in the table has such a name.
+    """
+    plain = name.lower().replace(" ", "").replace("-", "")
+    matches = [key for key in DEVICES if key.replace("-", "") in plain]
+    if not matches:
+        known = ", ".join(entry.name for entry in DEVICES.values())
+        raise InvalidConfig(f"device {name!r} is not in the planner's table ({known}): give the axes yourself.")
+    device = DEVICES[max(matches, key=len)]
+    return replace(device, memory=min(device.memory, memory))

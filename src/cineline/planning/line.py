@@ -1,0 +1,91 @@
+"""One division of one Wan model on given devices: what each item costs there (the simulator's `Profile`; no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cineline.config import Place
+from cineline.planning.seconds import HISTORY, TILE, TimedLine
+from cineline.request import Job, Kind, WorkItem
+from cineline.simulation.actions import RECEIVES_AHEAD, SENDS_UNDERWAY
+
+RECEIVE_BUFFERS = RECEIVES_AHEAD + 1
+"""Of an edge, each as large as its largest message; so are the sends that are not finished."""
+
+
+@dataclass(frozen=True)
+class PlannedLine(TimedLine):
+    """Seconds and bytes of items on one line."""
+
+    def resident_bytes(self, place: Place) -> int:
+        """Weights, edges' buffers, the caches of one decode, and what the device keeps for itself."""
+        held = self.costs.held(self.parallel, place).total + self.devices[place.pp].reserved
+        return held + self.buffer_bytes(place) + self.cache_bytes(place)
+
+    def buffer_bytes(self, place: Place) -> int:
+        """Of the forward edges: receives that are posted ahead, sends that are not finished."""
+        kinds = [WorkItem(Kind.TEXT, 0), WorkItem(Kind.DENOISE, 0)]
+        if self.job.chunks and place == Place(pp=place.pp):
+            kinds.append(WorkItem(Kind.DECODE, 0, 1))
+        stages = self.parallel.pp
+        coming = max(self.forward_bytes(place.pp, item, self.job) for item in kinds) if place.pp else 0
+        going = max(self.forward_bytes(place.pp + 1, item, self.job) for item in kinds) if place.pp + 1 < stages else 0
+        return RECEIVE_BUFFERS * coming + SENDS_UNDERWAY * going
+
+    def cache_bytes(self, place: Place) -> int:
+        """The decoder's feature caches."""
+        if not self.job.chunks or place != Place(pp=place.pp):
+            return 0
+        units = self.costs.units_on(self.parallel, place.pp)
+        caches: int = sum(unit.cache_bytes(self._decoded_cells(self.job), self.vae_itemsize) for unit in units)
+        return caches // self._row_shares
+
+    def _decoded_cells(self, job: Job) -> int:
+        """H' x W' that are decoded at once."""
+        tiled = self.parallel.vae_decode == "tiled"
+        return min(self.cells(job), (TILE // self.spec.vae_scale) ** 2) if tiled else self.cells(job)
+
+    @property
+    def _row_shares(self) -> int:
+        return self.parallel.pp if self.parallel.vae_decode == "rows" else 1
+
+    def admitted_bytes(self, place: Place, job: Job) -> int:
+        """Conditioning, rope, and on a route's ends the latents, on its last stage with the solver's history."""
+        model, latents = self.costs.transformer, self.latent_bytes(job)
+        held = self.conditioning_bytes(job) + 2 * self.own_tokens(job) * model.width // model.heads * 4
+        starts, ends = {group.start for group in self.parallel.groups}, {group.stop for group in self.parallel.groups}
+        if place.pp in starts:
+            held += 2 * latents + latents * (model.channels_in - model.channels_out) // model.channels_out
+        if place.pp + 1 in ends:
+            held += latents * (2 + HISTORY) + 2 * latents * self.itemsize // 4
+        return held
+
+    def working_bytes(self, place: Place, item: WorkItem, job: Job) -> int:
+        """Activations of an item."""
+        model, own = self.costs.transformer, self.own_tokens(job)
+        if item.kind is Kind.TEXT:
+            return self.costs.text.layer_workspace(self.itemsize)
+        if item.kind is Kind.DENOISE:
+            embedded = self.hidden_bytes(job) if place.pp in {group.start for group in self.parallel.groups} else 0
+            return embedded + model.block_workspace(own, self.itemsize, self.per_token(job), self.parallel.tp)
+        if item.kind is Kind.ENCODE and job.has_image and place.pp == 0:
+            chunks = 1 if self.spec.kind == "ti2v" else self.spec.latent_shape(job)[2]
+            return self.costs.vae.encode_workspace(self.cells(job), chunks, self.vae_itemsize)
+        if item.kind is Kind.DECODE and place == Place(pp=place.pp):
+            return self._decode_workspace(place, item, job)
+        return 0
+
+    def _decode_workspace(self, place: Place, item: WorkItem, job: Job) -> int:
+        cells, size = self._decoded_cells(job), self.vae_itemsize
+        units = self.costs.units_on(self.parallel, place.pp)
+        most: int = max((unit.workspace(cells, item.number == 0, size) for unit in units), default=0)
+        return most // self._row_shares
+
+    def peak_bytes(self, place: Place, in_flight: int) -> int:
+        """Most bytes held there with so many requests denoising (and one more decoding)."""
+        job = self.job
+        items = [WorkItem(Kind.TEXT, 0), WorkItem(Kind.ENCODE, 0), WorkItem(Kind.DENOISE, 0)]
+        items += [WorkItem(Kind.DECODE, 0, 1)] if job.chunks else []
+        working = max(self.working_bytes(place, item, job) for item in items)
+        requests = in_flight + (1 if job.chunks else 0)
+        return self.resident_bytes(place) + requests * self.admitted_bytes(place, job) + working

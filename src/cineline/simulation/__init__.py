@@ -1,0 +1,1 @@
+"""The engine's schedule replayed on given costs (no torch)."""

@@ -1,0 +1,92 @@
+"""Simulated time, and edges on which messages take some (no torch)."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+from cineline.errors import Deadlock
+from cineline.request import WorkItem
+from cineline.simulation.actions import Edge
+from cineline.trace import slice_name
+
+
+class Clock:
+    """What will happen, in order. `now` is in seconds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._made = 0
+
+    def after(self, seconds: float, happen: Callable[[], None]) -> None:
+        """Let it happen so many seconds from now; of two at one time the first made comes first."""
+        self._made += 1
+        heapq.heappush(self._events, (self.now + seconds, self._made, happen))
+
+    def tick(self) -> bool:
+        """Go on to the next event; false where there is none."""
+        if self._events:
+            self.now, _, happen = heapq.heappop(self._events)
+            happen()
+            return True
+        return False
+
+
+class Wire:
+    """An edge at work: a message travels once it is sent, received and the one before it is through.
+
+    Args:
+        arrived: called when a message is here.
+    """
+
+    def __init__(self, edge: Edge, clock: Clock, arrived: Callable[[], None]) -> None:
+        self._edge = edge
+        self._clock = clock
+        self._arrived = arrived
+        self._sent: deque[tuple[WorkItem, float]] = deque()
+        self._posted: deque[WorkItem] = deque()
+        self._here: set[WorkItem] = set()
+        self._is_busy = False
+
+    @property
+    def underway(self) -> int:
+        """Messages that are sent and not here. To itself a rank sends by setting aside."""
+        return 0 if self._edge.source == self._edge.target else len(self._sent)
+
+    def post(self, item: WorkItem) -> None:
+        """Receive the next message, which should be what `item` sends."""
+        self._posted.append(item)
+        self._travel()
+
+    def send(self, item: WorkItem, seconds: float) -> None:
+        """Send a message that travels so long."""
+        self._sent.append((item, seconds))
+        self._travel()
+
+    def take(self, item: WorkItem) -> bool:
+        """Take what `item` has sent; false while it is not here."""
+        is_here = item in self._here
+        self._here.discard(item)
+        return is_here
+
+    def _travel(self) -> None:
+        if self._is_busy or not self._sent or not self._posted:
+            return
+        (item, seconds), expected = self._sent[0], self._posted.popleft()
+        if item != expected:
+            raise Deadlock(
+                f"The two ends of {self._edge} disagree: what {slice_name(item)} makes is sent, and what "
+                f"{slice_name(expected)} makes is expected; sends and receives must have one order."
+            )
+        self._is_busy = True
+        self._clock.after(0.0 if self._edge.source == self._edge.target else seconds, partial(self._arrive, item))
+
+    def _arrive(self, item: WorkItem) -> None:
+        self._is_busy = False
+        self._sent.popleft()
+        self._here.add(item)
+        self._travel()
+        self._arrived()
