@@ -75,8 +75,8 @@ def line(
 def videos(
     pp: Annotated[str, typer.Option(help="Stages of each arm, such as 1,2; the first is compared with.")] = "1,2",
     requests: Annotated[int, typer.Option(help="Videos at once.", min=1)] = 8,
-    kind: Annotated[str, typer.Option(help="Like which model: ti2v or t2v.")] = "ti2v",
-    steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 4,
+    kind: Annotated[str, typer.Option(help="Like which model: ti2v or t2v.")] = "t2v",
+    steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 10,
     runs: Runs = 4,
     dtype: DtypeName = "float32",
     json: Json = None,
@@ -93,7 +93,7 @@ def videos(
     case = VideosCase(case_kind, stages, requests, steps, runs)
     results = time_videos(case, config, _teller())
     report(
-        f"{requests} videos of a {kind} model, 1,536 tokens, {steps} steps, {dtype}, {runs} runs: median (range)",
+        f"{requests} videos of a {kind} model, 384 tokens, {steps} steps, {dtype}, {runs} runs: median (range)",
         ["arm", "seconds", f"x pp={stages[0]}", "others' CPU"],
         [
             [
