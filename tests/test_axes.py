@@ -5,7 +5,7 @@ The table of docs/parallelism.md names these cases.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from _pytest.mark.structures import ParameterSet
 from oracle import Oracle, assert_equal
 from PIL import Image
 
-from cineline import Engine, InvalidConfig, ParallelConfig, VideoRequest
+from cineline import Engine, InvalidConfig, ParallelConfig, Video, VideoRequest
 from cineline.config import AXES
 from cineline.mesh import edges_of
 from cineline.models.random_checkpoint import RandomConfig
@@ -80,26 +80,29 @@ def requests_of(kind: str) -> list[VideoRequest]:
     ]
 
 
-@pytest.mark.parametrize(("kind", "case"), EXACT, ids=name_of)
-def test_bits_equal_diffusers(kind: str, case: dict, checkpoint: Checkpoint, oracle: Oracle) -> None:
+def beside_diffusers(
+    kind: str, case: dict, checkpoint: Checkpoint, oracle: Oracle
+) -> Iterator[tuple[Video, tuple[torch.Tensor, np.ndarray]]]:
+    """Each request's video with two in flight, and what diffusers makes of it."""
     folder = checkpoint(RandomConfig(kind, heads=4))
     with Engine(folder, ParallelConfig(**case), device="cpu", in_flight=2) as engine:
         handles = [engine.submit(request) for request in requests_of(kind)]
         for handle, request in zip(handles, requests_of(kind), strict=True):
-            assert_equal(handle.result(120), oracle.run(folder, "float32", request))
+            yield handle.result(120), oracle.run(folder, "float32", request)
+
+
+@pytest.mark.parametrize(("kind", "case"), EXACT, ids=name_of)
+def test_bits_equal_diffusers(kind: str, case: dict, checkpoint: Checkpoint, oracle: Oracle) -> None:
+    for video, expected in beside_diffusers(kind, case, checkpoint, oracle):
+        assert_equal(video, expected)
 
 
 @pytest.mark.parametrize(("kind", "case"), CLOSE, ids=name_of)
 def test_close_to_diffusers(kind: str, case: dict, checkpoint: Checkpoint, oracle: Oracle) -> None:
-    folder = checkpoint(RandomConfig(kind, heads=4))
-    with Engine(folder, ParallelConfig(**case), device="cpu", in_flight=2) as engine:
-        handles = [engine.submit(request) for request in requests_of(kind)]
-        for handle, request in zip(handles, requests_of(kind), strict=True):
-            video = handle.result(120)
-            expected, frames = oracle.run(folder, "float32", request)
-            assert (video.latents - expected).abs().max() <= BOUND * expected.abs().max()
-            assert video.frames is not None
-            assert np.abs(video.frames.astype(int) - frames).max() <= 1
+    for video, (expected, frames) in beside_diffusers(kind, case, checkpoint, oracle):
+        assert (video.latents - expected).abs().max() <= BOUND * expected.abs().max()
+        assert video.frames is not None
+        assert np.abs(video.frames.astype(int) - frames).max() <= 1
 
 
 def test_requests_without_guidance_or_with_one_expert_pass_through(checkpoint: Checkpoint, oracle: Oracle) -> None:

@@ -77,7 +77,7 @@ def by_slices(
     folder: Path, latents: Tensor, stops: Sequence[int], dtype: torch.dtype = torch.float32
 ) -> tuple[np.ndarray, list[int]]:
     """Frames through slices that end at those units, and the bytes that each slice read."""
-    config = config_of(folder)
+    costs = VaeCosts.of(config_of(folder))
     slices = [
         DecoderSlice(folder, range(start, stop), dtype, CPU, takes_latents=number == 0)
         for number, (start, stop) in enumerate(pairwise([0, *stops]))
@@ -88,7 +88,7 @@ def by_slices(
         sent: tuple[Tensor, ...] = ()
         for stop, each, state in zip(stops, slices, states, strict=True):
             made = each.run(state, chunk, sent)
-            specs = boundary_specs(config, latents.shape, chunk, stop, dtype)
+            specs = boundary_specs(costs, latents.shape, chunk, stop, dtype)
             assert [(spec.shape, spec.dtype) for spec in specs] == [(tuple(t.shape), t.dtype) for t in made]
             sent = tuple(tensor.contiguous() for tensor in made)  # as an edge does
         frames.append(sent[0].numpy())

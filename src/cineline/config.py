@@ -18,7 +18,7 @@ host's memory, where they are run too."""
 ExpertPlacement = Literal["shared", "split"]
 VaeDecode = Literal["layers", "rows", "tail", "tiled"]
 """How the VAE decodes: its layers cut over the stages (exact), the picture's rows shared out among them (close), all
-of it on the last stage (exact), or there in overlapping tiles (lossy, least memory)."""
+of it on the last stage (exact), or there in overlapping tiles (lossy)."""
 DEVICES = ("cpu", "cuda")
 
 AXES = ("cfg", "pp", "ring", "ulysses", "tp")

@@ -129,9 +129,7 @@ def join(
         InvalidConfig: ranks of a stage would have to share an accelerator.
     """
     if parallel.ranks == 1:
-        itself = LocalChannel()
-        loop = LocalChannel()
-        return Edges(return_in=itself, return_out=(itself,), loop_in=loop, loop_out=loop), None
+        return _open_edges(rank, parallel, device, False, traffic), None
     backend, staged = pick_backend(device, ranks_on_host)
     if staged and parallel.lanes > 1:
         raise InvalidConfig(
@@ -144,6 +142,11 @@ def join(
     for axis, size in zip(AXES, parallel.sizes, strict=True):
         if size > 1:
             dist.all_reduce(torch.zeros(1, device="cpu" if staged else device), group=mesh.get_group(axis))
+    return _open_edges(rank, parallel, device, staged, traffic), mesh
+
+
+def _open_edges(rank: int, parallel: ParallelConfig, device: torch.device, staged: bool, traffic: Traffic) -> Edges:
+    """This rank's ends of all edges, each with a group of its own that has been used once."""
     incoming: dict[str, Receiver] = {}
     outgoing: dict[str, list[Sender]] = defaultdict(list)
     for edge in edges_of(parallel):
@@ -164,7 +167,7 @@ def join(
         else:
             dist.recv(probe, edge.source, group=group)
             incoming[edge.kind] = TorchReceiver(edge.source, group, device, staged)
-    edges = Edges(
+    return Edges(
         forward_in=incoming.get("forward"),
         forward_out=next(iter(outgoing["forward"]), None),
         return_in=incoming.get("return"),
@@ -178,7 +181,6 @@ def join(
         guidance_in=incoming.get("guidance"),
         guidance_out=next(iter(outgoing["guidance"]), None),
     )
-    return edges, mesh
 
 
 def _count(traffic: Traffic, edge_kind: str, nbytes: int, kind: str | None) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from cineline.channel import Edges, Pending, Receiver, TensorSpec
+from cineline.channel import Edges, Pending, TensorSpec
 from cineline.control import Admit, Begun, Done, Message, Stop
+from cineline.mail import Letter, Mail
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
 from cineline.pace import Pace, marker
 from cineline.request import Branch, Kind, WorkItem
@@ -27,59 +28,6 @@ class _Next:
     item: WorkItem
     hidden: Pending | None = None
     guidance: Pending | None = None
-
-
-class _Mail:
-    """One edge whose messages may be of no use any more when they come, because their request was dropped.
-
-    Both ends follow the stream, so a receive is posted even where a drop comes before its use; its buffer
-    must live until the message is in it. The edge is in order: with a message, those due before are here.
-    """
-
-    def __init__(self, receiver: Receiver) -> None:
-        self.receiver = receiver
-        self._posts = 0
-        self._dropped: deque[tuple[int, Pending]] = deque()
-
-    def post(self, specs: Sequence[TensorSpec]) -> _Letter:
-        self._posts += 1
-        return _Letter(self, self._posts, self.receiver.post(specs))
-
-    def reap(self, before: int) -> None:
-        """Give back the buffers of dropped messages that were due before that one."""
-        while self._dropped and self._dropped[0][0] < before:
-            pending = self._dropped.popleft()[1]
-            pending.wait()
-            pending.release()
-
-    def drop(self, number: int, pending: Pending) -> None:
-        self._dropped.append((number, pending))
-
-
-@dataclass
-class _Letter:
-    """A posted receive on such an edge."""
-
-    mail: _Mail
-    number: int
-    pending: Pending
-    is_here: bool = False
-
-    def wait(self) -> Hidden:
-        tensors = self.pending.wait()
-        self.is_here = True
-        self.mail.reap(self.number)
-        return tensors
-
-    def release(self) -> None:
-        self.pending.release()
-
-    def drop(self) -> None:
-        """Nobody wants it any more; a receive must not be waited for twice."""
-        if self.is_here:
-            self.release()
-        else:
-            self.mail.drop(self.number, self.pending)
 
 
 @dataclass
@@ -98,12 +46,12 @@ class _Request:
     state: Any
     routes: Sequence[range]
     last_step: int
-    latents: _Letter | None = None
-    history: _Letter | None = None
-    texts: dict[Branch, _Letter] = field(default_factory=dict)
+    latents: Letter | None = None
+    history: Letter | None = None
+    texts: dict[Branch, Letter] = field(default_factory=dict)
 
     @property
-    def letters(self) -> list[_Letter]:
+    def letters(self) -> list[Letter]:
         """All that it waits for."""
         return [letter for letter in (self.latents, self.history, *self.texts.values()) if letter is not None]
 
@@ -143,10 +91,10 @@ class StageLoop:
         self._pace = Pace(report, marker(part.device))
         self._requests: dict[int, _Request] = {}
         self._ahead: deque[_Next] = deque()
-        self._returns = _Mail(edges.return_in) if edges.return_in else None
-        self._handovers = _Mail(edges.handover_in) if edges.handover_in else None
-        self._histories = _Mail(edges.history_in) if edges.history_in else None
-        self._loops = _Mail(edges.loop_in) if edges.loop_in else None
+        self._returns = Mail(edges.return_in) if edges.return_in else None
+        self._handovers = Mail(edges.handover_in) if edges.handover_in else None
+        self._histories = Mail(edges.history_in) if edges.history_in else None
+        self._loops = Mail(edges.loop_in) if edges.loop_in else None
         self._stopping = False
 
     @torch.no_grad()
@@ -205,7 +153,7 @@ class StageLoop:
         yield self._family.hidden_specs(state)
         if state.job.texts and self._part.is_first_lane:
             yield self._family.text_specs(state)
-        if self._part.decodes and self._part.hands_chunks_on:
+        if self._gets_chunks:
             for chunk in range(min(2, state.job.chunks)):  # the first one is shorter than the others
                 yield self._family.decode_specs(state, chunk)
 

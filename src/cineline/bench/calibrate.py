@@ -19,12 +19,10 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.nn import functional as F
 
-from cineline.bench.reference import WAIT_LIMIT_S
+from cineline.bench.beside import hear, processes
 from cineline.config import DeviceConfig
 from cineline.costs.transformer import TEXT_TOKENS
 from cineline.costs.work import Work
-from cineline.errors import CinelineError
-from cineline.launch import start_piped
 from cineline.planning.hardware import Device, Rates
 from cineline.planning.seconds import TimedLine
 
@@ -38,20 +36,13 @@ def calibrate_apart(line: TimedLine, config: DeviceConfig) -> Device:
     """`calibrated` in a process like a rank's: one core and one thread where `config` pins ranks.
 
     Raises:
-        CinelineError: it ended, or has no answer within `WAIT_LIMIT_S`.
+        CinelineError: it ended, or has no answer.
     """
-    connection, process = start_piped(__name__, config.rank_environment(psutil.cpu_count() or 1))
-    try:
+    with processes(__name__, config.rank_environment(psutil.cpu_count() or 1)) as (connection,):
         connection.send((line, psutil.virtual_memory().total))
-        if not connection.poll(WAIT_LIMIT_S):
-            raise CinelineError(f"The calibration has not ended in {WAIT_LIMIT_S:.0f} s: use a smaller model.")
-        return connection.recv()  # type: ignore[no-any-return]
-    except EOFError:
-        raise CinelineError("The calibration ended: see its error above.") from None
-    finally:
-        connection.close()
-        process.kill()
-        process.wait()
+        device = hear(connection, "The calibration")
+        assert isinstance(device, Device)
+        return device
 
 
 @torch.no_grad()

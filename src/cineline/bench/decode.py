@@ -13,21 +13,19 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 
 from cineline.axis import Axis, Traffic
+from cineline.bench.beside import hear, processes
 from cineline.bench.measure import Run, interleave
-from cineline.bench.reference import WAIT_LIMIT_S
 from cineline.channel import Edges, Pending
 from cineline.codec.decoder import Decoder, DecoderSlice, boundary_specs
 from cineline.codec.rows import RowDecoder
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.costs.vae import VaeCosts
-from cineline.errors import CinelineError
-from cineline.launch import start_piped
 from cineline.mesh import join, open_store
 from cineline.models.random_checkpoint import random_vae
 from cineline.planning.balance import cut_units
@@ -35,6 +33,8 @@ from cineline.spec import WanKind
 
 WAYS = ("tail", "layers", "rows")
 """The first one on one rank, the others on as many as are asked for."""
+
+WHO = "A decoding process"
 
 CHUNKS_AHEAD = 2
 """Receives posted ahead, as in the stage loop."""
@@ -123,17 +123,8 @@ def _decode(connections: Sequence[Connection], with_frames: bool = False) -> tup
     """Seconds of the slowest rank, the last one's frames, and the peak of the largest."""
     for connection in connections:
         connection.send(with_frames and connection is connections[-1])
-    seconds, frames, peaks = zip(*(_hear(connection) for connection in connections), strict=True)
+    seconds, frames, peaks = zip(*(hear(connection, WHO) for connection in connections), strict=True)
     return max(seconds), frames[-1], max(peaks)
-
-
-def _hear(connection: Connection) -> Any:
-    try:
-        if connection.poll(WAIT_LIMIT_S):
-            return connection.recv()
-    except EOFError:
-        raise CinelineError("A decoding process ended: see its error above.") from None
-    raise CinelineError(f"A decoding process has not answered in {WAIT_LIMIT_S:.0f} s: use a smaller size.")
 
 
 @contextmanager
@@ -141,22 +132,15 @@ def _world(folder: Path, way: str, case: DecodeCase, config: DeviceConfig) -> It
     """The ranks that decode in one way, loaded, each at the other end of a pipe."""
     ranks = 1 if way == WAYS[0] else case.ranks
     cores = len(os.sched_getaffinity(0)) if config.pin_cores else ranks
-    started = [start_piped(__name__, config.rank_environment(cores)) for _ in range(ranks)]
-    connections = [connection for connection, _ in started]
-    try:
+    with processes(__name__, config.rank_environment(cores), ranks) as connections:
         port = None
         for rank, connection in enumerate(connections):
             connection.send(_Task(folder, way, rank, ranks, case.latent_shape, config, port))
             if rank == 0:
-                port = _hear(connection)
+                port = hear(connection, WHO)
         for connection in connections:
-            _hear(connection)
+            hear(connection, WHO)
         yield connections
-    finally:
-        for connection, process in started:
-            connection.close()
-            process.kill()
-            process.wait()
 
 
 @torch.no_grad()
@@ -210,15 +194,15 @@ class _Layers:
     """A slice of an even cut by FLOP, between its edges."""
 
     def __init__(self, task: _Task, dtype: torch.dtype, device: torch.device, edges: Edges) -> None:
-        vae = DecoderSlice(task.folder, range(0), dtype, device, takes_latents=False).config
+        costs = VaeCosts.of(AutoencoderKLWan.load_config(task.folder / "vae"))
         cells = task.latent_shape[3] * task.latent_shape[4]
-        flop = [unit.flop(cells) for unit in VaeCosts.of(vae).decoder]
+        flop = [unit.flop(cells) for unit in costs.decoder]
         counts = cut_units(task.ranks, len(flop), lambda _, start, stop: sum(flop[start:stop]))
         first = sum(counts[: task.rank])
         units = range(first, first + counts[task.rank])
         self._slice = DecoderSlice(task.folder, units, dtype, device, takes_latents=task.rank == 0)
         self._coming = [
-            boundary_specs(vae, task.latent_shape, chunk, units.start, dtype) for chunk in range(task.latent_shape[2])
+            boundary_specs(costs, task.latent_shape, chunk, units.start, dtype) for chunk in range(task.latent_shape[2])
         ]
         self._is_first = task.rank == 0
         self._edges = edges

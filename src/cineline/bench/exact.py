@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cineline.bench.reference import WAIT_LIMIT_S, reference
+from cineline.bench.beside import WAIT_LIMIT_S
+from cineline.bench.reference import reference
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.request import Video, VideoRequest

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from cineline.bench.reference import WAIT_LIMIT_S
+from cineline.bench.beside import WAIT_LIMIT_S
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.errors import CinelineError

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from cineline.bench.beside import WAIT_LIMIT_S
 from cineline.bench.measure import Run, interleave
-from cineline.bench.reference import WAIT_LIMIT_S, Reference, reference
+from cineline.bench.reference import Reference, reference
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint

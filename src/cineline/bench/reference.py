@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from cineline.bench.beside import WAIT_LIMIT_S, hear, processes
 from cineline.config import DeviceConfig
-from cineline.errors import CinelineError
-from cineline.launch import start_piped
 from cineline.request import VideoRequest
 
 PASSED_ON = (
@@ -24,7 +23,7 @@ PASSED_ON = (
     *("num_inference_steps", "guidance_scale", "guidance_scale_2"),
 )
 
-WAIT_LIMIT_S = 3600.0
+WHO = "The diffusers process"
 
 
 @dataclass(frozen=True)
@@ -51,22 +50,8 @@ class Reference:
             left = [connection for connection in self.connections if connection not in answers]
             heard = wait(left, WAIT_LIMIT_S)
             first = next((connection for connection in left if connection in heard), left[0])
-            answers[first] = _answer(first)
+            answers[first] = hear(first, WHO)
         return answers[self.connections[0]]
-
-
-def _answer(connection: Connection) -> Any:
-    """What a process says next.
-
-    Raises:
-        CinelineError: it ended, or said nothing within `WAIT_LIMIT_S`.
-    """
-    try:
-        if connection.poll(WAIT_LIMIT_S):
-            return connection.recv()
-    except EOFError:
-        raise CinelineError("The diffusers process ended: see its error above.") from None
-    raise CinelineError(f"The diffusers process has not answered in {WAIT_LIMIT_S:.0f} s: use a smaller request.")
 
 
 @contextmanager
@@ -77,22 +62,15 @@ def reference(folder: Path, config: DeviceConfig, with_image: bool = False, ulys
         ulysses: ranks of diffusers' own Ulysses attention.
     """
     ranks = len(os.sched_getaffinity(0)) if config.pin_cores else ulysses
-    started = [start_piped(__name__, config.rank_environment(ranks)) for _ in range(ulysses)]
-    connections = [connection for connection, _ in started]
-    try:
+    with processes(__name__, config.rank_environment(ranks), ulysses) as connections:
         port = None
         for rank, connection in enumerate(connections):
             connection.send((folder, config, with_image, rank, ulysses, port))
             if rank == 0 and ulysses > 1:
-                port = _answer(connection)
+                port = hear(connection, WHO)
         for connection in connections:
-            _answer(connection)
+            hear(connection, WHO)
         yield Reference(connections)
-    finally:
-        for connection, process in started:
-            connection.close()
-            process.kill()
-            process.wait()
 
 
 def _serve(connection: Connection) -> None:

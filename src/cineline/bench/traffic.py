@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cineline.bench.reference import WAIT_LIMIT_S
+from cineline.bench.beside import WAIT_LIMIT_S
 from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint

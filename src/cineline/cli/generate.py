@@ -75,7 +75,7 @@ def generate(
         str,
         _option(
             _PARALLEL,
-            "layers: cut over the stages, exact; rows: each has some of the picture, close, least memory; tail: on the "
+            "layers: cut over the stages, exact; rows: each has some of the picture, close; tail: on the "
             "last stage; tiled: there, lossy; layers.",
         ),
     ] = "layers",

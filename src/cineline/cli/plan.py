@@ -125,6 +125,7 @@ def show(planning: Planning, task: Task) -> None:
     for sentence in (
         verdict(planning, task),
         f"Limited by {LIMITS[best.limit]}.",
+        *([f"Start {best.replicas} of it, each with its own devices and requests."] if best.replicas > 1 else []),
         f"Run it: {options_of(best, task)}",
     ):
         console.print(sentence, highlight=False, soft_wrap=True)

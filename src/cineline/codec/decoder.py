@@ -6,7 +6,7 @@ H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,10 +42,9 @@ class Decoder(Protocol):
 
 
 def boundary_specs(
-    vae: Mapping[str, Any], latent_shape: Sequence[int], chunk: int, unit: int, dtype: torch.dtype
+    costs: VaeCosts, latent_shape: Sequence[int], chunk: int, unit: int, dtype: torch.dtype
 ) -> tuple[TensorSpec, ...]:
     """What travels in front of a unit or behind the last one (`VaeCosts.boundary_shapes`; there uint8)."""
-    costs = VaeCosts.of(vae)
     kind = torch.uint8 if unit == len(costs.decoder) else dtype
     return tuple(TensorSpec(shape, kind) for shape in costs.boundary_shapes(unit, latent_shape, chunk))
 

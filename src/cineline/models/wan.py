@@ -27,6 +27,7 @@ from cineline.codec.decoder import Decoder, DecoderSlice, TiledDecoder, boundary
 from cineline.codec.rows import RowDecoder
 from cineline.codec.text import TOKENS, TextSlice, Tokenizer
 from cineline.codec.vae import ImageEncoder
+from cineline.costs.vae import VaeCosts
 from cineline.denoise import Step, combine, history_of, make_solver, make_steps, rehearse
 from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
 from cineline.models.sequence_parallel import ShardedAttention, TokenShards
@@ -81,6 +82,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         self._spec = spec
         self._experts: list[Any] = []
         self._groups: list[range] = []
+        self._vae = VaeCosts.of(spec.vae)
 
     def load(self, part: StagePart) -> int:
         self._part = part
@@ -370,7 +372,7 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def decode_specs(self, state: WanState, chunk: int) -> tuple[TensorSpec, ...]:
         dtype = getattr(torch, self._part.config.vae_dtype)
-        return boundary_specs(self._spec.vae, state.latent_shape, chunk, self._part.cut.decoder.start, dtype)
+        return boundary_specs(self._vae, state.latent_shape, chunk, self._part.cut.decoder.start, dtype)
 
     def decode(self, state: WanState, chunk: int, hidden: Hidden) -> Hidden:
         if state.decoding is None:

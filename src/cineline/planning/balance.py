@@ -50,14 +50,6 @@ def fill_evenly(base: Sequence[float], unit: float, count: int) -> list[int]:
     return given
 
 
-def room_for(base: Sequence[float], unit: float, limit: Sequence[float]) -> list[int]:
-    """How many equal units fit on each; -1 where what is there is too much already."""
-    return [
-        -1 if held > most else int((most - held) // unit) if unit else 10**6
-        for held, most in zip(base, limit, strict=True)
-    ]
-
-
 def smallest(low: float, high: float, fits: Callable[[float], bool], rounds: int = 40) -> float:
     """About the smallest value between two for which `fits` is true; it is for `high`."""
     for _ in range(rounds):
