@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from cineline.bench.calibrate import calibrate_apart
-from cineline.bench.footprint import bare_bytes, engine_and_ranks, resident_bytes
+from cineline.bench.footprint import bare_bytes, engine_and_ranks, memory_returned, resident_bytes
 from cineline.bench.line import time_requests
 from cineline.bench.measure import Run, run_quietly
 from cineline.bench.simulator import SimulatorCase, measure_constants
@@ -63,7 +63,8 @@ class Prediction:
     Attributes:
         predicted_s: simulated on the planner's costs. runs: measured, from the first submit to the last result.
         weights, read: bytes by rank, computed and counted.
-        peaks, resident: most bytes by rank, computed, and measured beyond a rank with next to no model.
+        peaks, in_use, resident: most bytes by rank: computed; and measured beyond a rank with next to no model, where
+            freed memory is given back at once, and as the allocator keeps it in the runs that are timed.
     """
 
     stages: int
@@ -72,6 +73,7 @@ class Prediction:
     weights: Sequence[int]
     read: Sequence[int]
     peaks: Sequence[int]
+    in_use: Sequence[int]
     resident: Sequence[int]
 
 
@@ -106,21 +108,30 @@ def _plan(spec: WanSpec, stages: int, job: Job, device: Device, link: Link) -> P
 
 
 def _run(case: PredictionCase, folder: Path, line: PlannedLine, predicted_s: float, config: DeviceConfig) -> Prediction:
-    stages = line.parallel.pp
-    places = [Place(pp=stage) for stage in range(stages)]
-    bare = bare_bytes(folder.parent, case.kind, stages, config, "most")
-    requests = [case.request(seed) for seed in range(case.requests)]
-    with engine_and_ranks(folder, ParallelConfig(pp=stages), config, case.requests) as (engine, pids):
-        time_requests(engine, [requests[0].model_copy(update={"num_inference_steps": 1})])
-        runs = [run_quietly(partial(time_requests, engine, requests)) for _ in range(case.rounds)]
-        resident = [resident_bytes(pid, "most") - own for pid, own in zip(pids, bare, strict=True)]
-        read = engine.bytes_read
+    places = [Place(pp=stage) for stage in range(line.parallel.pp)]
+    runs, resident, read = _measure(case, folder, len(places), config, case.rounds)
+    with memory_returned():
+        _, in_use, _ = _measure(case, folder, len(places), config, 1)
     return Prediction(
-        stages,
+        len(places),
         predicted_s,
         runs,
         weights=[line.costs.held(line.parallel, place).total for place in places],
         read=read,
         peaks=[line.peak_bytes(place, case.requests) for place in places],
+        in_use=in_use,
         resident=resident,
     )
+
+
+def _measure(
+    case: PredictionCase, folder: Path, stages: int, config: DeviceConfig, rounds: int
+) -> tuple[list[Run], list[int], list[int]]:
+    """Timed runs; each rank's most bytes, and those of weights that it read."""
+    bare = bare_bytes(folder.parent, case.kind, stages, config, "most")
+    requests = [case.request(seed) for seed in range(case.requests)]
+    with engine_and_ranks(folder, ParallelConfig(pp=stages), config, case.requests) as (engine, pids):
+        time_requests(engine, [requests[0].model_copy(update={"num_inference_steps": 1})])
+        runs = [run_quietly(partial(time_requests, engine, requests)) for _ in range(rounds)]
+        resident = [resident_bytes(pid, "most") - own for pid, own in zip(pids, bare, strict=True)]
+        return runs, resident, list(engine.bytes_read)

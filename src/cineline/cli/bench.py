@@ -293,12 +293,14 @@ def plan(
             [str(row.stages), f"{row.predicted_s:.1f}", str(seconds), f"{row.predicted_s / seconds.median - 1:+.1%}"]
         )
         rows[-1].append("equal" if list(row.weights) == list(row.read) else "DIFFERENT")
-        rows[-1] += [", ".join(f"{size / 1e6:.0f}" for size in sizes) for sizes in (row.peaks, row.resident)]
-        errors = (computed / held - 1 for computed, held in zip(row.peaks, row.resident, strict=True))
-        rows[-1] += [", ".join(f"{error:+.1%}" for error in errors), _others(row.runs)]
+        planned, in_use, resident = (
+            ", ".join(f"{size / 1e6:.0f}" for size in sizes) for sizes in (row.peaks, row.in_use, row.resident)
+        )
+        errors = (computed / used - 1 for computed, used in zip(row.peaks, row.in_use, strict=True))
+        rows[-1] += [planned, in_use, ", ".join(f"{error:+.1%}" for error in errors), resident, _others(row.runs)]
     report(
         f"{requests} videos of a {kind} model, 1,536 tokens, {steps} steps, decoded, float32, {runs} runs",
-        ["P", "planned s", "measured s", "error", "weights", "planned MB", "measured MB", "error", "others' CPU"],
+        ["P", "planned s", "measured s", "error", "weights", "plan MB", "in use", "error", "kept", "others' CPU"],
         rows,
         {"machine": machine("cpu"), "case": asdict(case), "rows": [asdict(row) for row in found]},
         json,
