@@ -17,8 +17,8 @@ test-products: setup
 	$(BIN)/pytest -m products
 
 lint: setup
-	$(BIN)/ruff check src training tests examples
-	$(BIN)/ruff format --check src training tests examples
+	$(BIN)/ruff check src training tests examples benchmarks
+	$(BIN)/ruff format --check src training tests examples benchmarks
 
 types: setup
 	$(BIN)/mypy

@@ -4,63 +4,22 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from local_channel import LIMIT_S, LocalChannel, RendezvousChannel
 from toy_family import ToySpec, ToyStages
 
 from cineline import ParallelConfig, VideoRequest
-from cineline.channel import Edges, LocalChannel, Pending, TensorSpec
+from cineline.channel import Edges
 from cineline.config import DeviceConfig
 from cineline.control import Admit, Begun, Done, Message, Stop
-from cineline.mesh import edges_of
 from cineline.models.pipeline_parallel import StagePart
-from cineline.request import Job, WorkItem
-from cineline.scheduler import scheduler_for
+from cineline.request import Group, Job
+from cineline.schedule.rule import edges_of
+from cineline.scheduler import Scheduler
 from cineline.stage import StageLoop
-
-LIMIT_S = 30.0
-
-
-class RendezvousChannel(LocalChannel):
-    """Sends wait until the other end has posted its receive: the least that any backend does, and so the
-    one under which a wrong order of sends and receives is a deadlock."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._posts = threading.Semaphore(0)
-
-    def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
-        pending = super().post(specs, keep)
-        self._posts.release()
-        return OncePending(pending)
-
-    def send(self, tensors: Sequence[torch.Tensor], kind: str | None = None) -> None:
-        assert self._posts.acquire(timeout=LIMIT_S), "deadlock: nobody receives"
-        super().send(tensors)
-
-
-class OncePending:
-    """As strict as gloo: a second wait for the same receive would hang."""
-
-    def __init__(self, pending: Pending) -> None:
-        self._pending = pending
-        self._waited = False
-
-    def wait(self) -> tuple[torch.Tensor, ...]:
-        assert not self._waited, "a receive is waited for twice"
-        self._waited = True
-        return self._pending.wait()
-
-    def release(self) -> None:
-        assert self._waited, "a buffer is given back before the message is in it"
-
-
-class StrictChannel(LocalChannel):
-    def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
-        return OncePending(super().post(specs, keep))
 
 
 class LocalLine:
@@ -76,23 +35,21 @@ class LocalLine:
     ) -> None:
         self.spec = spec
         self.reports: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self.emitted: list[WorkItem] = []
+        self.emitted: list[Group] = []
         ranks = range(parallel.ranks)
         self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in ranks]
-        self.scheduler = scheduler_for(parallel, in_flight, self._admit)
-        ends: list[dict[str, list[LocalChannel]]] = [defaultdict(list) for _ in ranks]
-        for edge in edges_of(parallel):
-            channel = RendezvousChannel() if rendezvous and edge.source != edge.target else StrictChannel()
-            ends[edge.source][f"{edge.kind}_out"].append(channel)
-            ends[edge.target][f"{edge.kind}_in"].append(channel)
+        self.scheduler = Scheduler(parallel, in_flight, self._admit)
+        kind = RendezvousChannel if rendezvous else LocalChannel
+        channels = {edge: kind() for edge in edges_of(parallel)}
         cut = spec.cut(parallel, DeviceConfig())
         self.loops = []
         for rank in ranks:
             family, place = stages_class(spec), parallel.place(rank)
             part = StagePart(place, parallel, cut[place.pp], torch.device("cpu"), DeviceConfig())
             family.load(part)
-            several = {name: tuple(ends[rank].pop(name, ())) for name in ("return_out", "handover_out")}
-            edges = Edges(**{name: channels[0] for name, channels in ends[rank].items()}, **several)
+            incoming = {edge: channel for edge, channel in channels.items() if edge.target == rank}
+            outgoing = {edge: channel for edge, channel in channels.items() if edge.source == rank}
+            edges = Edges(incoming, outgoing)
             self.loops.append(StageLoop(family, part, edges, self._inboxes[rank], self.reports.put))
         self._threads = [threading.Thread(target=loop.run, daemon=True) for loop in self.loops]
         for thread in self._threads:
@@ -105,10 +62,10 @@ class LocalLine:
         for inbox in self._inboxes:
             inbox.put(message)
 
-    def emit(self, items: Sequence[WorkItem]) -> None:
-        for item in items:
-            self.emitted.append(item)
-            self._tell(item)
+    def emit(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            self.emitted.append(group)
+            self._tell(group)
 
     def run(
         self, requests: Sequence[VideoRequest], cancel_after: dict[int, int]
@@ -131,10 +88,10 @@ class LocalLine:
             report = self.reports.get(timeout=LIMIT_S)
             heard += 1
             if isinstance(report, Begun):
-                self.scheduler.begun(report.item)
+                self.scheduler.begun(report.group)
             elif isinstance(report, Done):
-                number = report.item.request
-                finished = self.scheduler.complete(report.item, report.moves)
+                number = report.group.request
+                finished = self.scheduler.complete(report.group, report.moves)
                 if report.result is not None and report.result.dtype == np.uint8:
                     frames[number].append(report.result)
                 elif report.result is not None:

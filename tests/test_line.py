@@ -15,7 +15,7 @@ from toy_reference import toy_reference
 from cineline import ParallelConfig, VideoRequest
 from cineline.channel import TensorSpec
 from cineline.models.pipeline_parallel import RequestState
-from cineline.request import Branch, Kind, WorkItem
+from cineline.request import Group, Kind
 
 SPEC = ToySpec()
 
@@ -88,10 +88,10 @@ def test_requests_take_turns() -> None:
     """Three requests of three steps: no two turns of one request follow each other while another could go."""
     line = LocalLine(SPEC, ParallelConfig(pp=2), in_flight=3)
     line.run([VideoRequest(prompt=p, num_inference_steps=3, guidance_scale=2, decode=False) for p in "abc"], {})
-    order = [item.request for item in line.emitted if item.kind is Kind.DENOISE and item.last]
+    order = [group.request for group in line.emitted if group.kind is Kind.DENOISE]
     assert order == [0, 1, 2] * 3
 
 
-def test_a_work_item_survives_its_wire_format() -> None:
-    for item in (WorkItem(Kind.DENOISE, 2**40, 39, Branch.UNCOND, False), WorkItem(Kind.DROP, 0)):
-        assert WorkItem.unpack(item.pack()) == item
+def test_a_group_survives_its_wire_format() -> None:
+    for group in (Group(Kind.DENOISE, 2**40, 39, 2), Group(Kind.DROP, 0)):
+        assert Group.unpack(group.pack()) == group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cineline.control import Done, Message
 from cineline.pace import ITEMS_AHEAD, Pace
-from cineline.request import Kind, WorkItem
+from cineline.request import Group, Kind
 
 
 class Device:
@@ -28,7 +28,7 @@ class Mark:
 
 
 def done(number: int) -> Done:
-    return Done(WorkItem(Kind.DENOISE, 0, number))
+    return Done(Group(Kind.DENOISE, 0, number))
 
 
 def test_a_report_waits_for_its_own_item_and_no_longer() -> None:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_family import ToySpec
 
-from cineline import VideoRequest
-from cineline.request import Job, Kind, WorkItem
+from cineline import ParallelConfig, VideoRequest
+from cineline.request import Group, Job, Kind
 from cineline.scheduler import Scheduler, default_in_flight, speed_up_limit, turns_of
 
 
@@ -32,12 +32,12 @@ jobs = st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1.0, 2.0]), st.int
 @given(shapes=jobs, stages=st.integers(1, 8), in_flight=st.one_of(st.none(), st.integers(1, 4)))
 def test_every_job_runs_whole_in_order_and_within_the_limits(shapes, stages, in_flight) -> None:
     admitted: list[int] = []
-    scheduler = Scheduler([stages], in_flight, lambda job: admitted.append(job.id))
+    scheduler = Scheduler(ParallelConfig(pp=stages), in_flight, lambda job: admitted.append(job.id))
     wanted = {number: job(number, *shape) for number, shape in enumerate(shapes)}
     for one in wanted.values():
         scheduler.submit(one)
-    stream: deque[WorkItem] = deque(scheduler.pump())
-    seen: dict[int, list[WorkItem]] = {number: [] for number in wanted}
+    stream: deque[Group] = deque(scheduler.pump())
+    seen: dict[int, list[Group]] = {number: [] for number in wanted}
     finished: set[int] = set()
     steps_left = {number: one.steps for number, one in wanted.items()}
     decoding: set[int] = set()
@@ -50,8 +50,8 @@ def test_every_job_runs_whole_in_order_and_within_the_limits(shapes, stages, in_
         if item.kind is Kind.DECODE:
             decoding.add(item.request)
             assert len(decoding - finished) <= 1, "two requests decode at once"
-        if not item.last:
-            continue
+        if item.kind is Kind.ENCODE:
+            continue  # it ends no turn
         scheduler.begun(item)
         stream.extend(scheduler.pump())
         steps_left[item.request] -= item.kind is Kind.DENOISE
@@ -60,22 +60,22 @@ def test_every_job_runs_whole_in_order_and_within_the_limits(shapes, stages, in_
         stream.extend(scheduler.pump())
     assert finished == wanted.keys()
     for number, items in seen.items():
-        assert items == [item for turn in turns_of(wanted[number], wanted[number].branches) for item in turn]
+        assert items == [item for turn in turns_of(ParallelConfig(pp=stages), wanted[number]) for item in turn]
 
 
 def test_a_cancelled_request_is_dropped_once_and_only_when_it_is_in_the_line() -> None:
-    scheduler = Scheduler([2], 1, lambda job: None)
+    scheduler = Scheduler(ParallelConfig(pp=2), 1, lambda job: None)
     scheduler.submit(job(0))
     scheduler.submit(job(1))
     scheduler.pump()
     assert scheduler.cancel(1) is None  # still waiting
-    assert scheduler.cancel(0) == WorkItem(Kind.DROP, 0)
+    assert scheduler.cancel(0) == Group(Kind.DROP, 0)
     assert scheduler.cancel(0) is None
     assert scheduler.pump() == []
 
 
 def test_a_cancel_makes_room() -> None:
-    scheduler = Scheduler([2], 1, lambda job: None)
+    scheduler = Scheduler(ParallelConfig(pp=2), 1, lambda job: None)
     scheduler.submit(job(0))
     scheduler.submit(job(1))
     assert {item.request for item in scheduler.pump()} == {0}

@@ -7,10 +7,8 @@ wait for the receiver (up to `SENDS_UNDERWAY`); a receive is posted ahead of its
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -18,8 +16,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from cineline.errors import CinelineError, EdgeBroken
-from cineline.simulation.actions import SENDS_UNDERWAY
+from cineline.axis import Traffic
+from cineline.errors import EdgeBroken
+from cineline.schedule.words import SENDS_UNDERWAY, Edge, Value
 
 WAIT_LIMIT = timedelta(hours=2)
 """Last limit of a wait for a tensor; a peer's death is noticed through its process long before."""
@@ -42,24 +41,23 @@ class TensorSpec:
 class Pending(Protocol):
     """A posted receive."""
 
+    tensors: tuple[torch.Tensor, ...]
+    """Once they have been waited for."""
+
     def wait(self) -> tuple[torch.Tensor, ...]:
-        """The tensors, once they are here."""
+        """The tensors, once they are here; not to be called twice."""
         ...
 
     def release(self) -> None:
-        """Give the buffer back for a later receive; the tensors must not be used any more."""
+        """Nothing needs it (any more): its buffer may be used again, as soon as the message is in it."""
         ...
 
 
 class Sender(Protocol):
     """The near end of an edge."""
 
-    def send(self, tensors: Sequence[torch.Tensor], kind: str | None = None) -> None:
-        """Send a message. The tensors must not be written to afterwards.
-
-        Args:
-            kind: what it is counted as, if not as the edge's own kind.
-        """
+    def send(self, tensors: Sequence[torch.Tensor], value: Value) -> None:
+        """Send a message, which is this value. The tensors must not be written to afterwards."""
         ...
 
 
@@ -80,77 +78,10 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True)
 class Edges:
-    """A stage's ends of the edges it is joined to; None where it has none.
+    """A rank's ends of the edges it is joined to."""
 
-    Attributes:
-        forward_in, forward_out: from the stage before, to the stage after.
-        return_in: on the head, latents from the tail.
-        return_out: on the tail, latents to the head; with CFG parallelism to the heads of both lines.
-        loop_in, loop_out: from a line's tail to its head, embeddings of prompts, and latents to be decoded.
-        handover_in, handover_out: with split experts, latents from the first expert's tail to the second's head(s).
-        history_in, history_out: the same with the solver's history, to the second's tail.
-        guidance_in, guidance_out: with CFG parallelism the second branch's prediction, from its tail to the first's.
-    """
-
-    forward_in: Receiver | None = None
-    forward_out: Sender | None = None
-    return_in: Receiver | None = None
-    return_out: tuple[Sender, ...] = ()
-    loop_in: Receiver | None = None
-    loop_out: Sender | None = None
-    handover_in: Receiver | None = None
-    handover_out: tuple[Sender, ...] = ()
-    history_in: Receiver | None = None
-    history_out: Sender | None = None
-    guidance_in: Receiver | None = None
-    guidance_out: Sender | None = None
-
-
-class LocalChannel:
-    """Both ends of an edge inside one process: a stage's edge to itself, and tests.
-
-    As on any edge, the n-th receive that is posted gets the n-th message that is sent.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._sent: deque[tuple[torch.Tensor, ...]] = deque()
-        self._posted: deque[_LocalPending] = deque()
-
-    def send(self, tensors: Sequence[torch.Tensor], kind: str | None = None) -> None:
-        with self._lock:
-            self._sent.append(tuple(tensors))
-            self._match()
-
-    def reserve(self, specs: Sequence[TensorSpec], count: int) -> None:
-        pass  # a message is the sender's own tensors
-
-    def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
-        pending = _LocalPending(specs)
-        with self._lock:
-            self._posted.append(pending)
-            self._match()
-        return pending
-
-    def _match(self) -> None:
-        while self._sent and self._posted:
-            self._posted.popleft().message.set_result(self._sent.popleft())
-
-
-class _LocalPending:
-    def __init__(self, specs: Sequence[TensorSpec]) -> None:
-        self._specs = [TensorSpec(tuple(spec.shape), spec.dtype) for spec in specs]
-        self.message: Future[tuple[torch.Tensor, ...]] = Future()
-
-    def wait(self) -> tuple[torch.Tensor, ...]:
-        tensors = self.message.result(WAIT_LIMIT.total_seconds())
-        found = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-        if found != self._specs:
-            raise CinelineError(f"An edge was sent {found} where {self._specs} was due: the two ends disagree.")
-        return tensors
-
-    def release(self) -> None:
-        pass
+    incoming: Mapping[Edge, Receiver]
+    outgoing: Mapping[Edge, Sender]
 
 
 class TorchSender:
@@ -160,7 +91,7 @@ class TorchSender:
         peer: the receiver's rank in the world.
         group: of these two ranks, used for this edge alone (a backend matches by order).
         staged: copy through host memory first, for a backend that cannot read the device's.
-        count: called with the bytes of each message, and its kind where it has one of its own.
+        traffic: where the bytes of each message are counted, by what it is.
     """
 
     def __init__(
@@ -168,25 +99,23 @@ class TorchSender:
         peer: int,
         group: dist.ProcessGroup,
         staged: bool,
-        count: Callable[[int, str | None], None] | None = None,
+        traffic: Traffic,
     ) -> None:
-        self._count = count
-        self._peer = peer
-        self._group = group
+        self._traffic = traffic
+        self._peer, self._place = peer, dist.get_group_rank(group, peer)
+        self._group = group  # used without the wrappers of `dist`, which take a tenth of a millisecond
         self._staged = staged
         self._underway: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def send(self, tensors: Sequence[torch.Tensor], kind: str | None = None) -> None:
+    def send(self, tensors: Sequence[torch.Tensor], value: Value) -> None:
         message = _pack(tensors)
         if self._staged:
             message = torch.empty_like(message, device="cpu", pin_memory=True).copy_(message)
         try:
-            work = dist.isend(message, self._peer, group=self._group)
+            work = self._group.send([message], self._place, 0)
         except RuntimeError as error:
             raise EdgeBroken(f"the edge to rank {self._peer} broke ({error})") from None
-        assert work is not None
-        if self._count:
-            self._count(message.numel(), kind)
+        self._traffic[value.value] += message.numel()
         self._underway.append((work, message))
         if len(self._underway) > SENDS_UNDERWAY:
             _wait(self._underway.popleft()[0], self._peer)
@@ -199,13 +128,15 @@ class TorchReceiver:
     """
 
     def __init__(self, peer: int, group: dist.ProcessGroup, device: torch.device, staged: bool) -> None:
-        self._peer = peer
-        self._group = group
+        self._peer, self._place = peer, dist.get_group_rank(group, peer)
+        self._group = group  # used without the wrappers of `dist`, which take a tenth of a millisecond
         self._device = device
         self._staged = staged
         self._free: list[torch.Tensor] = []
         self._lent = 0
         self._size = 0
+        self._posts = 0
+        self._dropped: deque[_TorchPending] = deque()
 
     def reserve(self, specs: Sequence[TensorSpec], count: int) -> None:
         self._size = max(self._size, _message_size(specs))
@@ -222,46 +153,56 @@ class TorchReceiver:
             buffer = self._free.pop() if self._free else self._allocate(self._size)
             self._lent += 1
         try:
-            work = dist.irecv(buffer[:size], self._peer, group=self._group)
+            work = self._group.recv([buffer[:size]], self._place, 0)
         except RuntimeError as error:
             raise EdgeBroken(f"the edge from rank {self._peer} broke ({error})") from None
-        assert work is not None
-        return _TorchPending(self, work, buffer, tuple(specs))
+        self._posts += 1
+        return _TorchPending(self, self._posts, work, buffer, tuple(specs))
 
-    def take_back(self, buffer: torch.Tensor) -> None:
+    def wait(self, pending: _TorchPending) -> tuple[torch.Tensor, ...]:
+        """Its message. The edge is in order: what was due before and is not wanted any more is here, too."""
+        _wait(pending.work, self._peer)
+        while self._dropped and self._dropped[0].number < pending.number:
+            _wait(self._dropped[0].work, self._peer)
+            self._take_back(self._dropped.popleft().buffer)
+        tensors = _unpack(pending.buffer, pending.specs)
+        return tuple(tensor.to(self._device) for tensor in tensors) if self._staged else tensors
+
+    def release(self, pending: _TorchPending) -> None:
+        """Take its buffer back, later if its message is not here."""
+        if pending.tensors:
+            self._take_back(pending.buffer)
+        else:
+            self._dropped.append(pending)
+
+    def _take_back(self, buffer: torch.Tensor) -> None:
         """A buffer that was lent; it goes where a larger one has been asked for since."""
         self._lent -= 1
         if buffer.numel() >= self._size:
             self._free.append(buffer)
-
-    def deliver(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """Received tensors, where they are wanted."""
-        return tuple(tensor.to(self._device) for tensor in tensors) if self._staged else tensors
-
-    def wait(self, work: dist.Work) -> None:
-        """Wait for a receive."""
-        _wait(work, self._peer)
 
     def _allocate(self, size: int) -> torch.Tensor:
         where = torch.device("cpu") if self._staged else self._device
         return torch.empty(size, dtype=torch.uint8, device=where, pin_memory=self._staged)
 
 
+@dataclass(eq=False)
 class _TorchPending:
-    def __init__(
-        self, receiver: TorchReceiver, work: dist.Work, buffer: torch.Tensor, specs: tuple[TensorSpec, ...]
-    ) -> None:
-        self._receiver = receiver
-        self._work = work
-        self._buffer = buffer
-        self._specs = specs
+    """The `number`-th receive of an edge."""
+
+    receiver: TorchReceiver
+    number: int
+    work: dist.Work
+    buffer: torch.Tensor
+    specs: tuple[TensorSpec, ...]
+    tensors: tuple[torch.Tensor, ...] = ()
 
     def wait(self) -> tuple[torch.Tensor, ...]:
-        self._receiver.wait(self._work)
-        return self._receiver.deliver(_unpack(self._buffer, self._specs))
+        self.tensors = self.receiver.wait(self)
+        return self.tensors
 
     def release(self) -> None:
-        self._receiver.take_back(self._buffer)
+        self.receiver.release(self)
 
 
 def _wait(work: dist.Work, peer: int) -> None:

@@ -46,6 +46,16 @@ class Place:
     ulysses: int = 0
     tp: int = 0
 
+    @property
+    def is_first_lane(self) -> bool:
+        """Of the ranks of its stage, the one that does what they need not all do."""
+        return self == Place(cfg=self.cfg, pp=self.pp)
+
+    @property
+    def leads(self) -> bool:
+        """Of the ranks that compute the same latents, the one that answers for them."""
+        return self == Place(pp=self.pp)
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -190,6 +200,24 @@ class ParallelConfig:
         assert self.high_stages is not None
         return [range(self.high_stages), range(self.high_stages, self.pp)]
 
+    def route(self, expert: int) -> range:
+        """The stages that run a step of this expert."""
+        return self.groups[min(expert, len(self.groups) - 1)]
+
+    @property
+    def decoders(self) -> range:
+        """The stages that decode."""
+        return range(self.pp) if self.vae_decode in ("layers", "rows") else range(self.pp - 1, self.pp)
+
+    @property
+    def decodes_together(self) -> bool:
+        """Whether all of them are at the same chunk at once, instead of handing it on."""
+        return self.vae_decode == "rows"
+
+    def takes_latents(self, stage: int) -> bool:
+        """Whether decoding begins there: on the first of the stages that decode, or on each."""
+        return stage == self.decoders.start or (self.decodes_together and stage in self.decoders)
+
     def placed(self, layers: int, high_share: float) -> ParallelConfig:
         """With split experts, the config that says how many stages each of them has.
 
@@ -241,11 +269,9 @@ class ParallelConfig:
         return _evenly(layers, stages) if self.split is None else self.split[group.start : group.stop]
 
     def _decoder_units(self, units: int) -> list[range]:
-        if self.vae_decode == "rows":
-            return [range(units)] * self.pp
         if self.vae_decode == "layers":
             return _stretches("vae_split", self.vae_split or _evenly(units, self.pp), units)
-        return [range(0)] * (self.pp - 1) + [range(units)]
+        return [range(units if stage in self.decoders else 0) for stage in range(self.pp)]
 
 
 def _evenly(count: int, stages: int) -> list[int]:

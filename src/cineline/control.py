@@ -1,7 +1,7 @@
 """What the engine and a rank say to each other, beside the tensors.
 
 One ordered connection joins the engine to each rank; its end is how either notices the other's death.
-A work item travels as a header of fixed size, all else as a pickle of the classes below.
+A group of work items travels as a header of fixed size, all else as a pickle of the classes below.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 
 from cineline.config import Cut, DeviceConfig, ParallelConfig
 from cineline.errors import CinelineError
-from cineline.request import Job, WorkItem
+from cineline.request import Group, Job
 from cineline.spec import FamilySpec
 from cineline.trace import Slice
 
@@ -71,21 +71,21 @@ class Admit:
 
 @dataclass(frozen=True)
 class Begun:
-    """Tail to engine: an item that ends a turn, and all it needs, is here."""
+    """Tail to engine: all that a group's last item needs is here."""
 
-    item: WorkItem
+    group: Group
 
 
 @dataclass(frozen=True)
 class Done:
-    """Tail to engine: an item that ends a turn is done.
+    """Tail to engine: a group of items is done.
 
     Attributes:
         result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk.
         moves: the next step is another group's of stages (split experts).
     """
 
-    item: WorkItem
+    group: Group
     result: np.ndarray | None = None
     moves: bool = False
 
@@ -114,14 +114,14 @@ class Stop:
     """Engine to rank: end."""
 
 
-Message = Setup | StoreOpen | Ready | Admit | WorkItem | Begun | Done | Failed | Timeline | Stop
+Message = Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Failed | Timeline | Stop
 
-_ITEM, _PICKLE = b"i", b"p"
+_GROUP, _PICKLE = b"g", b"p"
 
 
 def send(connection: Connection, message: Message) -> None:
     """Send one message."""
-    body = _ITEM + message.pack() if isinstance(message, WorkItem) else _PICKLE + pickle.dumps(message)
+    body = _GROUP + message.pack() if isinstance(message, Group) else _PICKLE + pickle.dumps(message)
     connection.send_bytes(body)
 
 
@@ -132,7 +132,7 @@ def receive(connection: Connection) -> Message:
         EOFError, OSError: the other end is gone.
     """
     body = connection.recv_bytes()
-    if body[:1] == _ITEM:
-        return WorkItem.unpack(body[1:])
+    if body[:1] == _GROUP:
+        return Group.unpack(body[1:])
     message: Message = pickle.loads(body[1:])
     return message

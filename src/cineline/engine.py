@@ -31,8 +31,8 @@ from cineline.handle import RequestHandle
 from cineline.hub import open_model
 from cineline.launch import GRACE_S, Launcher, RankProcess, launch_local, launch_torchrun, torchrun_rank, torchrun_world
 from cineline.output import check_output
-from cineline.request import Job, VideoRequest, WorkItem
-from cineline.scheduler import Scheduler, scheduler_for
+from cineline.request import Group, Job, VideoRequest
+from cineline.scheduler import Scheduler
 from cineline.spec import FamilySpec, load_image
 from cineline.trace import Slice, write_trace
 
@@ -84,7 +84,7 @@ class Engine:
 
     Attributes:
         bytes_read: of weights, by rank.
-        traffic: after `close`, bytes that each rank sent: over its edges by their kind, else by axis.
+        traffic: after `close`, bytes that each rank sent: over its edges by what was sent, else by axis.
 
     Raises:
         InvalidConfig, CheckpointError, OutputError: before or while the ranks start; none is left running.
@@ -136,7 +136,7 @@ class Engine:
         self._timelines = 0
         self._closed = False
         self._lock = threading.RLock()
-        self._line = _Line(scheduler_for(parallel, in_flight, self._admit))
+        self._line = _Line(Scheduler(parallel, in_flight, self._admit))
         environment = config.rank_environment(parallel.ranks if launcher == "local" else torchrun_world()[1])
         if launcher == "local":
             self._ranks = launch_local(parallel.ranks, environment)
@@ -275,10 +275,10 @@ class Engine:
         for rank in self._ranks:
             self._say(rank, control.Admit(job, image if rank.rank in self._image_ranks else None))
 
-    def _emit(self, items: list[WorkItem]) -> None:
-        for item in items:
+    def _emit(self, groups: list[Group]) -> None:
+        for group in groups:
             for rank in self._ranks:
-                self._say(rank, item)
+                self._say(rank, group)
 
     def _cancel(self, handle: RequestHandle) -> bool:
         with self._lock:
@@ -291,8 +291,8 @@ class Engine:
         return True
 
     def _take(self, done: control.Done) -> None:
-        handle = self._line.handles.get(done.item.request)
-        finished = self._line.scheduler.complete(done.item, done.moves)
+        handle = self._line.handles.get(done.group.request)
+        finished = self._line.scheduler.complete(done.group, done.moves)
         self._emit(self._line.scheduler.pump())
         if handle is None:
             return
@@ -344,7 +344,7 @@ class Engine:
                     del open_ranks[connection]
                 elif isinstance(message, control.Begun):
                     with self._lock:
-                        self._line.scheduler.begun(message.item)
+                        self._line.scheduler.begun(message.group)
                         self._emit(self._line.scheduler.pump())
                 elif isinstance(message, control.Done):
                     with self._lock:

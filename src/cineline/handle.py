@@ -73,11 +73,11 @@ class RequestHandle:
 
     def take(self, done: Done) -> None:
         """Engine: a step or a chunk is done."""
-        if done.item.kind is Kind.DENOISE:
+        if done.group.kind is Kind.DENOISE:
             # With split experts two ranks report, and the later step's word may come first.
-            self._steps_done = max(self._steps_done, done.item.number + 1)
+            self._steps_done = max(self._steps_done, done.group.number + 1)
             self._latents = self._latents if done.result is None else done.result
-        elif done.item.kind is Kind.DECODE:
+        elif done.group.kind is Kind.DECODE:
             assert done.result is not None
             with self._lock:
                 self._chunks.append(done.result)

@@ -89,6 +89,19 @@ def _first_sentence(error: ValidationError) -> str:
     return f"{field}={first['input']!r} cannot be used: {reason}; give a value of that type."
 
 
+class Shape(NamedTuple):
+    """What the line must know of a job: jobs alike in this follow the same scripts.
+
+    Attributes:
+        steps, branches, chunks: `Job`'s. texts: whether its prompts go through the stages.
+    """
+
+    steps: int
+    branches: int
+    texts: bool
+    chunks: int
+
+
 @dataclass(frozen=True)
 class Job:
     """A request with nothing left open: what every stage is told at admission.
@@ -120,6 +133,10 @@ class Job:
     fps: int
     has_image: bool
 
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.steps, self.branches, self.texts > 0, self.chunks)
+
 
 class Kind(enum.IntEnum):
     """What a work item does.
@@ -144,35 +161,57 @@ class Branch(enum.IntEnum):
 
 
 class WorkItem(NamedTuple):
-    """One entry of the ordered stream that all stages execute.
+    """One forward through the stages.
 
     Attributes:
         kind: what to do.
         request: the job's id.
         number: the solver step (DENOISE) or the chunk (DECODE).
         branch: of a TEXT or DENOISE item.
-        last: whether this item ends its turn: the step's last branch, or any other whole item.
     """
 
     kind: Kind
     request: int
     number: int = 0
     branch: Branch = Branch.COND
-    last: bool = True
+
+
+class Group(NamedTuple):
+    """Items that are emitted together: one entry of the ordered stream that all stages execute.
+
+    The engine hears of a group's beginning and of its end, not of each item.
+
+    Attributes:
+        kind, request, number: of all of its items.
+        size: how many there are in each line: the branches of a TEXT or DENOISE item that one line runs, else 1.
+    """
+
+    kind: Kind
+    request: int
+    number: int = 0
+    size: int = 1
+
+    def items(self, line: int) -> list[WorkItem]:
+        """The items of a line, in order. With CFG parallelism each line runs its own branch."""
+        if self.kind not in (Kind.TEXT, Kind.DENOISE):
+            branches = [Branch.COND]
+        else:
+            branches = list(Branch) if self.size == len(Branch) else [Branch(line)]
+        return [WorkItem(self.kind, self.request, self.number, branch) for branch in branches]
 
     def pack(self) -> bytes:
-        """The item as a header of `HEADER.size` bytes."""
-        return HEADER.pack(self.kind, self.request, self.number, self.branch, self.last)
+        """The group as a header of `HEADER.size` bytes."""
+        return HEADER.pack(*self)
 
     @classmethod
-    def unpack(cls, header: bytes) -> WorkItem:
-        """The item that `pack` wrote."""
-        kind, request, number, branch, last = HEADER.unpack(header)
-        return cls(Kind(kind), request, number, Branch(branch), last)
+    def unpack(cls, header: bytes) -> Group:
+        """The group that `pack` wrote."""
+        kind, request, number, size = HEADER.unpack(header)
+        return cls(Kind(kind), request, number, size)
 
 
-HEADER = struct.Struct("<BQIB?")
-"""Wire format of a work item: kind, request, number, branch, last."""
+HEADER = struct.Struct("<BQIB")
+"""Wire format of a group: kind, request, number, size."""
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,23 @@
 
 A request is a row of turns: its prompts through the text encoder, encode and first step, one turn a further step, one
 a decode chunk (the first of these holds as many chunks as there are stages, where the decoder is cut over them, so that
-each has one). A turn is one or more work items, emitted together. The next turn of a request is emitted when the tail
-begins an item that ends one. Headers thus run one stage's work ahead of the tensors, so that no stage waits for one;
-requests take turns in the order in which they come back; and the line never holds two turns of one request while
-another could go, which would leave a bubble between the two.
+each has one). A turn is one or more groups of work items, emitted together. The next turn of a request is emitted when
+the tail begins the last item of a group. Headers thus run one stage's work ahead of the tensors, so that no stage waits
+for one; requests take turns in the order in which they come back; and the line never holds two turns of one request
+while another could go, which would leave a bubble between the two.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import groupby
 
 from cineline.config import ParallelConfig
-from cineline.request import Branch, Job, Kind, WorkItem
+from cineline.request import Group, Job, Kind
+from cineline.schedule.rule import groups_of
 
 
 def default_in_flight(stages: int, branches: int) -> int:
@@ -34,35 +36,33 @@ def speed_up_limit(stages: int, in_flight: int, branches: int) -> Fraction:
     return Fraction(items * stages, max(items, stages + branches - 1))
 
 
-def turns_of(job: Job, branches: int, decode_ahead: int = 1) -> Iterator[list[WorkItem]]:
-    """The job's turns, in order, with that many items a step and chunks in the first turn of its decode."""
+def turns_of(parallel: ParallelConfig, job: Job) -> Iterator[list[Group]]:
+    """The job's groups in order, those together that are emitted together."""
+    by_kind = {
+        kind: list(groups) for kind, groups in groupby(groups_of(parallel, job.shape, job.id), lambda group: group.kind)
+    }
     if job.texts:
-        yield [
-            WorkItem(Kind.TEXT, job.id, 0, Branch(branch), last=branch == branches - 1) for branch in range(branches)
-        ]
-    for step in range(job.steps):
-        items = _a_branch_each(Kind.DENOISE, job, step, branches)
-        yield items if step else [WorkItem(Kind.ENCODE, job.id, last=False), *items]
-    chunks = [WorkItem(Kind.DECODE, job.id, chunk) for chunk in range(job.chunks)]
+        yield by_kind[Kind.TEXT]
+    first, *steps = by_kind[Kind.DENOISE]
+    yield [*by_kind[Kind.ENCODE], first]
+    yield from ([step] for step in steps)
+    chunks = by_kind.get(Kind.DECODE, [])
+    ahead = 1 if parallel.decodes_together else len(parallel.decoders)
     if chunks:
-        yield chunks[:decode_ahead]
-    yield from ([chunk] for chunk in chunks[decode_ahead:])
-
-
-def _a_branch_each(kind: Kind, job: Job, number: int, branches: int) -> list[WorkItem]:
-    return [WorkItem(kind, job.id, number, Branch(branch), last=branch == branches - 1) for branch in range(branches)]
+        yield chunks[:ahead]
+    yield from ([chunk] for chunk in chunks[ahead:])
 
 
 @dataclass(eq=False)
 class _Entry:
     job: Job
-    turns: deque[list[WorkItem]]
+    turns: deque[list[Group]]
     unfinished: int = 0
     steps_done: int = 0
     group: int = 0
 
     def __post_init__(self) -> None:
-        self.unfinished = sum(item.last for turn in self.turns for item in turn)
+        self.unfinished = sum(group.kind is not Kind.ENCODE for turn in self.turns for group in turn)
 
     @property
     def denoising(self) -> bool:
@@ -71,31 +71,22 @@ class _Entry:
 
 
 class Scheduler:
-    """Orders the work items of all requests.
+    """Orders the work of all requests.
+
+    With split experts a request is in the first group of stages until it moves to the second, and each group has its
+    share of the requests in flight, so that new ones come in while others are in the second.
 
     Args:
-        groups: stages of the line, by group: one, or with split experts one for each expert. A request is in the
-            first group until it moves to the second, and each group has its share of the requests in flight, so
-            that new ones come in while others are in the second.
-        in_flight: requests that may denoise at once; None for the default of each group.
-        admit: called with a job just before its first item is emitted.
-        cfg: lines that share a step's branches. With two, a step is one item, of which each line runs its branch.
-        decode_ahead: chunks of a request that may be in the line at once: the stages, where the decoder is cut.
+        parallel: how the line is divided.
+        in_flight: requests that may denoise at once; None for the default of each group of stages.
+        admit: called with a job just before its first group of items is emitted.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[int],
-        in_flight: int | None,
-        admit: Callable[[Job], None],
-        cfg: int = 1,
-        decode_ahead: int = 1,
-    ) -> None:
-        self._groups = groups
+    def __init__(self, parallel: ParallelConfig, in_flight: int | None, admit: Callable[[Job], None]) -> None:
+        self._parallel = parallel
+        self._stages = [len(group) for group in parallel.groups]
         self._in_flight = in_flight
         self._admit = admit
-        self._cfg = cfg
-        self._decode_ahead = decode_ahead
         self._waiting: deque[Job] = deque()
         self._active: dict[int, _Entry] = {}
         self._ready: deque[_Entry] = deque()
@@ -105,52 +96,51 @@ class Scheduler:
         """Queue a job; `pump` admits it when there is room."""
         self._waiting.append(job)
 
-    def pump(self) -> list[WorkItem]:
-        """All items that may be emitted now, in order."""
+    def pump(self) -> list[Group]:
+        """All groups of items that may be emitted now, in order."""
         while self._waiting and self._has_room(self._waiting[0]):
             job = self._waiting.popleft()
             self._admit(job)
-            turns = turns_of(job, self._branches(job), self._decode_ahead)
-            self._active[job.id] = _Entry(job, deque(turns))
+            self._active[job.id] = _Entry(job, deque(turns_of(self._parallel, job)))
             self._ready.append(self._active[job.id])
-        items: list[WorkItem] = []
+        emitted: list[Group] = []
         while (entry := next(filter(self._may_go, self._ready), None)) is not None:
             self._ready.remove(entry)
-            items.extend(entry.turns.popleft())
-            if items[-1].kind is Kind.DECODE:
+            emitted.extend(entry.turns.popleft())
+            if emitted[-1].kind is Kind.DECODE:
                 self._decoder = entry
-        return items
+        return emitted
 
-    def begun(self, item: WorkItem) -> None:
-        """Record that the tail has begun `item`, an end of a turn: the request's next turn may go."""
-        entry = self._active.get(item.request)
+    def begun(self, group: Group) -> None:
+        """Record that the tail has begun the group's last item: the request's next turn may go."""
+        entry = self._active.get(group.request)
         if entry is not None and len(entry.turns) > self._ready.count(entry):
             self._ready.append(entry)
 
-    def complete(self, item: WorkItem, moves: bool = False) -> bool:
-        """Record that the tail has finished `item`, an end of a turn; true when it was the request's last.
+    def complete(self, group: Group, moves: bool = False) -> bool:
+        """Record that the tail has finished a group of items; true when it was the request's last.
 
         Args:
-            moves: the request goes on in the next group.
+            moves: the request goes on in the next group of stages.
         """
-        entry = self._active.get(item.request)
+        entry = self._active.get(group.request)
         if entry is None:
             return False
-        entry.steps_done += item.kind is Kind.DENOISE
+        entry.steps_done += group.kind is Kind.DENOISE
         entry.group += moves
         entry.unfinished -= 1
         if not entry.unfinished:
             self._forget(entry)
         return not entry.unfinished
 
-    def cancel(self, request: int) -> WorkItem | None:
-        """Forget a request; the drop item to emit when it was already in the line."""
+    def cancel(self, request: int) -> Group | None:
+        """Forget a request; the drop to emit when it was already in the line."""
         self._waiting = deque(job for job in self._waiting if job.id != request)
         entry = self._active.get(request)
         if entry is None:
             return None
         self._forget(entry)
-        return WorkItem(Kind.DROP, request)
+        return Group(Kind.DROP, request)
 
     def _forget(self, entry: _Entry) -> None:
         del self._active[entry.job.id]
@@ -167,26 +157,16 @@ class Scheduler:
         )
 
     def _share(self, job: Job) -> Fraction:
-        return Fraction(1, self._in_flight or sum(self._default(stages, job) for stages in self._groups))
+        return Fraction(1, self._in_flight or sum(self._default(stages, job) for stages in self._stages))
 
     def _share_of_first_group(self, job: Job) -> Fraction:
-        first = self._groups[0]
-        given = self._in_flight and -(-self._in_flight * first // sum(self._groups))
+        first = self._stages[0]
+        given = self._in_flight and -(-self._in_flight * first // sum(self._stages))
         return Fraction(1, given or self._default(first, job))
 
     def _default(self, stages: int, job: Job) -> int:
-        return default_in_flight(stages, self._branches(job))
-
-    def _branches(self, job: Job) -> int:
-        """Items of a step in each line."""
-        return 1 if self._cfg == 2 else job.branches
+        return default_in_flight(stages, 1 if self._parallel.cfg == 2 else job.branches)
 
     def _may_go(self, entry: _Entry) -> bool:
         # One request decodes at a time: a VAE decoder's cache takes gigabytes.
         return entry.turns[0][0].kind is not Kind.DECODE or self._decoder in (None, entry)
-
-
-def scheduler_for(parallel: ParallelConfig, in_flight: int | None, admit: Callable[[Job], None]) -> Scheduler:
-    """The scheduler of a line that is divided so."""
-    ahead = parallel.pp if parallel.vae_decode == "layers" else 1
-    return Scheduler([len(group) for group in parallel.groups], in_flight, admit, parallel.cfg, ahead)

@@ -29,15 +29,13 @@ from cineline.costs.vae import VaeCosts
 from cineline.mesh import join, open_store
 from cineline.models.random_checkpoint import random_vae
 from cineline.planning.balance import cut_units
+from cineline.schedule.words import RECEIVES_AHEAD, Edge, Value, Way
 from cineline.spec import WanKind
 
 WAYS = ("tail", "layers", "rows")
 """The first one on one rank, the others on as many as are asked for."""
 
 WHO = "A decoding process"
-
-CHUNKS_AHEAD = 2
-"""Receives posted ahead, as in the stage loop."""
 
 
 @dataclass(frozen=True)
@@ -205,19 +203,20 @@ class _Layers:
             boundary_specs(costs, task.latent_shape, chunk, units.start, dtype) for chunk in range(task.latent_shape[2])
         ]
         self._is_first = task.rank == 0
-        self._edges = edges
+        self._receiver = edges.incoming.get(Edge(Way.AHEAD, task.rank - 1, task.rank))
+        self._sender = edges.outgoing.get(Edge(Way.AHEAD, task.rank, task.rank + 1))
 
     def __call__(self, latents: torch.Tensor) -> list[np.ndarray]:
         state = self._slice.start(latents if self._is_first else None)
-        receiver, sender = self._edges.forward_in, self._edges.forward_out
+        receiver, sender = self._receiver, self._sender
         coming, posted = deque(self._coming), deque[Pending]()
         frames = []
         for chunk in range(latents.shape[2]):
-            while receiver and coming and len(posted) < CHUNKS_AHEAD:
+            while receiver and coming and len(posted) < RECEIVES_AHEAD:
                 posted.append(receiver.post(coming.popleft(), keep=True))
             made = self._slice.run(state, chunk, posted.popleft().wait() if receiver else ())
             if sender:
-                sender.send(made)
+                sender.send(made, Value.CHUNK)
             else:
                 frames.append(made[0].numpy())
         return frames

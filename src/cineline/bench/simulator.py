@@ -16,6 +16,7 @@ from cineline.bench.sleeping import SleepingSpec
 from cineline.config import ParallelConfig, Place
 from cineline.engine import Engine
 from cineline.request import Branch, Job, Kind, VideoRequest, WorkItem
+from cineline.schedule.words import Value
 from cineline.simulation.simulator import simulate
 from cineline.trace import slice_name
 
@@ -100,10 +101,10 @@ class SleepingProfile:
         is_last = place.pp == self.parallel.pp - 1
         return self.case.stage_s + (self.constants.last_s if is_last else self.constants.send_s)
 
-    def transfer_s(self, edge: str, item: WorkItem, job: Job) -> float:
+    def transfer_s(self, value: Value, item: WorkItem, job: Job) -> float:
         if item.kind is not Kind.DENOISE:
             return 0.0
-        return self.constants.forward_s if edge == "forward" else self.constants.back_s
+        return self.constants.forward_s if value is Value.HIDDEN else self.constants.back_s
 
     def resident_bytes(self, place: Place) -> int:
         return 0

@@ -13,6 +13,7 @@ from cineline.config import DeviceConfig, ParallelConfig
 from cineline.engine import Engine
 from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.request import VideoRequest
+from cineline.schedule.words import Value
 from cineline.spec import WanSpec
 
 MODEL = RandomConfig("t2v", layers=4, heads=4, head_dim=24, ffn_dim=192, boundary_ratio=0.0)
@@ -20,8 +21,8 @@ SIZE = {"height": 128, "width": 128, "num_frames": 5}
 TEXT_ROWS = 512
 FLOAT = 4
 
-ONCE = ("return", "conditioning")
-"""Edges over which nothing goes with a forward."""
+ONCE = (Value.LATENTS.value, Value.CONDITIONING.value)
+"""What does not go with a forward."""
 
 CASES = (
     ParallelConfig(pp=2),

@@ -117,7 +117,7 @@ class ModelCosts:
         return held
 
     def _held_of_text(self, parallel: ParallelConfig, place: Place) -> int:
-        if place != Place(cfg=place.cfg, pp=place.pp):
+        if not place.is_first_lane:
             return 0
         assert parallel.text_split is not None
         held = parallel.text_split[place.pp] * self.text.layer.nbytes(self.dtype)
@@ -128,22 +128,16 @@ class ModelCosts:
         held = 0
         if self.encodes_images and place == Place(cfg=place.cfg):
             held += self.vae.encoder_parameters.nbytes(self.vae_dtype)
-        if place == Place(pp=place.pp):
+        if place.leads:
             held += sum(unit.parameters.nbytes(self.vae_dtype) for unit in self.units_on(parallel, place.pp))
-            if self.takes_latents(parallel, place.pp):
+            if parallel.takes_latents(place.pp):
                 held += self.vae.before_decoder.nbytes(self.vae_dtype)
         return held
 
     def units_on(self, parallel: ParallelConfig, stage: int) -> tuple[Any, ...]:
         """The decoder's units there."""
         if parallel.vae_decode != "layers":
-            everything = parallel.vae_decode == "rows" or stage == parallel.pp - 1
-            return self.vae.decoder if everything else ()
+            return self.vae.decoder if stage in parallel.decoders else ()
         assert parallel.vae_split is not None
         start = sum(parallel.vae_split[:stage])
         return self.vae.decoder[start : start + parallel.vae_split[stage]]
-
-    def takes_latents(self, parallel: ParallelConfig, stage: int) -> bool:
-        """Whether decoding begins there: at the head by layers, on all stages by rows, else at the tail."""
-        first = {"layers": 0, "tail": parallel.pp - 1, "tiled": parallel.pp - 1}
-        return first.get(parallel.vae_decode, stage) == stage

@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from cineline.axis import Axis, Traffic
 from cineline.channel import TensorSpec
 from cineline.config import Cut, DeviceConfig, ParallelConfig, Place
-from cineline.request import Branch, Job
+from cineline.request import Branch, Job, Kind, WorkItem
+from cineline.schedule.words import Value
 
 
 @dataclass(frozen=True)
@@ -55,50 +56,29 @@ class StagePart:
 
     @property
     def decodes(self) -> bool:
-        """Whether this rank has a part in decoding: on all stages, or on the last one alone; one rank a stage."""
-        return self.leads and (self.is_tail or self.parallel.vae_decode in ("layers", "rows"))
-
-    @property
-    def hands_chunks_on(self) -> bool:
-        """Whether chunks go from stage to stage, from the head on: the VAE's layers are cut."""
-        return self.parallel.vae_decode == "layers"
+        """Whether this rank has a part in decoding, which is one rank's of a stage."""
+        return self.place.leads and self.place.pp in self.parallel.decoders
 
     @property
     def takes_latents(self) -> bool:
-        """Whether decoding begins here: on the head where chunks are handed on, else wherever this rank decodes."""
-        return self.decodes and (self.is_head or not self.hands_chunks_on)
-
-    def route(self, expert: int) -> range:
-        """The stages that execute a step of this expert."""
-        groups = self.parallel.groups
-        return groups[min(expert, len(groups) - 1)]
+        """Whether decoding begins here."""
+        return self.decodes and self.parallel.takes_latents(self.place.pp)
 
     @property
     def rank(self) -> int:
         return self.parallel.rank(self.place)
 
-    @property
-    def is_first_lane(self) -> bool:
-        """Of the ranks of its stage, the one that does what they need not all do."""
-        return self.place == Place(cfg=self.place.cfg, pp=self.place.pp)
-
     def axis(self, name: str) -> Axis:
         """The ranks that differ from this one in that coordinate alone."""
         return Axis(self.mesh, name, self.traffic)
-
-    @property
-    def leads(self) -> bool:
-        """Of the ranks that compute the same latents, the one that answers for them."""
-        return self.place == Place(pp=self.place.pp)
-
-    def takes_part(self, job: Job) -> bool:
-        """A job without guidance has nothing for the line of the second branch."""
-        return self.place.cfg < job.branches
 
     def branches(self, job: Job) -> tuple[Branch, ...]:
         """The branches of the job that this rank's line runs."""
         own = [self.place.cfg] if self.parallel.cfg == 2 else range(job.branches)
         return tuple(Branch(branch) for branch in own)
+
+
+Hidden = tuple[torch.Tensor, ...]
 
 
 @dataclass
@@ -114,6 +94,7 @@ class RequestState:
         conditioning: made once by the head's `encode`, handed to all stages in this order.
         latents: the current ones: on the head the input of the step, on the tail its result.
         predictions: on the tail, the step's predictions so far.
+        hidden: what the stage before has handed on, or what this one has made to be handed on.
     """
 
     job: Job
@@ -122,10 +103,10 @@ class RequestState:
     conditioning: dict[str, torch.Tensor] = field(default_factory=dict)
     latents: torch.Tensor | None = None
     predictions: dict[Branch, torch.Tensor] = field(default_factory=dict)
+    hidden: Hidden = ()
 
 
 State = TypeVar("State", bound=RequestState)
-Hidden = tuple[torch.Tensor, ...]
 
 
 class PipelineParallelMixin(ABC, Generic[State]):
@@ -232,3 +213,90 @@ class PipelineParallelMixin(ABC, Generic[State]):
         Where the decoder is cut, the head begins with the last step's latents, and `hidden` is what the stage before
         returned. Where it is not, the tail does all of it, or all stages do it together.
         """
+
+    # What the stage loop calls, in the words of a script: which of the methods above that means.
+
+    def specs(self, state: State, value: Value, item: WorkItem) -> tuple[TensorSpec, ...]:
+        """Of the tensors in which a value travels that the item makes; none where there is nothing in it."""
+        match value:
+            case Value.TEXT:
+                return self.text_specs(state)
+            case Value.EMBEDDING:
+                return (self.embedding_spec(state),)
+            case Value.CONDITIONING:
+                return tuple(self.conditioning_specs(state).values())
+            case Value.HIDDEN:
+                return self.hidden_specs(state)
+            case Value.PREDICTION:
+                return (self.prediction_spec(state),)
+            case Value.LATENTS:
+                return (self.latents_spec(state),)
+            case Value.HISTORY:
+                return self.history_specs(state)
+            case Value.CHUNK:
+                return self.decode_specs(state, item.number)
+
+    def take(self, state: State, value: Value, item: WorkItem, tensors: Hidden) -> None:
+        """A value that has come, made by the item; its tensors are lent until they are freed."""
+        match value:
+            case Value.EMBEDDING:
+                (state.texts[item.branch],) = tensors
+            case Value.CONDITIONING:
+                state.conditioning.update(zip(self.conditioning_specs(state), tensors, strict=True))
+            case Value.PREDICTION:
+                (state.predictions[item.branch],) = tensors
+            case Value.LATENTS:
+                (state.latents,) = tensors
+            case Value.HISTORY:
+                self.take_history(state, tensors)
+            case _:
+                state.hidden = tensors
+
+    def give(self, state: State, value: Value, item: WorkItem) -> Hidden:
+        """A value that is to go, made by the item."""
+        match value:
+            case Value.CONDITIONING:
+                return tuple(state.conditioning[name] for name in self.conditioning_specs(state))
+            case Value.PREDICTION:
+                return (state.predictions.pop(item.branch),)
+            case Value.LATENTS:
+                assert state.latents is not None
+                return (state.latents,)
+            case Value.HISTORY:
+                assert state.latents is not None
+                return state.latents, *self.history(state)
+            case _:
+                made, state.hidden = state.hidden, ()
+                return made
+
+    def compute(self, state: State, item: WorkItem, starts: bool, ends: bool) -> None:
+        """This rank's slice of the item, the first one of its chain, the last one, or both."""
+        came, state.hidden = state.hidden, ()
+        match item.kind:
+            case Kind.TEXT:
+                state.hidden = self.encode_text(state, item.branch, came)
+            case Kind.ENCODE if starts:
+                state.conditioning.update(self.encode(state))
+                state.texts.clear()
+            case Kind.DENOISE:
+                came = self.embed(state, item.number, item.branch) if starts else came
+                made = self.run_blocks(state, item.number, item.branch, came)
+                if ends:
+                    state.predictions[item.branch] = self.predict(state, item.number, item.branch, made)
+                else:
+                    state.hidden = made
+            case Kind.DECODE:
+                state.hidden = self.decode(state, item.number, came)
+
+    def finish(self, state: State, item: WorkItem) -> None:
+        """End of a step, all of whose predictions are here."""
+        self.advance(state, item.number)
+        state.predictions.clear()
+
+    def answer(self, state: State, item: WorkItem) -> torch.Tensor | None:
+        """What the engine is told with the end of the item's group: a chunk's frames, or the final latents."""
+        if item.kind is Kind.DECODE:
+            (frames,), state.hidden = state.hidden, ()
+            return frames
+        is_last = item.kind is Kind.DENOISE and item.number + 1 == state.job.steps
+        return self.final_latents(state).float() if is_last else None

@@ -95,16 +95,16 @@ class WanStages(PipelineParallelMixin[WanState]):
             self._spec.transformer["attention_head_dim"], self._spec.patch, self._spec.transformer["rope_max_seq_len"]
         )
         self._rope = rope.to(self._device)
-        self._groups = [part.route(expert) for expert in range(len(self._spec.experts))]
+        self._groups = [part.parallel.route(expert) for expert in range(len(self._spec.experts))]
         read = sum(self._load_expert(expert) for expert in range(len(self._groups)))
-        if part.is_first_lane:
+        if part.place.is_first_lane:
             self._text = TextSlice(
                 folder, part.cut.text, part.is_head, part.is_tail, self._dtype, self._device, part.config.text_encoder
             )
             read += self._text.bytes_read
-        if part.is_head and part.is_first_lane:
+        if part.is_head and part.place.is_first_lane:
             self._tokenizer = Tokenizer(folder)
-        if part.is_head and part.is_first_lane and self._spec.kind != "t2v":
+        if part.is_head and part.place.is_first_lane and self._spec.kind != "t2v":
             self._image = ImageEncoder(folder, vae_dtype, self._device)
             read += self._image.bytes_read
         if part.decodes:
@@ -250,7 +250,7 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def _embedding(self, state: WanState, branch: Branch) -> torch.Tensor:
         """A prompt's, [1, 512, text width]; the stage's first rank has it and hands it to the others."""
-        if self._part.is_first_lane:
+        if self._part.place.is_first_lane:
             return self._hand_out(state.texts[branch])
         spec = self.embedding_spec(state)
         return self._hand_out(torch.empty(spec.shape, dtype=spec.dtype, device=self._device))
@@ -264,7 +264,7 @@ class WanStages(PipelineParallelMixin[WanState]):
     def _condition(self, state: WanState) -> torch.Tensor:
         """The image as latents: of one frame (TI2V), or of a whole clip with its mask before it (I2V)."""
         job, first_frame_alone = state.job, self._keeps_first_frame(state)
-        if self._part.is_first_lane:
+        if self._part.place.is_first_lane:
             assert state.image is not None
             frames = 1 if first_frame_alone else job.num_frames
             latents = self._image.encode(state.image, job.height, job.width, frames).contiguous()
@@ -381,7 +381,7 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def _latents_to_decode(self, state: WanState) -> torch.Tensor:
         """Final latents [1, C, F', H', W'], where a decode begins; by rows that is on every stage."""
-        if self._part.parallel.vae_decode != "rows":
+        if not self._part.parallel.decodes_together:
             return self.final_latents(state).unsqueeze(0)
         tail = self._part.parallel.pp - 1
         latents = self.final_latents(state).unsqueeze(0) if self._part.is_tail else torch.empty(state.latent_shape)

@@ -14,7 +14,7 @@ from cineline.config import Place, VaeDecode
 from cineline.planning.balance import cut_units, fill_evenly, smallest
 from cineline.planning.forecast import busy_s
 from cineline.planning.line import RECEIVE_BUFFERS, PlannedLine
-from cineline.simulation.actions import SENDS_UNDERWAY
+from cineline.schedule.words import SENDS_UNDERWAY
 
 DECODES: tuple[VaeDecode, ...] = ("layers", "tail")
 """Exact ways to decode, tried first."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from cineline.planning.line import PlannedLine
 from cineline.request import Job, Kind, WorkItem
+from cineline.schedule.words import Value
 
 
 @dataclass(frozen=True)
@@ -75,19 +76,19 @@ def before_decode(line: PlannedLine, job: Job) -> float:
     seconds += line.encode_s(job)
     seconds += sum(hop_s(line, stage, WorkItem(Kind.ENCODE, job.id), job) for stage in stages)
     if line.parallel.pp > 1:
-        seconds += line.transfer_s("loop", text, job)
+        seconds += line.transfer_s(Value.EMBEDDING, text, job)
     high = line.spec.high_steps(job)
     return seconds + high * step_s(line, 0, job) + (job.steps - high) * step_s(line, 1, job)
 
 
 def step_s(line: PlannedLine, expert: int, job: Job) -> float:
     """One step of a request that is alone: its branches one behind the other, and the latents' way back."""
-    item, route = WorkItem(Kind.DENOISE, job.id), line.route(expert)
+    item, route = WorkItem(Kind.DENOISE, job.id), line.parallel.route(expert)
     hops = [hop_s(line, stage, item, job) if stage > route.start else 0.0 for stage in route]
     seconds = flow_shop([[line.denoise_s(stage, expert, job) for stage in route]] * line.branches(job), hops)
     if line.parallel.cfg == 2 and job.branches == 2:
-        seconds += line.transfer_s("guidance", item, job)
-    return seconds + (line.transfer_s("return", item, job) if len(route) > 1 or line.parallel.cfg == 2 else 0.0)
+        seconds += line.transfer_s(Value.PREDICTION, item, job)
+    return seconds + (line.transfer_s(Value.LATENTS, item, job) if len(route) > 1 or line.parallel.cfg == 2 else 0.0)
 
 
 def decode_alone(line: PlannedLine, job: Job) -> float:
@@ -100,12 +101,12 @@ def decode_alone(line: PlannedLine, job: Job) -> float:
     stages = range(line.parallel.pp)
     hops = [hop_s(line, stage, WorkItem(Kind.DECODE, job.id, 1), job) for stage in stages]
     seconds = flow_shop([[line.decode_s(stage, chunk, job) for stage in stages] for chunk in range(job.chunks)], hops)
-    return seconds + (line.transfer_s("loop", WorkItem(Kind.DECODE, job.id), job) if len(stages) > 1 else 0.0)
+    return seconds + (line.transfer_s(Value.LATENTS, WorkItem(Kind.DENOISE, job.id), job) if len(stages) > 1 else 0.0)
 
 
 def decode_slowest_s(line: PlannedLine, tail: int, chunk: int, job: Job) -> float:
     """A chunk that one stage decodes, or all together."""
-    if line.parallel.vae_decode == "rows":
+    if line.parallel.decodes_together:
         return max(line.decode_s(stage, chunk, job) for stage in range(line.parallel.pp))
     return line.decode_s(tail, chunk, job)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cineline.config import Place
 from cineline.planning.seconds import HISTORY, TILE, TimedLine
 from cineline.request import Job, Kind, WorkItem
-from cineline.simulation.actions import RECEIVES_AHEAD, SENDS_UNDERWAY
+from cineline.schedule.words import RECEIVES_AHEAD, SENDS_UNDERWAY
 
 RECEIVE_BUFFERS = RECEIVES_AHEAD + 1
 """Of an edge, each as large as its largest message; so are the sends that are not finished."""
@@ -25,7 +25,7 @@ class PlannedLine(TimedLine):
     def buffer_bytes(self, place: Place) -> int:
         """Of the forward edges: receives that are posted ahead, sends that are not finished."""
         kinds = [WorkItem(Kind.TEXT, 0), WorkItem(Kind.DENOISE, 0)]
-        if self.job.chunks and place == Place(pp=place.pp):
+        if self.job.chunks and place.leads:
             kinds.append(WorkItem(Kind.DECODE, 0, 1))
         stages = self.parallel.pp
         coming = max(self.forward_bytes(place.pp, item, self.job) for item in kinds) if place.pp else 0
@@ -34,7 +34,7 @@ class PlannedLine(TimedLine):
 
     def cache_bytes(self, place: Place) -> int:
         """The decoder's feature caches."""
-        if not self.job.chunks or place != Place(pp=place.pp):
+        if not self.job.chunks or not place.leads:
             return 0
         units = self.costs.units_on(self.parallel, place.pp)
         caches: int = sum(unit.cache_bytes(self._decoded_cells(self.job), self.vae_itemsize) for unit in units)
@@ -47,7 +47,7 @@ class PlannedLine(TimedLine):
 
     @property
     def _row_shares(self) -> int:
-        return self.parallel.pp if self.parallel.vae_decode == "rows" else 1
+        return len(self.parallel.decoders) if self.parallel.decodes_together else 1
 
     def admitted_bytes(self, place: Place, job: Job) -> int:
         """Conditioning, rope, and on a route's ends the latents, on its last stage with the solver's history."""
@@ -71,7 +71,7 @@ class PlannedLine(TimedLine):
         if item.kind is Kind.ENCODE and job.has_image and place.pp == 0:
             chunks = 1 if self.spec.kind == "ti2v" else self.spec.latent_shape(job)[2]
             return self.costs.vae.encode_workspace(self.cells(job), chunks, self.vae_itemsize)
-        if item.kind is Kind.DECODE and place == Place(pp=place.pp):
+        if item.kind is Kind.DECODE and place.leads:
             return self._decode_workspace(place, item, job)
         return 0
 

@@ -16,6 +16,7 @@ from cineline.costs.transformer import TEXT_TOKENS
 from cineline.costs.work import ITEMSIZE, Work
 from cineline.planning.hardware import Device, Link, Rates
 from cineline.request import Job, Kind, WorkItem
+from cineline.schedule.words import Value
 from cineline.spec import WanSpec
 
 TIME_ROWS = 16
@@ -87,11 +88,6 @@ class TimedLine:
         """Which expert makes a step."""
         return 0 if step < self.spec.high_steps(job) else 1
 
-    def route(self, expert: int) -> range:
-        """The stages that run an expert's steps."""
-        groups = self.parallel.groups
-        return groups[min(expert, len(groups) - 1)]
-
     @cached_property
     def blocks(self) -> list[int]:
         """On each stage, of each expert that it has."""
@@ -134,7 +130,7 @@ class TimedLine:
 
     def denoise_s(self, stage: int, expert: int, job: Job) -> float:
         """One forward through the stage's blocks, and what stands before and after them."""
-        route = self.route(expert)
+        route = self.parallel.route(expert)
         if stage not in route:
             return 0.0
         ends, own = Work(), self.own_tokens(job)
@@ -207,21 +203,25 @@ class TimedLine:
                 seconds += link.seconds(2 * unit.taken.frame(self.cells(job)) * size)
         return seconds
 
-    def transfer_s(self, edge: str, item: WorkItem, job: Job) -> float:
-        """Seconds of one message over an edge of that kind; of a decode's the largest one."""
-        nbytes = self.message_bytes(edge, item, job)
+    def transfer_s(self, value: Value, item: WorkItem, job: Job) -> float:
+        """Seconds of the message in which a value travels that the item makes; of a decode's the largest one."""
+        nbytes = self.message_bytes(value, item, job)
         return self.link_between(range(self.parallel.pp)).seconds(nbytes)
 
-    def message_bytes(self, edge: str, item: WorkItem, job: Job) -> int:
+    def message_bytes(self, value: Value, item: WorkItem, job: Job) -> int:
         """What travels."""
-        if edge == "forward":
-            inner = range(1, self.parallel.pp)
-            return max((self.forward_bytes(stage, item, job) for stage in inner), default=0)
-        if edge == "loop" and item.kind is Kind.TEXT:
-            return TEXT_TOKENS * self.costs.transformer.text_width * self.itemsize
-        if edge == "guidance":
-            return self.latent_bytes(job) * self.itemsize // 4
-        return self.latent_bytes(job) * (HISTORY if edge == "history" else 1)
+        match value:
+            case Value.EMBEDDING:
+                return TEXT_TOKENS * self.costs.transformer.text_width * self.itemsize
+            case Value.PREDICTION:
+                return self.latent_bytes(job) * self.itemsize // 4
+            case Value.LATENTS:
+                return self.latent_bytes(job)
+            case Value.HISTORY:
+                return self.latent_bytes(job) * HISTORY
+            case _:
+                inner = range(1, self.parallel.pp)
+                return max((self.forward_bytes(stage, item, job) for stage in inner), default=0)
 
     def forward_bytes(self, stage: int, item: WorkItem, job: Job) -> int:
         """What comes to a stage from the one before it."""

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from cineline.config import ParallelConfig, Place
 from cineline.request import Job, WorkItem
+from cineline.schedule.words import Value
 
 
 class Profile(Protocol):
@@ -24,8 +25,8 @@ class Profile(Protocol):
         """A rank's own seconds for an item, with collectives within its stage, and of a decode by rows those of all."""
         ...
 
-    def transfer_s(self, edge: str, item: WorkItem, job: Job) -> float:
-        """Seconds of the message that `item` sends over an edge of that kind."""
+    def transfer_s(self, value: Value, item: WorkItem, job: Job) -> float:
+        """Seconds of the message in which a value travels that `item` makes."""
         ...
 
     def resident_bytes(self, place: Place) -> int:

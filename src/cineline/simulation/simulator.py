@@ -1,8 +1,8 @@
 """Replays the schedule that the engine would run, on given costs (no torch).
 
-The real scheduler decides the order; every rank follows its scripts (`script.Part`). Time is simulated: a rank is
-busy while it computes, an edge while a message travels. A message travels from when it is sent, its receive is
-posted and the one before it is through, as with gloo and NCCL. The engine hears and is heard at once.
+The real scheduler decides the order; every rank follows the scripts that the stage loop follows (`schedule.rule`). Time
+is simulated: a rank is busy while it computes, an edge while a message travels. A message travels from when it is sent,
+its receive is posted and the one before it is through, as with gloo and NCCL. The engine hears and is heard at once.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from cineline.config import Place
 from cineline.errors import Deadlock
-from cineline.request import Job, WorkItem
-from cineline.scheduler import scheduler_for
-from cineline.simulation.actions import (
+from cineline.request import Group, Job, WorkItem
+from cineline.schedule.rule import Rule, Scripts, scripts_of
+from cineline.schedule.words import (
     RECEIVES_AHEAD,
     SENDS_UNDERWAY,
     Action,
+    Compute,
     Do,
     Edge,
+    Free,
+    Keep,
     Meet,
     Message,
     Post,
@@ -29,10 +33,18 @@ from cineline.simulation.actions import (
     Send,
     Wait,
 )
+from cineline.scheduler import Scheduler
 from cineline.simulation.profile import Profile as Profile
-from cineline.simulation.script import Part
 from cineline.simulation.wire import Clock, Wire
 from cineline.trace import Slice, slice_name
+
+
+class Deed(NamedTuple):
+    """An action of a script, for a group of the stream."""
+
+    group: Group
+    script: Script
+    action: Action
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Simulation:
         busy_s: computing. bubbles: share of the makespan in which the rank does not.
         peak_bytes: the most that is held at once.
         slices: the timeline, in the engine's own form (`trace.write_trace`).
+        stream: what the scheduler emitted. done: what each rank did for it, in order.
     """
 
     makespan_s: float
@@ -51,6 +64,8 @@ class Simulation:
     bubbles: Mapping[int, float]
     peak_bytes: Mapping[int, int]
     slices: tuple[Slice, ...]
+    stream: tuple[Group, ...]
+    done: Mapping[int, Sequence[Deed]]
 
 
 def simulate(profile: Profile, jobs: Sequence[Job], in_flight: int | None, rendezvous: bool = False) -> Simulation:
@@ -72,11 +87,12 @@ class _Rank:
 
     number: int
     place: Place
-    inbox: deque[Job | WorkItem] = field(default_factory=deque)
-    parts: dict[int, Part] = field(default_factory=dict)
-    ahead: deque[Script] = field(default_factory=deque)
+    inbox: deque[Job | Group] = field(default_factory=deque)
+    scripts: dict[int, Scripts] = field(default_factory=dict)
+    coming: deque[tuple[Group, Script]] = field(default_factory=deque)
+    ahead: deque[tuple[Group, Script]] = field(default_factory=deque)
     script: Script | None = None
-    due: deque[Action] = field(default_factory=deque)
+    due: deque[Deed] = field(default_factory=deque)
     is_at_it: bool = False
     """The first action of `due` was begun before."""
     busy_until: float = 0.0
@@ -84,10 +100,11 @@ class _Rank:
     start: float = 0.0
     busy_s: float = 0.0
     peak_bytes: int = 0
+    done: list[Deed] = field(default_factory=list)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.script or self.ahead or self.inbox)
+        return bool(self.script or self.ahead or self.coming or self.inbox)
 
 
 class _Line:
@@ -97,15 +114,16 @@ class _Line:
         self._jobs = {job.id: job for job in jobs}
         self._unfinished = set(self._jobs)
         self._underway_limit = 0 if rendezvous else SENDS_UNDERWAY
-        self._scheduler = scheduler_for(parallel, in_flight, self._tell_all)
+        self._scheduler = Scheduler(parallel, in_flight, self._tell_all)
         places = [Place(cfg=cfg, pp=stage) for cfg in range(parallel.cfg) for stage in range(parallel.pp)]
         self._ranks = {parallel.rank(place): _Rank(parallel.rank(place), place) for place in places}
         self._clock = Clock()
         self._wires: dict[Edge, Wire] = {}
-        self._meetings: Counter[Meet] = Counter()
+        self._meetings: Counter[tuple[int, Meet]] = Counter()
         self._awake: deque[_Rank] = deque()
         self._ended_at = 0.0
         self._slices: list[Slice] = []
+        self._stream: list[Group] = []
 
     def run(self) -> Simulation:
         for rank in self._ranks.values():
@@ -122,24 +140,26 @@ class _Line:
         whole = self._ended_at or 1.0  # where nothing takes any time, all of it is idle
         bubbles = {number: 1 - seconds / whole for number, seconds in busy.items()}
         peaks = {number: rank.peak_bytes for number, rank in self._ranks.items()}
-        return Simulation(self._ended_at, busy, bubbles, peaks, tuple(self._slices))
+        done = {number: rank.done for number, rank in self._ranks.items()}
+        return Simulation(self._ended_at, busy, bubbles, peaks, tuple(self._slices), tuple(self._stream), done)
 
     # The engine.
 
-    def _tell_all(self, message: Job | WorkItem) -> None:
+    def _tell_all(self, message: Job | Group) -> None:
         for rank in self._ranks.values():
             rank.inbox.append(message)
             self._awake.append(rank)
 
     def _emit(self) -> None:
-        for item in self._scheduler.pump():
-            self._tell_all(item)
+        for group in self._scheduler.pump():
+            self._stream.append(group)
+            self._tell_all(group)
 
-    def _hear(self, item: WorkItem, word: Do) -> None:
+    def _hear(self, group: Group, word: Do) -> None:
         if word is Do.BEGUN:
-            self._scheduler.begun(item)
-        elif self._scheduler.complete(item, moves=word is Do.MOVES):
-            self._unfinished.discard(item.request)
+            self._scheduler.begun(group)
+        elif self._scheduler.complete(group, moves=word is Do.MOVES):
+            self._unfinished.discard(group.request)
             self._ended_at = self._clock.now
         self._emit()
 
@@ -152,56 +172,62 @@ class _Line:
                 self._look_ahead(rank)
                 if not rank.ahead:
                     return
-                rank.script = rank.ahead.popleft()
-                rank.due.extend(rank.script.run)
+                group, rank.script = rank.ahead.popleft()
+                rank.due.extend(Deed(group, rank.script, action) for action in rank.script.run)
                 rank.asked = self._clock.now
             while rank.due:
-                if not self._act(rank, rank.script, rank.due[0]):
+                if not self._act(rank, rank.due[0]):
                     return
                 rank.is_at_it = False
-                rank.due.popleft()
-            if rank.script.executed:
+                rank.done.append(rank.due.popleft())
+            if rank.script.computes:
+                item = rank.script.item._replace(request=rank.done[-1].group.request)
                 times = (round(seconds * 1e9) for seconds in (rank.start, self._clock.now, rank.start - rank.asked))
-                self._slices.append(Slice(rank.number, rank.script.item, *times))
+                self._slices.append(Slice(rank.number, item, *times))
             rank.script = None
 
     def _look_ahead(self, rank: _Rank) -> None:
-        while rank.inbox and len(rank.ahead) < RECEIVES_AHEAD:
-            message = rank.inbox.popleft()
-            if isinstance(message, Job):
-                self._admit(rank, message)
-            elif message.request in rank.parts and (script := rank.parts[message.request].script(message)):
-                rank.ahead.append(script)
-                for post in script.ahead:
-                    self._act(rank, script, post)
+        while len(rank.ahead) < RECEIVES_AHEAD and (rank.coming or rank.inbox):
+            if not rank.coming:
+                self._take_in(rank, rank.inbox.popleft())
+                continue
+            group, script = rank.coming.popleft()
+            rank.ahead.append((group, script))
+            for post in script.ahead:
+                rank.done.append(Deed(group, script, post))
+                self._act(rank, rank.done[-1])
 
-    def _admit(self, rank: _Rank, job: Job) -> None:
-        experts = [self._profile.expert(job, step) for step in range(job.steps)]
-        part = Part(self._profile.parallel, rank.place, job, experts)
-        if part.takes_part:
-            rank.parts[job.id] = part
+    def _take_in(self, rank: _Rank, message: Job | Group) -> None:
+        if isinstance(message, Group):
+            due = rank.scripts.get(message.request, {}).get(message._replace(request=0), ())
+            rank.coming.extend((message, script) for script in due)
+            return
+        experts = tuple(self._profile.expert(message, step) for step in range(message.steps))
+        if scripts := scripts_of(Rule(self._profile.parallel, message.shape, experts, rank.place)):
+            rank.scripts[message.id] = scripts
             self._weigh(rank)
 
     def _weigh(self, rank: _Rank, working: int = 0) -> None:
-        admitted = sum(self._profile.admitted_bytes(rank.place, part.job) for part in rank.parts.values())
+        admitted = sum(self._profile.admitted_bytes(rank.place, self._jobs[number]) for number in rank.scripts)
         rank.peak_bytes = max(rank.peak_bytes, self._profile.resident_bytes(rank.place) + admitted + working)
 
-    def _act(self, rank: _Rank, script: Script, action: Action) -> bool:
+    def _act(self, rank: _Rank, deed: Deed) -> bool:
         """Do it, or begin to; whether the rank can go on to the next."""
+        group, script, action = deed
         if isinstance(action, Message):
-            return self._deal(rank, action)
+            return self._deal(rank, action, group.request)
         if isinstance(action, Meet):
-            return self._meet(rank, action)
-        job = self._jobs[script.item.request]
+            return self._meet(rank, action, group.request)
+        job = self._jobs[group.request]
         if action is Do.START:
             rank.start = self._clock.now
             self._weigh(rank, self._profile.working_bytes(rank.place, script.item, job))
-        elif action is Do.COMPUTE:
+        elif isinstance(action, Compute):
             return self._compute(rank, self._profile.compute_s(rank.place, script.item, job))
         elif action is Do.FORGET:
-            del rank.parts[job.id]
-        else:
-            self._hear(script.item, action)
+            del rank.scripts[job.id]
+        elif action in (Do.BEGUN, Do.DONE, Do.MOVES):
+            self._hear(group, action)
         return True
 
     def _compute(self, rank: _Rank, seconds: float) -> bool:
@@ -212,25 +238,27 @@ class _Line:
             self._clock.after(seconds, partial(self._awake.append, rank))
         return self._clock.now >= rank.busy_until
 
-    def _meet(self, rank: _Rank, meeting: Meet) -> bool:
+    def _meet(self, rank: _Rank, meeting: Meet, request: int) -> bool:
         if not rank.is_at_it:
             rank.is_at_it = True
-            self._meetings[meeting] += 1
-            if self._meetings[meeting] == len(meeting.ranks):
+            self._meetings[request, meeting] += 1
+            if self._meetings[request, meeting] == len(meeting.ranks):
                 self._awake.extend(self._ranks[number] for number in meeting.ranks)
-        return self._meetings[meeting] == len(meeting.ranks)
+        return self._meetings[request, meeting] == len(meeting.ranks)
 
-    def _deal(self, rank: _Rank, message: Message) -> bool:
-        wire = self._wire(message.edge)
+    def _deal(self, rank: _Rank, message: Message, request: int) -> bool:
+        if isinstance(message, Keep | Free):
+            return True
+        wire, item = self._wire(message.edge), message.item._replace(request=request)
         if isinstance(message, Wait):
-            return wire.take(message.item)
+            return wire.take(item, message.value)
         if isinstance(message, Post):
-            wire.post(message.item)
-        elif not rank.is_at_it:
+            wire.post(item, message.value)
+            return True
+        if not rank.is_at_it:
             rank.is_at_it = True
-            job = self._jobs[message.item.request]
-            wire.send(message.item, self._profile.transfer_s(message.edge.kind, message.item, job))
-        return isinstance(message, Post) or wire.underway <= self._underway_limit
+            wire.send(item, message.value, self._profile.transfer_s(message.value, item, self._jobs[request]))
+        return wire.underway <= self._underway_limit
 
     def _wire(self, edge: Edge) -> Wire:
         if edge not in self._wires:
@@ -240,7 +268,7 @@ class _Line:
 
     def _who_waits(self) -> str:
         waits = [
-            f"rank {rank.number} at {slice_name(rank.script.item)} waits {_words(rank.due[0])}"
+            f"rank {rank.number} at {_name(rank.due[0], rank.script.item)} waits {_words(rank.due[0])}"
             for rank in self._ranks.values()
             if rank.script
         ]
@@ -249,10 +277,15 @@ class _Line:
         return f"Deadlock after {self._clock.now:.3f} s, {left}: {who}."
 
 
-def _words(action: Action) -> str:
+def _name(deed: Deed, item: WorkItem) -> str:
+    return slice_name(item._replace(request=deed.group.request))
+
+
+def _words(deed: Deed) -> str:
+    action = deed.action
     if isinstance(action, Send):
-        return f"to send over {action.edge}, where no receive is posted"
+        return f"to send the {action.value.value} over {action.edge}, where no receive is posted"
     if isinstance(action, Wait):
-        return f"for what {slice_name(action.item)} sends over {action.edge}"
+        return f"for the {action.value.value} of {_name(deed, action.item)} over {action.edge}"
     assert isinstance(action, Meet), "nothing else waits for others"
     return f"for ranks {', '.join(map(str, action.ranks))} to meet for the {action.name}"

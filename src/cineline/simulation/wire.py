@@ -9,7 +9,7 @@ from functools import partial
 
 from cineline.errors import Deadlock
 from cineline.request import WorkItem
-from cineline.simulation.actions import Edge
+from cineline.schedule.words import Edge, Value
 from cineline.trace import slice_name
 
 
@@ -46,47 +46,56 @@ class Wire:
         self._edge = edge
         self._clock = clock
         self._arrived = arrived
-        self._sent: deque[tuple[WorkItem, float]] = deque()
-        self._posted: deque[WorkItem] = deque()
-        self._here: set[WorkItem] = set()
+        self._sent: deque[tuple[_Sent, float]] = deque()
+        self._posted: deque[_Sent] = deque()
+        self._here: set[_Sent] = set()
         self._is_busy = False
 
     @property
     def underway(self) -> int:
-        """Messages that are sent and not here. To itself a rank sends by setting aside."""
-        return 0 if self._edge.source == self._edge.target else len(self._sent)
+        """Messages that are sent and not here."""
+        return len(self._sent)
 
-    def post(self, item: WorkItem) -> None:
-        """Receive the next message, which should be what `item` sends."""
-        self._posted.append(item)
+    def post(self, item: WorkItem, value: Value) -> None:
+        """Receive the next message, which should be that value of the item."""
+        self._posted.append((item, value))
         self._travel()
 
-    def send(self, item: WorkItem, seconds: float) -> None:
+    def send(self, item: WorkItem, value: Value, seconds: float) -> None:
         """Send a message that travels so long."""
-        self._sent.append((item, seconds))
+        self._sent.append(((item, value), seconds))
         self._travel()
 
-    def take(self, item: WorkItem) -> bool:
-        """Take what `item` has sent; false while it is not here."""
-        is_here = item in self._here
-        self._here.discard(item)
+    def take(self, item: WorkItem, value: Value) -> bool:
+        """Take a message; false while it is not here."""
+        is_here = (item, value) in self._here
+        self._here.discard((item, value))
         return is_here
 
     def _travel(self) -> None:
         if self._is_busy or not self._sent or not self._posted:
             return
-        (item, seconds), expected = self._sent[0], self._posted.popleft()
-        if item != expected:
+        (message, seconds), expected = self._sent[0], self._posted.popleft()
+        if message != expected:
             raise Deadlock(
-                f"The two ends of {self._edge} disagree: what {slice_name(item)} makes is sent, and what "
-                f"{slice_name(expected)} makes is expected; sends and receives must have one order."
+                f"The two ends of {self._edge} disagree: {_words(message)} is sent, and {_words(expected)} is "
+                "expected; sends and receives must have one order."
             )
         self._is_busy = True
-        self._clock.after(0.0 if self._edge.source == self._edge.target else seconds, partial(self._arrive, item))
+        self._clock.after(seconds, partial(self._arrive, message))
 
-    def _arrive(self, item: WorkItem) -> None:
+    def _arrive(self, message: _Sent) -> None:
         self._is_busy = False
         self._sent.popleft()
-        self._here.add(item)
+        self._here.add(message)
         self._travel()
         self._arrived()
+
+
+_Sent = tuple[WorkItem, Value]
+"""A message: who makes it, and what it is."""
+
+
+def _words(message: _Sent) -> str:
+    item, value = message
+    return f"{value.value} of {slice_name(item)}"

@@ -1,0 +1,1 @@
+"""What is done when, and by which rank (no torch)."""

@@ -1,0 +1,56 @@
+"""Random plans for the line: how it is divided, and what is asked of it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from cineline.config import ParallelConfig
+from cineline.request import Job
+
+WAYS = ("layers", "rows", "tail", "tiled")
+
+
+def job(number: int, steps: int = 3, branches: int = 2, texts: bool = False, chunks: int = 0) -> Job:
+    """A request of which only this counts."""
+    sizes = {"height": 1, "width": 1, "num_frames": 1, "fps": 1, "seed": 0, "has_image": False}
+    scales = {"guidance_scale": float(branches), "guidance_scale_2": None, "flow_shift": None, "boundary_ratio": None}
+    counts = {"steps": steps, "branches": branches, "texts": branches * texts, "chunks": chunks}
+    return Job(id=number, prompt="", negative_prompt="", **counts, **scales, **sizes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A line and its requests.
+
+    Attributes:
+        high: of each request, how many of its first steps are the first expert's.
+        in_flight: requests that denoise at once; None for the default.
+        cancels: requests by number that are cancelled, each after so many words from the ranks.
+    """
+
+    parallel: ParallelConfig
+    jobs: tuple[Job, ...]
+    high: tuple[int, ...]
+    in_flight: int | None = None
+    cancels: dict[int, int] = field(default_factory=dict)
+
+    def experts(self, job: Job) -> list[int]:
+        """Of each step."""
+        return [int(step >= self.high[job.id]) for step in range(job.steps)]
+
+    @classmethod
+    def drawn(cls, draw: random.Random) -> Plan:
+        """Any division of up to five stages by any product of axes, up to five requests, some of them cancelled."""
+        pp = draw.randint(1, 5)
+        axes = {"pp": pp, "cfg": draw.randint(1, 2), "vae_decode": draw.choice(WAYS)}
+        axes |= {axis: draw.choice([1, 1, 1, 2]) for axis in ("ring", "ulysses", "tp")}
+        if pp > 1 and draw.random() < 0.5:
+            axes |= {"expert_placement": "split", "high_stages": draw.randint(1, pp - 1)}
+        jobs = tuple(
+            job(number, draw.randint(1, 5), draw.randint(1, 2), draw.random() < 0.5, draw.choice([0, 1, 2, 6]))
+            for number in range(draw.randint(1, 5))
+        )
+        high = tuple(draw.randint(0, one.steps) for one in jobs)
+        cancels = {number: draw.randint(0, 40) for number in range(len(jobs)) if draw.random() < 0.2}
+        return cls(ParallelConfig(**axes), jobs, high, draw.choice([None, 1, 2, 3]), cancels)

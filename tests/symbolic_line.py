@@ -1,0 +1,420 @@
+"""The line with symbols for tensors: what each item needs and makes, said without the rule, at any speed of any rank.
+
+A symbol is a tuple of words. It is lent while its message's buffer is, and using it afterwards is an error. Sends are
+rendezvous: none returns before its receive is posted. Which rank goes on next, which header comes when, and when the
+engine hears of what, is drawn.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from plans import Plan
+
+from cineline.config import Place
+from cineline.request import Group, Job, Kind, WorkItem
+from cineline.schedule.rule import Rule, Scripts, scripts_of
+from cineline.schedule.words import (
+    RECEIVES_AHEAD,
+    Action,
+    Compute,
+    Do,
+    Edge,
+    Free,
+    Keep,
+    Meet,
+    Message,
+    Post,
+    Script,
+    Send,
+    Value,
+    Wait,
+)
+from cineline.scheduler import Scheduler
+from cineline.stage import DROP
+
+Symbol = tuple[Any, ...]
+Named = tuple[int, Message]
+"""A message of a request."""
+MakeScripts = Callable[[Rule], Scripts]
+
+
+class Wrong(AssertionError):
+    """What the line does is not what the model needs."""
+
+
+def demand(holds: bool, *words: object) -> None:
+    if not holds:
+        raise Wrong(" ".join(map(str, words)))
+
+
+@dataclass(eq=False)
+class Held:
+    """A symbol on a rank; not `alive` once its buffer is free again."""
+
+    symbol: Symbol
+    alive: bool = True
+
+    def use(self, wanted: Symbol) -> None:
+        demand(self.alive, "used after its buffer was given back:", self.symbol)
+        demand(self.symbol == wanted, "needs", wanted, "and has", self.symbol)
+
+
+@dataclass
+class State:
+    """A request on a rank. `stepped` counts the steps that the solver's history knows of."""
+
+    job: Job
+    experts: list[int]
+    latents: Held = field(default_factory=lambda: Held(("latents", 0)))
+    stepped: int = 0
+    texts: dict[int, Held] = field(default_factory=dict)
+    conditioning: bool = False
+    predictions: dict[int, Held] = field(default_factory=dict)
+    hidden: Held | None = None
+    decoded: int = 0
+    denoised: bool = False
+    waited: dict[tuple[WorkItem, Value], Held | None] = field(default_factory=dict)
+
+
+class SymbolicRank:
+    """The model, on one rank."""
+
+    def __init__(self, plan: Plan, number: int, make_scripts: MakeScripts) -> None:
+        self.plan, self.number, self.make_scripts = plan, number, make_scripts
+        self.place = plan.parallel.place(number)
+        self.states: dict[int, State] = {}
+        self.scripts: dict[int, Scripts] = {}
+        self.inbox: deque[Job | Group] = deque()
+        self.coming: deque[tuple[Group, Script]] = deque()
+        self.ahead: deque[tuple[Group, Script]] = deque()
+        self.group: Group | None = None
+        self.script: Script | None = None
+        self.due: deque[Action] = deque()
+        self.computed: Counter[WorkItem] = Counter()
+
+    def admit(self, job: Job) -> None:
+        experts = self.plan.experts(job)
+        scripts = self.make_scripts(Rule(self.plan.parallel, job.shape, tuple(experts), self.place))
+        if scripts:
+            self.states[job.id], self.scripts[job.id] = State(job, experts), scripts
+
+    @property
+    def state(self) -> State:
+        return self.states[self.group.request]
+
+    @property
+    def item(self) -> WorkItem:
+        """The item that the rank is at."""
+        return self.script.item._replace(request=self.group.request)
+
+    def route(self, step: int) -> range:
+        """The stages of a step: all, or those of its expert."""
+        parallel = self.plan.parallel
+        if parallel.expert_placement == "shared":
+            return range(parallel.pp)
+        high = parallel.high_stages
+        return range(high, parallel.pp) if self.state.experts[step] else range(high)
+
+    @property
+    def decoding(self) -> range:
+        stages = self.plan.parallel.pp
+        return range(stages) if self.plan.parallel.vae_decode in ("layers", "rows") else range(stages - 1, stages)
+
+    def compute(self, item: WorkItem, starts: bool, ends: bool) -> None:
+        self.computed[item] += 1
+        demand(self.computed[item] == 1, "computed twice:", item)
+        state, came = self.state, self.state.hidden
+        state.hidden = None
+        stages = {
+            Kind.TEXT: range(self.plan.parallel.pp),
+            Kind.ENCODE: range(self.plan.parallel.pp),
+            Kind.DENOISE: self.route(item.number) if item.kind is Kind.DENOISE else (),
+            Kind.DECODE: self.decoding,
+        }[item.kind]
+        together = item.kind is Kind.DECODE and self.plan.parallel.vae_decode == "rows"
+        demand(self.place.pp in stages, "not a stage of", item)
+        demand(starts == (self.place.pp == stages[0]) and ends == (self.place.pp == stages[-1]), "wrong end", item)
+        if starts or together:
+            demand(came is None, "is handed something, at the start of", item)
+            self.start(item)
+        elif item.kind is not Kind.ENCODE:  # the conditioning is no hidden state
+            came.use(("through", item, self.place.pp - 1)) if came else demand(False, "nothing came for", item)
+        demand(item.kind is not Kind.ENCODE or state.conditioning, "no conditioning after", item)
+        demand(item.kind is not Kind.DENOISE or (state.conditioning and not state.denoised), "no conditioning", item)
+        if item.kind is Kind.DECODE:
+            demand(item.number == state.decoded, "chunks out of order", item)
+            state.decoded += 1
+        if item.kind is Kind.DENOISE and ends:
+            state.predictions[item.branch] = Held(("prediction", item.number, item.branch))
+        elif item.kind is not Kind.ENCODE and (ends or not together):
+            state.hidden = Held(("through", item, self.place.pp))
+
+    def start(self, item: WorkItem) -> None:
+        """What the first stage needs."""
+        state = self.state
+        if item.kind is Kind.ENCODE:
+            lines = [self.place.cfg] if self.plan.parallel.cfg == 2 else range(state.job.branches)
+            for branch in lines if state.job.texts and self.place.is_first_lane else ():
+                demand(branch in state.texts, "no embedding of branch", branch)
+                text = WorkItem(Kind.TEXT, item.request, 0, branch)
+                state.texts[branch].use(("through", text, self.plan.parallel.pp - 1))
+            state.conditioning = True
+        elif item.kind is Kind.DENOISE:
+            state.latents.use(("latents", item.number))
+        elif item.kind is Kind.DECODE and (
+            self.plan.parallel.vae_decode != "rows" or self.place.pp == self.decoding[-1]
+        ):
+            state.latents.use(("latents", state.job.steps))
+
+    def finish(self, item: WorkItem) -> None:
+        state, step = self.state, item.number
+        demand(set(state.predictions) == set(range(state.job.branches)), "predictions of", set(state.predictions))
+        for branch, prediction in state.predictions.items():
+            prediction.use(("prediction", step, branch))
+        state.latents.use(("latents", step))
+        demand(state.stepped == step, "the solver knows", state.stepped, "steps before step", step)
+        state.latents, state.stepped = Held(("latents", step + 1)), step + 1
+        state.predictions.clear()
+
+    def answer(self, group: Group) -> None:
+        """What the engine is told: of the last step the latents, of a chunk its frames."""
+        if group.kind is Kind.DENOISE and group.number + 1 == self.state.job.steps:
+            self.state.latents.use(("latents", self.state.job.steps))
+        if group.kind is Kind.DECODE:
+            self.state.hidden.use(("through", self.item, self.plan.parallel.pp - 1))
+            self.state.hidden = None
+
+    def give(self, value: Value, item: WorkItem) -> Symbol:
+        state = self.state
+        demand(value is not Value.CONDITIONING or state.conditioning, "no conditioning to send")
+        if value in (Value.LATENTS, Value.HISTORY):
+            demand(state.latents.alive, "sends latents whose buffer was given back")
+            return (*state.latents.symbol, state.stepped)
+        if value is Value.PREDICTION:
+            return state.predictions.pop(item.branch).symbol
+        if value is Value.CONDITIONING:
+            return ("conditioning",)
+        demand(state.hidden is not None and state.hidden.alive, "nothing to send for", item)
+        made, state.hidden = state.hidden, None
+        return made.symbol
+
+    def take(self, value: Value, item: WorkItem, symbol: Symbol) -> None:
+        state, held = self.state, Held(symbol)
+        state.waited[item, value] = held
+        if value is Value.LATENTS:
+            held.symbol = symbol[:2]
+            state.latents = held
+        elif value is Value.HISTORY:  # it is copied
+            state.latents, state.stepped = Held(symbol[:2]), symbol[2]
+        elif value is Value.PREDICTION:
+            state.predictions[item.branch] = held
+        elif value is Value.EMBEDDING:
+            state.texts[item.branch] = held
+        elif value is Value.CONDITIONING:
+            state.conditioning = True
+            state.waited[item, value] = None  # it stays
+        else:
+            demand(state.hidden is None, "two hidden states at once")
+            state.hidden = held
+
+    def free(self, message: Message) -> None:
+        held = self.state.waited.pop((message.item, message.value), None)
+        demand(held is not None, "given back before it came, or twice:", message)
+        held.alive = False
+
+    def forget(self, request: int, dropped: bool) -> None:
+        state = self.states.pop(request)
+        demand(dropped or not any(state.waited.values()), "kept a buffer:", state.waited)
+        del self.scripts[request]
+
+
+class SymbolicLine:
+    """All ranks and the engine. `run` gives what happened, or raises `Wrong`."""
+
+    def __init__(self, plan: Plan, draw: random.Random, make_scripts: MakeScripts = scripts_of) -> None:
+        self.plan, self.draw = plan, draw
+        self.ranks = [SymbolicRank(plan, number, make_scripts) for number in range(plan.parallel.ranks)]
+        self.scheduler = Scheduler(plan.parallel, plan.in_flight, self.tell)
+        self.mail: list[deque[Job | Group]] = [deque() for _ in self.ranks]  # headers under way to each rank
+        self.words: deque[tuple[Do, Group]] = deque()  # to the engine
+        self.posted: dict[Edge, deque[Named]] = defaultdict(deque)
+        self.here: dict[Named, Symbol] = {}
+        self.meetings: Counter[tuple[int, Meet]] = Counter()
+        self.met: set[tuple[int, int, Meet]] = set()
+        self.heard = 0
+        self.finished: set[int] = set()
+        self.left = set(range(len(plan.jobs)))
+
+    def tell(self, message: Job | Group) -> None:
+        for mail in self.mail:
+            mail.append(message)
+
+    def emit(self, groups: list[Group]) -> None:
+        for group in groups:
+            self.tell(group)
+
+    def run(self) -> None:
+        for one in self.plan.jobs:
+            self.scheduler.submit(one)
+            self.emit(self.scheduler.pump())
+        self.cancel()
+        steps = [partial(step, rank) for step in (self.deliver, self.step) for rank in self.ranks]
+        steps.append(self.hear)
+        going = True
+        while going:
+            self.draw.shuffle(steps)
+            going = any(step() for step in steps)
+        self.check_end()
+
+    def deliver(self, rank: SymbolicRank) -> bool:
+        if mail := self.mail[rank.number]:
+            rank.inbox.append(mail.popleft())
+            return True
+        return False
+
+    def hear(self) -> bool:
+        if not self.words:
+            return False
+        word, group = self.words.popleft()
+        self.heard += 1
+        if word is Do.BEGUN:
+            self.scheduler.begun(group)
+        elif self.scheduler.complete(group, word is Do.MOVES):
+            self.finished.add(group.request)
+            self.left.discard(group.request)
+        self.emit(self.scheduler.pump())
+        self.cancel()
+        return True
+
+    def cancel(self) -> None:
+        for number in [number for number in self.left if self.plan.cancels.get(number, self.heard + 1) <= self.heard]:
+            drop = self.scheduler.cancel(number)
+            self.emit(([drop] if drop else []) + self.scheduler.pump())
+            self.left.discard(number)
+
+    # A rank, as the stage loop is: it looks ahead before each item, and not while it is at one.
+
+    def step(self, rank: SymbolicRank) -> bool:
+        """Let a rank do its next action, if it can."""
+        if rank.script is None:
+            self.look_ahead(rank)
+            if not rank.ahead:
+                return False
+            rank.group, rank.script = rank.ahead.popleft()
+            rank.due.extend(rank.script.run)
+            if rank.group.request not in rank.states:  # it has ended here
+                rank.due.clear()
+        elif rank.due:
+            if not self.act(rank, rank.due[0]):
+                return False
+            rank.due.popleft()
+        if not rank.due:
+            rank.script = None
+        return True
+
+    def look_ahead(self, rank: SymbolicRank) -> None:
+        while len(rank.ahead) < RECEIVES_AHEAD and (rank.coming or rank.inbox):
+            if rank.coming:
+                group, script = rank.coming.popleft()
+                rank.ahead.append((group, script))
+                for post in script.ahead:
+                    self.posted[post.edge].append((group.request, named(post)))
+                continue
+            message = rank.inbox.popleft()
+            if isinstance(message, Job):
+                rank.admit(message)
+            elif message.request in rank.states and message.kind is Kind.DROP:
+                rank.coming.append((message, DROP))
+            elif message.request in rank.states:
+                scripts = rank.scripts[message.request].get(message._replace(request=0), ())
+                rank.coming.extend((message, script) for script in scripts)
+
+    def act(self, rank: SymbolicRank, action: Action) -> bool:
+        name = (rank.group.request, named(action)) if isinstance(action, Message) else None
+        match action:
+            case Post():
+                self.posted[action.edge].append(name)
+            case Send():
+                posted = self.posted[action.edge]
+                if not posted:
+                    return False
+                demand(posted[0] == name, action.edge, "expects", posted[0], "and is sent", name)
+                self.here[posted.popleft()] = rank.give(action.value, action.item)
+            case Wait():
+                if name not in self.here:
+                    return False
+                rank.take(action.value, action.item, self.here.pop(name))
+            case Keep():
+                rank.take(action.value, action.item, rank.give(action.value, action.item))
+                rank.state.waited[action.item, action.value] = None  # no buffer is lent
+            case Free():
+                rank.free(action)
+            case Meet():
+                return self.meet(rank, action)
+            case Compute():
+                rank.compute(rank.item, action.starts, action.ends)
+            case Do.FINISH:
+                rank.finish(rank.item)
+            case Do.BEGUN:
+                self.words.append((action, rank.group))
+            case Do.DONE | Do.MOVES:
+                rank.answer(rank.group)
+                self.words.append((action, rank.group))
+            case Do.DENOISED:
+                rank.state.denoised = True
+            case Do.FORGET:
+                rank.forget(rank.group.request, rank.group.kind is Kind.DROP)
+        return True
+
+    def meet(self, rank: SymbolicRank, meeting: Meet) -> bool:
+        here = rank.group.request, meeting
+        if (rank.number, *here) not in self.met:
+            self.met.add((rank.number, *here))
+            self.meetings[here] += 1
+        return self.meetings[here] == len(meeting.ranks)
+
+    def check_end(self) -> None:
+        stuck = [(rank.number, rank.item, rank.due[0]) for rank in self.ranks if rank.script]
+        demand(not stuck, "deadlock:", stuck)
+        demand(self.finished == set(range(len(self.plan.jobs))) - self.cancelled, "not finished:", self.left)
+        for rank in self.ranks:
+            demand(not rank.states, "rank", rank.number, "keeps", set(rank.states))
+            for one in (one for one in self.plan.jobs if one.id in self.finished):
+                self.check_computed(rank, one)
+        for edge, posted in self.posted.items():
+            demand(not posted, "receives that nobody sends for, over", edge, posted)
+        unread = [name for name in self.here if name[0] in self.finished]
+        demand(not unread, "sent, and never taken:", unread)
+
+    @property
+    def cancelled(self) -> set[int]:
+        return set(range(len(self.plan.jobs))) - self.finished - self.left
+
+    def check_computed(self, rank: SymbolicRank, one: Job) -> None:
+        """Each rank has run all of its part, once."""
+        parallel, place = self.plan.parallel, rank.place
+        wanted = set()
+        if place.cfg < one.branches:
+            branches = [place.cfg] if parallel.cfg == 2 else list(range(one.branches))
+            wanted |= {WorkItem(Kind.ENCODE, one.id)}
+            if one.texts and place.is_first_lane:
+                wanted |= {WorkItem(Kind.TEXT, one.id, 0, branch) for branch in branches}
+            groups = parallel.groups
+            for step, expert in enumerate(self.plan.experts(one)):
+                if place.pp in groups[expert if len(groups) == 2 else 0]:
+                    wanted |= {WorkItem(Kind.DENOISE, one.id, step, branch) for branch in branches}
+            if place == Place(pp=place.pp) and place.pp in rank.decoding:
+                wanted |= {WorkItem(Kind.DECODE, one.id, chunk) for chunk in range(one.chunks)}
+        found = {item for item in rank.computed if item.request == one.id}
+        demand(found == wanted, "rank", rank.number, "computed", found ^ wanted)
+
+
+def named(message: Message) -> Message:
+    """As both ends call it."""
+    return Message(message.edge, message.item, message.value)

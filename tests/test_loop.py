@@ -1,0 +1,247 @@
+"""The stage loop does what the simulator replays: on every rank the same events in the same order."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from local_channel import LIMIT_S, LocalChannel
+from test_line import SplitToyStages, parallels, requests
+from toy_family import ToySpec, ToyStages
+
+from cineline import ParallelConfig, VideoRequest
+from cineline.channel import Edges, Pending, Receiver, Sender, TensorSpec
+from cineline.config import DeviceConfig, Place
+from cineline.control import Admit, Begun, Done, Message, Stop
+from cineline.models.pipeline_parallel import StagePart
+from cineline.request import Job, WorkItem
+from cineline.schedule.rule import edges_of
+from cineline.schedule.words import Action, Compute, Do, Edge, Free, Post, Send, Value, Wait, Way
+from cineline.simulation.simulator import Deed, Simulation, simulate
+from cineline.stage import StageLoop, _Turn
+
+Event = tuple[Any, ...]
+
+SPEC = ToySpec()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of the toy: every item takes a while, an odd one longer."""
+
+    parallel: ParallelConfig
+
+    def expert(self, job: Job, step: int) -> int:
+        if self.parallel.expert_placement == "shared":
+            return 0
+        return int(step >= job.seed % (job.steps + 1))
+
+    def compute_s(self, place: Place, item: WorkItem, job: Job) -> float:
+        return 1.0 + 0.3 * (item.number % 2) + 0.1 * place.pp
+
+    def transfer_s(self, value: Value, item: WorkItem, job: Job) -> float:
+        return 0.2
+
+    def resident_bytes(self, place: Place) -> int:
+        return 0
+
+    admitted_bytes = working_bytes = lambda self, *arguments: 0
+
+
+class Log:
+    """What one rank does, those receives apart that are posted ahead: when a header comes decides when they are."""
+
+    def __init__(self) -> None:
+        self.run: list[Event] = []
+        self.ahead: list[Event] = []
+        self._posts: dict[Edge, int] = defaultdict(int)
+
+    def post(self, edge: Edge) -> Event:
+        """The edge's next receive."""
+        self._posts[edge] += 1
+        (self.ahead if edge.way is Way.AHEAD else self.run).append(("post", edge, self._posts[edge]))
+        return edge, self._posts[edge]
+
+
+@dataclass
+class LoggedPending:
+    pending: Pending
+    name: Event
+    log: Log
+    keep: bool
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.pending.tensors
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        self.log.run.append(("wait", *self.name))
+        return self.pending.wait()
+
+    def release(self) -> None:
+        self.log.run.append(("free", *self.name))
+        self.pending.release()
+
+
+@dataclass
+class LoggedEnd:
+    """An end of an edge."""
+
+    channel: LocalChannel
+    edge: Edge
+    log: Log
+
+    def reserve(self, specs: Sequence[TensorSpec], count: int) -> None:
+        pass
+
+    def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
+        return LoggedPending(self.channel.post(specs), self.log.post(self.edge), self.log, keep)
+
+    def send(self, tensors: Sequence[torch.Tensor], value: Value) -> None:
+        self.log.run.append(("send", self.edge, value))
+        self.channel.send(tensors, value)
+
+
+def logged(stages_class: type[ToyStages], log: Log) -> ToyStages:
+    """The toy's stages, which log what the loop calls."""
+
+    class Logged(stages_class):
+        def compute(self, state, item, starts, ends):
+            log.run.append(("compute", state.job.id, item, starts, ends))
+            super().compute(state, item, starts, ends)
+
+        def finish(self, state, item):
+            log.run.append(("finish", state.job.id, item))
+            super().finish(state, item)
+
+        def end_denoising(self, state):
+            log.run.append(("denoised", state.job.id))
+            super().end_denoising(state)
+
+    return Logged(SPEC)
+
+
+def run_loops(
+    found: Simulation, jobs: Sequence[Job], parallel: ParallelConfig, loop_class: type[StageLoop] = StageLoop
+) -> list[Log]:
+    """Let every rank follow the stream that the simulator's scheduler has emitted."""
+    channels = {edge: LocalChannel() for edge in edges_of(parallel)}
+    stages_class = SplitToyStages if parallel.expert_placement == "split" else ToyStages
+    cut, logs, threads = SPEC.cut(parallel, DeviceConfig()), [], []
+    for rank in range(parallel.ranks):
+        log, place = Log(), parallel.place(rank)
+        incoming: dict[Edge, Receiver] = {}
+        outgoing: dict[Edge, Sender] = {}
+        for edge, channel in channels.items():
+            if edge.target == rank:
+                incoming[edge] = LoggedEnd(channel, edge, log)
+            elif edge.source == rank:
+                outgoing[edge] = LoggedEnd(channel, edge, log)
+        family = logged(stages_class, log)
+        part = StagePart(place, parallel, cut[place.pp], torch.device("cpu"), DeviceConfig())
+        family.load(part)
+        inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        for message in (*map(Admit, jobs), *found.stream, Stop()):
+            inbox.put(message)
+        loop = loop_class(family, part, Edges(incoming, outgoing), inbox, lambda word, log=log: heard(word, log))
+        threads.append(threading.Thread(target=loop.run, daemon=True))
+        logs.append(log)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+        assert not thread.is_alive()
+    return logs
+
+
+def heard(word: Message, log: Log) -> None:
+    if isinstance(word, Begun):
+        log.run.append(("begun", word.group))
+    elif isinstance(word, Done):
+        log.run.append(("moves" if word.moves else "done", word.group))
+
+
+def replayed(done: Sequence[Deed]) -> Log:
+    """What the simulator did on a rank."""
+    log, names = Log(), dict[tuple[int, Value, WorkItem], Event]()
+    for group, script, action in done:
+        number, item = group.request, script.item
+        match action:
+            case Post():
+                names[number, action.value, action.item] = log.post(action.edge)
+            case Wait():
+                log.run.append(("wait", *names[number, action.value, action.item]))
+            case Free():
+                log.run.append(("free", *names[number, action.value, action.item]))
+            case Send():
+                log.run.append(("send", action.edge, action.value))
+            case Compute():
+                log.run.append(("compute", number, item, action.starts, action.ends))
+            case Do.FINISH:
+                log.run.append(("finish", number, item))
+            case Do.BEGUN | Do.DONE | Do.MOVES:
+                log.run.append((action.name.lower(), group))
+            case Do.DENOISED:
+                log.run.append(("denoised", number))
+    return log
+
+
+def is_same(parallel: ParallelConfig, wanted: Sequence[VideoRequest], loop_class: type[StageLoop] = StageLoop) -> bool:
+    jobs = [SPEC.resolve(request, number) for number, request in enumerate(wanted)]
+    found = simulate(Costs(parallel), jobs, 3)
+    logs = run_loops(found, jobs, parallel, loop_class)
+    expected = [replayed(found.done[rank]) for rank in range(parallel.ranks)]
+    return all(log.run == other.run and log.ahead == other.ahead for log, other in zip(logs, expected, strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(parallel=parallels, wanted=st.lists(requests, min_size=1, max_size=5))
+def test_every_rank_does_what_the_simulator_replays(parallel, wanted) -> None:
+    assert is_same(parallel, wanted)
+
+
+class WaitsFirst(StageLoop):
+    """CFG's two lines wait for each other: all receives are waited for before anything is computed."""
+
+    def _act(self, turn: _Turn, action: Action) -> None:
+        if action is Do.START:
+            for wait in (
+                later for later in turn.script.run if isinstance(later, Wait) and later.value is Value.PREDICTION
+            ):
+                super()._act(turn, wait)
+        if not (isinstance(action, Wait) and action.value is Value.PREDICTION):
+            super()._act(turn, action)
+
+
+class FreesLate(StageLoop):
+    """No buffer is given back before the request ends."""
+
+    def _act(self, turn: _Turn, action: Action) -> None:
+        if not isinstance(action, Free):
+            super()._act(turn, action)
+
+
+class SendsLast(StageLoop):
+    """What is made is sent when all else is done."""
+
+    def _act(self, turn: _Turn, action: Action) -> None:
+        if not isinstance(action, Send):
+            super()._act(turn, action)
+        if action is turn.script.run[-1]:
+            for send in (earlier for earlier in turn.script.run if isinstance(earlier, Send)):
+                super()._act(turn, send)
+
+
+@pytest.mark.parametrize("mutant", [WaitsFirst, FreesLate, SendsLast])
+def test_a_loop_that_does_otherwise_is_found(mutant) -> None:
+    wanted = [VideoRequest(prompt="a", num_inference_steps=3, guidance_scale=3.0, seed=seed) for seed in range(2)]
+    assert is_same(ParallelConfig(pp=2, cfg=2), wanted)
+    assert not is_same(ParallelConfig(pp=2, cfg=2), wanted, mutant)

@@ -1,0 +1,155 @@
+"""The rule, against statements that do not use it: over random plans, at any speed of any rank; and planted mutants."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import Plan
+from symbolic_line import MakeScripts, SymbolicLine, Wrong, named
+
+from cineline.request import Group, Kind
+from cineline.schedule.rule import Parcel, Rule, Scripts, edges_of, groups_of, scripts_of
+from cineline.schedule.words import Edge, Message, Post, Script, Send, Value, Wait, Way
+
+seeds = st.integers(0, 2**32)
+
+
+@settings(max_examples=500, deadline=None)
+@given(seed=seeds)
+def test_each_value_is_made_once_before_its_use_and_nothing_deadlocks(seed) -> None:
+    draw = random.Random(seed)
+    SymbolicLine(Plan.drawn(draw), draw).run()
+
+
+def requests_of(plan: Plan, make_scripts: MakeScripts = scripts_of) -> Iterator[tuple[list[Group], list[Scripts]]]:
+    """Of each request its groups, and every rank's scripts."""
+    for one in plan.jobs:
+        places = map(plan.parallel.place, range(plan.parallel.ranks))
+        rules = [Rule(plan.parallel, one.shape, tuple(plan.experts(one)), place) for place in places]
+        yield list(groups_of(plan.parallel, one.shape)), list(map(make_scripts, rules))
+
+
+def check_edges(plan: Plan, make_scripts: MakeScripts = scripts_of) -> None:
+    """Both ends list the same messages in the same order; each is posted with the item that makes it or before."""
+    known = set(edges_of(plan.parallel))
+    for groups, scripts in requests_of(plan, make_scripts):
+        sent: dict[Edge, list[Message]] = defaultdict(list)
+        posted: dict[Edge, list[Message]] = defaultdict(list)
+        sent_at: dict[Message, tuple[int, int]] = {}
+        posted_at: dict[Message, tuple[int, int]] = {}
+        for own in scripts:
+            for at, group in enumerate(groups):
+                for number, script in enumerate(own.get(group, ())):
+                    for action in (*script.ahead, *script.run):
+                        if isinstance(action, Post):
+                            posted[action.edge].append(named(action))
+                            posted_at[named(action)] = at, number
+                        elif isinstance(action, Send):
+                            sent[action.edge].append(named(action))
+                            sent_at[named(action)] = at, number
+        assert sent == posted
+        assert set(sent) <= known
+        assert all(len(set(messages)) == len(messages) for messages in sent.values())
+        assert all(posted_at[message] <= sent_at[message] for message in sent_at)
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=seeds)
+def test_both_ends_of_an_edge_list_the_same_messages_in_time(seed) -> None:
+    check_edges(Plan.drawn(random.Random(seed)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=seeds)
+def test_what_a_later_item_needs_is_posted_where_its_maker_ends(seed) -> None:
+    """Ahead of the item what it needs itself, behind it what later ones need: else one edge would have two orders."""
+    for _, scripts in requests_of(Plan.drawn(random.Random(seed))):
+        for script in (script for own in scripts for found in own.values() for script in found):
+            assert {post.edge.way for post in script.ahead} <= {Way.AHEAD}
+            assert {post.edge.way for post in script.run if isinstance(post, Post)} <= {Way.BACK}
+
+
+# Mutants: rules that are wrong in one thing.
+
+
+def late_post(rule: Rule) -> Scripts:
+    """The receive of latents is posted only when they are needed."""
+
+    def late(script: Script) -> Script:
+        run = []
+        for action in script.run:
+            if isinstance(action, Post) and action.value is Value.LATENTS:
+                continue
+            if isinstance(action, Wait) and action.value is Value.LATENTS:
+                run.append(Post(action.edge, action.item, action.value))
+            run.append(action)
+        return replace(script, run=tuple(run))
+
+    return {group: tuple(map(late, own)) for group, own in scripts_of(rule).items()}
+
+
+def with_parcels(change: Callable[[Parcel], list[Parcel]]) -> MakeScripts:
+    """Scripts of a rule whose parcels are changed."""
+
+    class Changed(Rule):
+        def parcels(self, group: Group) -> Iterator[Parcel]:
+            for parcel in super().parcels(group):
+                yield from change(parcel)
+
+    return lambda rule: scripts_of(Changed(rule.parallel, rule.shape, rule.experts, rule.place))
+
+
+def wrong_due(parcel: Parcel) -> list[Parcel]:
+    """Latents of the first step are said to be for the step after the next."""
+    is_it = parcel.value is Value.LATENTS and parcel.due.kind is Kind.DENOISE and parcel.due.number == 1
+    return [replace(parcel, due=parcel.due._replace(number=2)) if is_it else parcel]
+
+
+def dropped(value: Value) -> Callable[[Parcel], list[Parcel]]:
+    return lambda parcel: [] if parcel.value is value else [parcel]
+
+
+def freed_early(parcel: Parcel) -> list[Parcel]:
+    """Latents to decode are given back after the first chunk."""
+    return [replace(parcel, until=None)]
+
+
+MUTANTS = {
+    "late post": late_post,
+    "wrong due turn": with_parcels(wrong_due),
+    **{
+        f"dropped {value.value}": with_parcels(dropped(value))
+        for value in Value
+        if value not in (Value.TEXT, Value.CONDITIONING, Value.HIDDEN, Value.CHUNK)
+    },
+    "freed early": with_parcels(freed_early),
+}
+
+
+def is_found(make_scripts: MakeScripts, seed: int) -> bool:
+    draw = random.Random(seed)
+    try:
+        SymbolicLine(Plan.drawn(draw), draw, make_scripts).run()
+    except Wrong:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_is_found(name: str) -> None:
+    """Within a hundred plans, of which the rule itself passes all."""
+    found = sum(is_found(MUTANTS[name], seed) for seed in range(100))
+    assert found > 0
+    assert not any(is_found(scripts_of, seed) for seed in range(20))
+
+
+def test_a_late_post_is_seen_in_the_scripts_alone() -> None:
+    with pytest.raises(AssertionError):
+        for seed in range(20):
+            check_edges(Plan.drawn(random.Random(seed)), late_post)
