@@ -139,9 +139,10 @@ class SymbolicRank:
         }[item.kind]
         together = item.kind is Kind.DECODE and self.plan.parallel.vae_decode == "rows"
         demand(self.place.pp in stages, "not a stage of", item)
-        demand(starts == (self.place.pp == stages[0]) and ends == (self.place.pp == stages[-1]), "wrong end", item)
-        if starts or together:
-            demand(came is None, "is handed something, at the start of", item)
+        demand(starts == (together or self.place.pp == stages[0]), "starts", item)
+        demand(ends == (self.place.pp == stages[-1]), "ends", item)
+        if starts:
+            demand(came is None or together, "is handed something, at the start of", item)
             self.start(item)
         elif item.kind is not Kind.ENCODE:  # the conditioning is no hidden state
             came.use(("through", item, self.place.pp - 1)) if came else demand(False, "nothing came for", item)
@@ -152,7 +153,7 @@ class SymbolicRank:
             state.decoded += 1
         if item.kind is Kind.DENOISE and ends:
             state.predictions[item.branch] = Held(("prediction", item.number, item.branch))
-        elif item.kind is not Kind.ENCODE and (ends or not together):
+        elif item.kind is not Kind.ENCODE:
             state.hidden = Held(("through", item, self.place.pp))
 
     def start(self, item: WorkItem) -> None:
@@ -242,7 +243,7 @@ class SymbolicLine:
         self.ranks = [SymbolicRank(plan, number, make_scripts) for number in range(plan.parallel.ranks)]
         self.scheduler = Scheduler(plan.parallel, plan.in_flight, self.tell)
         self.mail: list[deque[Job | Group]] = [deque() for _ in self.ranks]  # headers under way to each rank
-        self.words: deque[tuple[Do, Group]] = deque()  # to the engine
+        self.words: dict[int, deque[tuple[Do, Group]]] = defaultdict(deque)  # of each rank to the engine
         self.posted: dict[Edge, deque[Named]] = defaultdict(deque)
         self.here: dict[Named, Symbol] = {}
         self.meetings: Counter[tuple[int, Meet]] = Counter()
@@ -264,8 +265,7 @@ class SymbolicLine:
             self.scheduler.submit(one)
             self.emit(self.scheduler.pump())
         self.cancel()
-        steps = [partial(step, rank) for step in (self.deliver, self.step) for rank in self.ranks]
-        steps.append(self.hear)
+        steps = [partial(step, rank) for step in (self.deliver, self.step, self.hear) for rank in self.ranks]
         going = True
         while going:
             self.draw.shuffle(steps)
@@ -278,10 +278,10 @@ class SymbolicLine:
             return True
         return False
 
-    def hear(self) -> bool:
-        if not self.words:
+    def hear(self, rank: SymbolicRank) -> bool:
+        if not self.words[rank.number]:
             return False
-        word, group = self.words.popleft()
+        word, group = self.words[rank.number].popleft()
         self.heard += 1
         if word is Do.BEGUN:
             self.scheduler.begun(group)
@@ -362,10 +362,10 @@ class SymbolicLine:
             case Do.FINISH:
                 rank.finish(rank.item)
             case Do.BEGUN:
-                self.words.append((action, rank.group))
+                self.words[rank.number].append((action, rank.group))
             case Do.DONE | Do.MOVES:
                 rank.answer(rank.group)
-                self.words.append((action, rank.group))
+                self.words[rank.number].append((action, rank.group))
             case Do.DENOISED:
                 rank.state.denoised = True
             case Do.FORGET:

@@ -64,9 +64,10 @@ def name_of(case: object) -> str:
 
 
 FEW = ((5, 9), (3, 9), (1, 1))
-MANY = ((11, 9), (13, 9), (35, 1))
-"""Width and frames of requests whose tokens ranks cannot share out evenly: 15, 9 and a single one, or 33, 39 and 35,
-so that each of two ranks has the 16 rows from which on MKL's products on Intel's CPUs have the bits of longer ones."""
+MANY = ((17, 9), (19, 9), (53, 1))
+"""Width and frames of requests whose tokens ranks cannot share out evenly: 15, 9 and a single one, or 51, 57 and 53. Of
+those, two ranks' shares and the last of attention's blocks of 32 have 16 rows or more: MKL's products of fewer have
+other bits on Intel's CPUs."""
 
 
 def requests_of(kind: str, sizes: Sequence[tuple[int, int]] = FEW) -> list[VideoRequest]:
@@ -189,10 +190,7 @@ def test_ranks_and_coordinates_are_each_others_inverse() -> None:
     parallel = ParallelConfig(pp=3, cfg=2, ulysses=2, ring=2, tp=2)
     assert [parallel.rank(parallel.place(rank)) for rank in range(parallel.ranks)] == list(range(48))
     assert parallel.sizes == tuple(getattr(parallel, axis) for axis in AXES)
-    # Each rank has at most one incoming edge of a kind and source, and none that leads to itself.
-    edges = edges_of(parallel)
-    assert len(edges) == len(set(edges))
-    assert all(edge.source != edge.target for edge in edges)
+    assert all(edge.source != edge.target for edge in edges_of(parallel))
 
 
 def test_an_untested_device_wants_to_be_asked_for() -> None:

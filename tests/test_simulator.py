@@ -77,7 +77,15 @@ def test_equal_requests_take_what_the_formula_says(stages, requests, branches) -
     limit = float(speed_up_limit(stages, requests, branches))
     fill = stages + branches - 1
     assert limit * (1 - fill / found.makespan_s) <= work * stages / found.makespan_s <= limit
-    assert work * stages / found.makespan_s >= 0.96 * limit
+
+
+@settings(max_examples=40, deadline=None)
+@given(stages=st.integers(1, 8), requests=st.integers(1, 8), steps=st.integers(40, 50))
+def test_throughput_is_within_four_percent_of_the_limit(stages, requests, steps) -> None:
+    found = simulate(Costs(ParallelConfig(pp=stages)), [job(n, steps) for n in range(requests)], requests)
+    speed_up = 2 * requests * steps * stages / found.makespan_s
+    limit = 2 * requests * stages / max(2 * requests, stages + 1)
+    assert 0.96 * limit <= speed_up <= limit
 
 
 @pytest.mark.parametrize("requests", [1, 3, 5])

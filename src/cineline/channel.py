@@ -94,13 +94,7 @@ class TorchSender:
         traffic: where the bytes of each message are counted, by what it is.
     """
 
-    def __init__(
-        self,
-        peer: int,
-        group: dist.ProcessGroup,
-        staged: bool,
-        traffic: Traffic,
-    ) -> None:
+    def __init__(self, peer: int, group: dist.ProcessGroup, staged: bool, traffic: Traffic) -> None:
         self._traffic = traffic
         self._peer, self._place = peer, dist.get_group_rank(group, peer)
         self._group = group  # used without the wrappers of `dist`, which take a tenth of a millisecond
@@ -157,29 +151,29 @@ class TorchReceiver:
         except RuntimeError as error:
             raise EdgeBroken(f"the edge from rank {self._peer} broke ({error})") from None
         self._posts += 1
-        return _TorchPending(self, self._posts, work, buffer, tuple(specs))
+        return _TorchPending(self, self._posts, work, buffer, tuple(specs), keep)
 
     def wait(self, pending: _TorchPending) -> tuple[torch.Tensor, ...]:
         """Its message. The edge is in order: what was due before and is not wanted any more is here, too."""
         _wait(pending.work, self._peer)
         while self._dropped and self._dropped[0].number < pending.number:
             _wait(self._dropped[0].work, self._peer)
-            self._take_back(self._dropped.popleft().buffer)
+            self._take_back(self._dropped.popleft())
         tensors = _unpack(pending.buffer, pending.specs)
         return tuple(tensor.to(self._device) for tensor in tensors) if self._staged else tensors
 
     def release(self, pending: _TorchPending) -> None:
         """Take its buffer back, later if its message is not here."""
         if pending.tensors:
-            self._take_back(pending.buffer)
+            self._take_back(pending)
         else:
             self._dropped.append(pending)
 
-    def _take_back(self, buffer: torch.Tensor) -> None:
+    def _take_back(self, pending: _TorchPending) -> None:
         """A buffer that was lent; it goes where a larger one has been asked for since."""
-        self._lent -= 1
-        if buffer.numel() >= self._size:
-            self._free.append(buffer)
+        self._lent -= not pending.kept
+        if not pending.kept and pending.buffer.numel() >= self._size:
+            self._free.append(pending.buffer)
 
     def _allocate(self, size: int) -> torch.Tensor:
         where = torch.device("cpu") if self._staged else self._device
@@ -195,6 +189,7 @@ class _TorchPending:
     work: dist.Work
     buffer: torch.Tensor
     specs: tuple[TensorSpec, ...]
+    kept: bool
     tensors: tuple[torch.Tensor, ...] = ()
 
     def wait(self) -> tuple[torch.Tensor, ...]:

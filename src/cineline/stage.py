@@ -138,8 +138,9 @@ class StageLoop:
         scripts = scripts_of(Rule(self._part.parallel, job.shape, experts, place))
         self._requests[job.id] = _Request(state, scripts)
         actions = [action for own in scripts.values() for script in own for action in (*script.ahead, *script.run)]
-        posts = [action for action in actions if isinstance(action, Post) and not _stays(action.value)]
-        for edge, specs in {(post.edge, self._family.specs(state, post.value, post.item)) for post in posts}:
+        posts = [action for action in actions if isinstance(action, Post) and not action.value.stays]
+        messages = {(post.edge, self._family.specs(state, post.value, post.item)) for post in posts}
+        for edge, specs in sorted(messages, key=lambda message: -sum(spec.nbytes for spec in message[1])):
             count = RECEIVES_AHEAD + 1 if edge.way is Way.AHEAD else len(self._requests)
             self._edges.incoming[edge].reserve(specs, count)
 
@@ -164,18 +165,19 @@ class StageLoop:
             case Post():
                 self._post(request, action)
             case Wait():
-                if pending := request.coming.get((action.value, action.item)):
+                if pending := self._pending(request, action):
                     family.take(state, action.value, action.item, pending.wait())
-                    if _stays(action.value):
+                    if action.value.stays:
                         del request.coming[action.value, action.item]
             case Send():
-                if made := family.give(state, action.value, action.item):
+                made = family.give(state, action.value, action.item)
+                assert made or action.value.stays, f"there is nothing to send for {action}"
+                if made:
                     self._edges.outgoing[action.edge].send(_apart(made, request), action.value)
             case Keep():
                 family.take(state, action.value, action.item, family.give(state, action.value, action.item))
             case Free():
-                if pending := request.coming.pop((action.value, action.item), None):
-                    pending.release()
+                request.coming.pop((action.value, action.item)).release()
             case Compute():
                 family.compute(state, item, action.starts, action.ends)
             case Do.FINISH:
@@ -195,17 +197,18 @@ class StageLoop:
 
     def _post(self, request: _Request, post: Post) -> None:
         if specs := self._family.specs(request.state, post.value, post.item):
-            pending = self._edges.incoming[post.edge].post(specs, keep=_stays(post.value))
+            pending = self._edges.incoming[post.edge].post(specs, keep=post.value.stays)
             request.coming[post.value, post.item] = pending
+
+    def _pending(self, request: _Request, wait: Wait) -> Pending | None:
+        """The receive; None where there is nothing in it, which a request's conditioning may be."""
+        pending = request.coming.get((wait.value, wait.item))
+        assert pending or wait.value.stays, f"no receive is posted for {wait}"
+        return pending
 
     def _answer(self, request: _Request, item: WorkItem) -> np.ndarray | None:
         tensor = self._family.answer(request.state, item)
         return None if tensor is None else _apart((tensor,), request)[0].cpu().numpy()
-
-
-def _stays(value: Value) -> bool:
-    """Whether a request keeps it, in a buffer of its own."""
-    return value is Value.CONDITIONING
 
 
 def _apart(made: Hidden, request: _Request) -> Hidden:

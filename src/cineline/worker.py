@@ -114,6 +114,7 @@ def _serve(connection: Connection, outbox: queue.SimpleQueue[control.Message | N
     assert isinstance(family, PipelineParallelMixin)
     with torch.no_grad():
         bytes_read = family.load(part)
+    gc.collect()
     gc.freeze()  # what is loaded stays: a collection that went through it all would stop the rank for 0.1 s
     outbox.put(control.Ready(bytes_read))
     slices: list[Any] = []

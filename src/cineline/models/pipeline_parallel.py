@@ -196,7 +196,7 @@ class PipelineParallelMixin(ABC, Generic[State]):
         """Tail: guidance over `state.predictions` and one solver step; the new latents, also kept in the state."""
 
     def end_denoising(self, state: State) -> None:
-        """Every stage that decodes, after the last step: free what decoding does not need."""
+        """Every stage that decodes, after the last step that it has to do with: free what decoding does not need."""
 
     @abstractmethod
     def final_latents(self, state: State) -> torch.Tensor:
@@ -270,8 +270,8 @@ class PipelineParallelMixin(ABC, Generic[State]):
                 return made
 
     def compute(self, state: State, item: WorkItem, starts: bool, ends: bool) -> None:
-        """This rank's slice of the item, the first one of its chain, the last one, or both."""
-        came, state.hidden = state.hidden, ()
+        """This rank's slice of the item: nothing was handed to it (`starts`), it is the last one (`ends`), or both."""
+        came, state.hidden = () if starts else state.hidden, ()
         match item.kind:
             case Kind.TEXT:
                 state.hidden = self.encode_text(state, item.branch, came)
@@ -280,17 +280,17 @@ class PipelineParallelMixin(ABC, Generic[State]):
                 state.texts.clear()
             case Kind.DENOISE:
                 came = self.embed(state, item.number, item.branch) if starts else came
-                made = self.run_blocks(state, item.number, item.branch, came)
+                came = self.run_blocks(state, item.number, item.branch, came)
                 if ends:
-                    state.predictions[item.branch] = self.predict(state, item.number, item.branch, made)
+                    state.predictions[item.branch] = self.predict(state, item.number, item.branch, came)
                 else:
-                    state.hidden = made
+                    state.hidden = came
             case Kind.DECODE:
                 state.hidden = self.decode(state, item.number, came)
 
     def finish(self, state: State, item: WorkItem) -> None:
         """End of a step, all of whose predictions are here."""
-        self.advance(state, item.number)
+        state.latents = self.advance(state, item.number)
         state.predictions.clear()
 
     def answer(self, state: State, item: WorkItem) -> torch.Tensor | None:

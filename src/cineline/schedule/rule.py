@@ -235,13 +235,13 @@ class _Part:
             *(Wait(*parcel.message) for parcel in due if first and not parcel.at_finish),
             *[Do.BEGUN] * answers,
             Do.START,
-            *self._compute(group, item, chain, Compute(starts=at == 0, ends=ends)),
+            *self._compute(group, item, chain, Compute(starts=not came, ends=ends)),
             *(Wait(*parcel.message) for parcel in due if finishes and parcel.at_finish),
             *[Do.FINISH] * finishes,
             *(Send(*message) for message in goes),
             *(Send(*parcel.message) if parcel.travels else Keep(*parcel.message) for parcel in made),
             *[Do.MOVES if self._rule.moves(group) else Do.DONE] * answers,
-            *(Free(*message) for message in came if group.kind is not Kind.ENCODE),  # conditioning stays
+            *(Free(*message) for message in came if not message[-1].stays),
             *(Free(*parcel.message) for parcel in self._until[group] if last),
         ]
         return [Post(*message) for message in came], run

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from cineline.request import WorkItem
 
 RECEIVES_AHEAD = 2
-"""Items whose receives are posted ahead of their turn, so that tensors travel while the stage computes."""
+"""Items whose receives are posted before the first of them is executed: tensors travel while the stage computes."""
 
 SENDS_UNDERWAY = 2
 """Sends that may be unfinished on an edge before the sender waits for the oldest one; each keeps its tensors alive."""
@@ -31,6 +31,11 @@ class Value(enum.Enum):
     LATENTS = "latents"
     HISTORY = "history"
     CHUNK = "chunk"
+
+    @property
+    def stays(self) -> bool:
+        """Whether a request keeps it to its end, in a buffer of its own."""
+        return self is Value.CONDITIONING
 
 
 class Way(enum.Enum):
@@ -96,7 +101,7 @@ class Meet:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """The rank's slice of the item. It `starts` the item's chain of ranks, it `ends` it, or both."""
+    """The rank's slice: nothing was handed to it (`starts`), it is the chain's last one (`ends`), or both."""
 
     starts: bool
     ends: bool
@@ -128,7 +133,7 @@ class Script:
 
     Attributes:
         item: with the branch that this rank's line runs.
-        ahead: receives posted when the item is looked at, `RECEIVES_AHEAD` items at most before its turn.
+        ahead: receives posted when the item is looked at.
         run: what is done when it is its turn, in order.
     """
 
