@@ -43,4 +43,4 @@ def oracle() -> Oracle:
 def fast_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fork ranks from a process that has the libraries, but where a test is about their processes."""
     if request.node.get_closest_marker("real_start") is None:
-        monkeypatch.setattr(launch, "start_piped", start_forked)
+        monkeypatch.setattr(launch, "start_ranks", start_forked)

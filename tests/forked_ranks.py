@@ -1,6 +1,6 @@
-"""Ranks forked from a process that has loaded the libraries: a new Python takes four seconds of a core for that.
+"""Ranks forked from one process for all tests: the engine's own way loads the libraries once an engine.
 
-What is tested is the same but for the start itself, which the tests of the command line do for real.
+What is tested is the same but for the start itself, which the tests of engine and command line do for real.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FIXED = ("MKL_CBWR", "OMP_NUM_THREADS")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
-_start_anew = launch.start_piped
+_start_ranks = launch.start_ranks
 
 
 class ForkedRank:
@@ -45,10 +45,14 @@ class ForkedRank:
         self._process.kill()
 
 
-def start_forked(module: str, environment: Mapping[str, str]) -> tuple[Connection, Any]:
-    """As `launch.start_piped`."""
-    if module != launch.WORKER or any(environment.get(name) != os.environ.get(name) for name in FIXED):
-        return _start_anew(module, environment)
+def start_forked(ranks: int, environment: Mapping[str, str], family: str | None) -> list[tuple[Connection, Any]]:
+    """As `launch.start_ranks`."""
+    if any(environment.get(name) != os.environ.get(name) for name in FIXED):
+        return _start_ranks(ranks, environment, family)
+    return [_fork(environment) for _ in range(ranks)]
+
+
+def _fork(environment: Mapping[str, str]) -> tuple[Connection, ForkedRank]:
     ours, theirs = multiprocessing.Pipe()
     loopback = {"GLOO_SOCKET_IFNAME": "lo"}
     process = _context.Process(target=_serve, args=(theirs, {**loopback, **environment}), daemon=True)

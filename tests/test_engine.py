@@ -38,7 +38,10 @@ pytestmark = pytest.mark.real_start
 
 def own_ranks() -> list[psutil.Process]:
     """Rank processes that this one has started and that are still there."""
-    return [child for child in psutil.Process().children() if launch.WORKER in child.cmdline()]
+    children = psutil.Process().children()
+    nurseries = [child for child in children if launch.NURSERY in child.cmdline()]
+    forked = [rank for nursery in nurseries for rank in nursery.children()]
+    return forked + [child for child in children if launch.WORKER in child.cmdline()]
 
 
 def request(prompt: str = "abc", **fields: object) -> VideoRequest:
@@ -148,6 +151,19 @@ def test_a_rank_that_fails_while_it_starts_ends_the_others() -> None:
     assert not psutil.wait_procs(set(own_ranks()) - before, timeout=5)[1]
 
 
+def test_an_interrupt_while_the_ranks_load_ends_them_at_once() -> None:
+    code = "from cineline import Engine, ParallelConfig; Engine('mini-ti2v', ParallelConfig(pp=2), device='cpu')"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + LIMIT_S
+    while not (children := psutil.Process(process.pid).children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.3)  # the libraries take seconds
+    process.send_signal(signal.SIGINT)
+    process.wait(3)
+    assert not psutil.wait_procs(children, timeout=1)[1]
+
+
 def test_a_closed_engine_ends_what_is_not_done() -> None:
     line = engine(FaultySpec(), 2)
     ranks = own_ranks()
@@ -186,14 +202,14 @@ from cineline import Engine, ParallelConfig, VideoRequest
 from faulty_family import FaultySpec, UnloadableSpec
 engine = Engine(FaultySpec(), ParallelConfig(pp=2), device="cpu")
 engine.submit(VideoRequest(prompt="slow", num_inference_steps=1000))
-print(*[child.pid for child in psutil.Process().children()])
+print(*[child.pid for child in psutil.Process().children(recursive=True)])
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
     deadline = time.monotonic() + 5
     ranks = [int(pid) for pid in done.stdout.split()]
-    assert len(ranks) == 2
+    assert len(ranks) == 3  # and the process that forked them
     while any(psutil.pid_exists(pid) for pid in ranks):
         assert time.monotonic() < deadline, "a rank outlived its engine"
         time.sleep(0.05)

@@ -139,7 +139,8 @@ class Engine:
         self._line = _Line(Scheduler(parallel, in_flight, self._admit))
         environment = config.rank_environment(parallel.ranks if launcher == "local" else torchrun_world()[1])
         if launcher == "local":
-            self._ranks = launch_local(parallel.ranks, environment)
+            family = self.spec.stages_class.partition(":")[0] if device == "cpu" else None
+            self._ranks = launch_local(parallel.ranks, environment, family)
         else:
             self._ranks = launch_torchrun(parallel, environment, START_LIMIT_S)
         try:

@@ -14,19 +14,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Connection, Listener
-from typing import Literal
+from typing import Literal, Protocol
 
 from cineline.config import ParallelConfig
 from cineline.control import ENGINE_ADDRESS
 from cineline.errors import InvalidConfig, RankFailed
+from cineline.forked import ForkedRank, Nursery
 
 Launcher = Literal["local", "torchrun"]
 
 WORKER = "cineline.worker"
+NURSERY = "cineline.nursery"
+
+LIBRARIES = ("cineline.stage", "cineline.mesh")
+"""What every rank loads, beside its family's module."""
 
 POLL_S = 0.2
 
@@ -39,6 +44,14 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+class Process(Protocol):
+    """What is used of a `subprocess.Popen`."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
 
 
 @dataclass
@@ -56,7 +69,7 @@ class RankProcess:
     local_rank: int
     ranks_on_host: int
     connection: Connection
-    process: subprocess.Popen[bytes] | None
+    process: Process | None
 
     def describe_end(self) -> str:
         """How the process ended, in words."""
@@ -81,21 +94,42 @@ class RankProcess:
             self.process.wait()
 
 
-def launch_local(ranks: int, environment: Mapping[str, str]) -> list[RankProcess]:
-    """Start all ranks on this machine, each at the end of a pipe."""
-    started = []
-    for rank in range(ranks):
-        connection, process = start_piped(WORKER, environment)
-        started.append(RankProcess(rank, rank, ranks, connection, process))
-    return started
+def launch_local(ranks: int, environment: Mapping[str, str], family: str | None = None) -> list[RankProcess]:
+    """Start all ranks on this machine, each at the end of a pipe.
+
+    Args:
+        family: the module of their model's class, to fork them from one process that has loaded it; None to start each
+            by itself.
+    """
+    started = start_ranks(ranks, environment, family)
+    return [RankProcess(rank, rank, ranks, *ends) for rank, ends in enumerate(started)]
 
 
-def start_piped(module: str, environment: Mapping[str, str]) -> tuple[Connection, subprocess.Popen[bytes]]:
-    """Start `python -m module --fd N` on this machine, N being its end of a pipe; our end and the process."""
+def start_ranks(ranks: int, environment: Mapping[str, str], family: str | None) -> list[tuple[Connection, Process]]:
+    """Our end of each rank's pipe, and its process."""
+    if ranks == 1 or family is None:
+        return [start_piped(WORKER, environment) for _ in range(ranks)]
+    pipes = [Pipe() for _ in range(ranks)]
+    theirs = [end.fileno() for _, end in pipes]
+    arguments = ["--ranks", ",".join(map(str, theirs)), "--load", ",".join([*LIBRARIES, family])]
+    nursery = Nursery(*start_piped(NURSERY, environment, arguments, theirs), ranks)
+    for _, end in pipes:
+        end.close()
+    return [(ours, ForkedRank(nursery, rank)) for rank, (ours, _) in enumerate(pipes)]
+
+
+def start_piped(
+    module: str, environment: Mapping[str, str], arguments: Sequence[str] = (), inherited: Sequence[int] = ()
+) -> tuple[Connection, subprocess.Popen[bytes]]:
+    """Start `python -m module --fd N` on this machine, N being its end of a pipe; our end and the process.
+
+    Args:
+        arguments: more of them. inherited: more descriptors that it has.
+    """
     ours, theirs = Pipe()
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    arguments = [module, "--fd", str(theirs.fileno())]
-    process = _popen(arguments, {**loopback, **environment}, inherited=(theirs.fileno(),))
+    command = [module, "--fd", str(theirs.fileno()), *arguments]
+    process = _popen(command, {**loopback, **environment}, inherited=(theirs.fileno(), *inherited))
     theirs.close()
     return ours, process
 
