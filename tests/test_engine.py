@@ -36,11 +36,14 @@ LIMIT_S = 30.0
 pytestmark = pytest.mark.real_start
 
 
+def nurseries() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if launch.NURSERY in child.cmdline()]
+
+
 def own_ranks() -> list[psutil.Process]:
     """Rank processes that this one has started and that are still there."""
     children = psutil.Process().children()
-    nurseries = [child for child in children if launch.NURSERY in child.cmdline()]
-    forked = [rank for nursery in nurseries for rank in nursery.children()]
+    forked = [rank for nursery in nurseries() for rank in nursery.children()]
     return forked + [child for child in children if launch.WORKER in child.cmdline()]
 
 
@@ -151,6 +154,32 @@ def test_a_rank_that_fails_while_it_starts_ends_the_others() -> None:
     assert not psutil.wait_procs(set(own_ranks()) - before, timeout=5)[1]
 
 
+def test_ranks_end_with_the_process_that_forked_them() -> None:
+    line = engine(FaultySpec(), 2)
+    ranks = own_ranks()
+    handle = line.submit(request("slow", num_inference_steps=500))
+    nurseries()[0].kill()
+    with pytest.raises(RankFailed, match="killed by SIGKILL"):
+        handle.result(10)
+    line.close()
+    assert len(ranks) == 2
+    assert not psutil.wait_procs(ranks, timeout=5)[1]
+
+
+def test_an_engine_that_is_killed_while_ranks_load_leaves_nothing() -> None:
+    code = "from cineline import Engine, ParallelConfig; Engine('mini-ti2v', ParallelConfig(pp=2), device='cpu')"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + LIMIT_S
+    while not (children := psutil.Process(process.pid).children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait(3)
+    assert not psutil.wait_procs(children, timeout=20)[1]  # as long as one library loads
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+
+
 def test_an_interrupt_while_the_ranks_load_ends_them_at_once() -> None:
     code = "from cineline import Engine, ParallelConfig; Engine('mini-ti2v', ParallelConfig(pp=2), device='cpu')"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
@@ -192,6 +221,7 @@ def test_an_engine_leaves_no_process_port_or_thread_behind() -> None:
         line.submit(request()).result(LIMIT_S)
     assert not psutil.wait_procs(ranks, timeout=5)[1]
     assert not ports & listening()
+    assert not nurseries()
     assert threading.active_count() == threads
 
 

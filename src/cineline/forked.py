@@ -34,10 +34,14 @@ class Nursery:
     def kill(self, number: int) -> None:
         """End a rank at once, if it has not ended."""
         if not self._forked:  # it loads, for seconds
-            self._process.kill()
+            self.kill_all()
             return
         with self._lock, contextlib.suppress(OSError):  # gone, and its ranks with it
             self._connection.send(number)
+
+    def kill_all(self) -> None:
+        """End the process, and with it its ranks."""
+        self._process.kill()
 
     def join(self) -> None:
         """Wait for the process, where all of its ranks have ended."""
@@ -54,7 +58,8 @@ class Nursery:
         for code in self.codes:
             if not code.done():
                 code.set_result(own)
-        self._connection.close()
+        with self._lock:
+            self._connection.close()
 
 
 class ForkedRank:
@@ -70,15 +75,19 @@ class ForkedRank:
         return code.result() if code.done() else None
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code.
+        """The exit code; without a `timeout`, of a rank that was killed.
 
         Raises:
             subprocess.TimeoutExpired: it has none after `timeout` seconds.
         """
+        found = self._nursery.codes[self._number]
         try:
-            code = self._nursery.codes[self._number].result(timeout)
+            code = found.result(JOIN_LIMIT_S if timeout is None else timeout)
         except FutureTimeout:
-            raise subprocess.TimeoutExpired("rank", timeout or 0.0) from None
+            if timeout is not None:
+                raise subprocess.TimeoutExpired("rank", timeout) from None
+            self._nursery.kill_all()  # it does not answer
+            code = found.result(JOIN_LIMIT_S)
         self._nursery.join()
         return code
 

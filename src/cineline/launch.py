@@ -31,7 +31,7 @@ WORKER = "cineline.worker"
 NURSERY = "cineline.nursery"
 
 LIBRARIES = ("cineline.stage", "cineline.mesh")
-"""What every rank loads, beside its family's module."""
+"""What every rank loads, beside its family's module: nothing that starts threads or runs torch in parallel."""
 
 POLL_S = 0.2
 
@@ -107,15 +107,26 @@ def launch_local(ranks: int, environment: Mapping[str, str], family: str | None 
 
 def start_ranks(ranks: int, environment: Mapping[str, str], family: str | None) -> list[tuple[Connection, Process]]:
     """Our end of each rank's pipe, and its process."""
-    if ranks == 1 or family is None:
+    if ranks == 1 or family is None or not _can_watch():
         return [start_piped(WORKER, environment) for _ in range(ranks)]
     pipes = [Pipe() for _ in range(ranks)]
     theirs = [end.fileno() for _, end in pipes]
-    arguments = ["--ranks", ",".join(map(str, theirs)), "--load", ",".join([*LIBRARIES, family])]
+    # Other people's modules may start threads when they load, which a fork would lose.
+    known = [*LIBRARIES, *([family] if family.startswith("cineline.") else [])]
+    arguments = ["--ranks", ",".join(map(str, theirs)), "--load", ",".join(known)]
     nursery = Nursery(*start_piped(NURSERY, environment, arguments, theirs), ranks)
     for _, end in pipes:
         end.close()
     return [(ours, ForkedRank(nursery, rank)) for rank, (ours, _) in enumerate(pipes)]
+
+
+def _can_watch() -> bool:
+    """Whether the end of a process that is not a child can be waited for (Linux 5.3, where nothing forbids it)."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
+        return False
+    return True
 
 
 def start_piped(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import importlib
 import os
 import signal
@@ -19,6 +20,9 @@ from multiprocessing.connection import Connection, wait
 from cineline import worker
 from cineline.forked import FORKED
 
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl(2): the signal that a process gets when its parent dies."""
+
 
 def main() -> None:
     """Load, fork, watch."""
@@ -28,21 +32,31 @@ def main() -> None:
     parser.add_argument("--load", required=True)
     options = parser.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a program that ignores it would take the exit codes
+    connection = Connection(options.fd)
     for module in options.load.split(","):
         with contextlib.suppress(Exception):  # a rank that cannot load it says why
             importlib.import_module(module)
-    connection = Connection(options.fd)
+        if connection.poll():  # the engine says nothing yet: it is gone
+            return
     ends = [int(end) for end in options.ranks.split(",")]
     pids = [_fork(connection, end, ends[number + 1 :]) for number, end in enumerate(ends)]
     _watch(connection, pids)
 
 
 def _fork(connection: Connection, own: int, others: Sequence[int]) -> int:
-    """Start a rank at its end of a pipe, without its brothers' and the engine's; its process's number."""
+    """Start a rank at its end of a pipe, without its brothers' and the engine's; its process's number.
+
+    The rank dies with this process, which alone can tell of it.
+    """
+    parent = os.getpid()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # libraries' idle threads are not needed in the rank
         pid = os.fork()
     if not pid:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
         os.close(connection.fileno())
         for other in others:
             os.close(other)
@@ -71,3 +85,4 @@ def _watch(connection: Connection, pids: Sequence[int]) -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # libraries' threads may hang in their own clean-up
