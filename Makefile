@@ -2,11 +2,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: video test test-products lint types mini mini-ti2v mini-t2v mini-score setup clean
+.PHONY: video gpu test test-products lint types mini mini-ti2v mini-t2v mini-score setup clean
 
 ## make a video with the model that ships, on two stages
 video: setup
 	$(BIN)/cineline generate "a red square moving left on a blue background" --pp 2 --output out.mp4
+
+## what a GPU shows, each step's result written at once; with an interpreter that has all: make gpu GPU_PYTHON=python3
+GPU_FOLDER ?= benchmarks/gpu-results
+ifdef GPU_PYTHON
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --folder $(GPU_FOLDER)
+else
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu --folder $(GPU_FOLDER)
+endif
 
 ## lint, type-check and test
 test: setup lint types

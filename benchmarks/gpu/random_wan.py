@@ -1,0 +1,133 @@
+"""Wan models of any size with random weights that are made on the device: there is no checkpoint to download."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cineline.codec import text, vae
+from cineline.codec.text import TOKENS
+from cineline.models import wan
+from cineline.models.pipeline_parallel import StagePart
+from cineline.models.wan import WanStages
+from cineline.planning.known import KNOWN
+from cineline.spec import WanSpec
+
+MODELS = {"ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "t2v-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers"}
+
+SMALL = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 96, "text_dim": 32}
+SMALL_TEXT = {"num_layers": 4, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "vocab_size": 300}
+SMALL_VAE = {"base_dim": 8, "num_res_blocks": 1}
+"""For a rehearsal on the CPU: the same layers, narrow."""
+
+
+@dataclass(frozen=True)
+class RandomSpec(WanSpec):
+    """A `WanSpec` whose folder has configs and no weights."""
+
+    stages_class: ClassVar[str] = "benchmarks.gpu.random_wan:RandomStages"
+
+
+class RandomWeights:
+    """In place of `cineline.models.weights.Weights`: the same name gives the same values everywhere."""
+
+    def __init__(self, folder: Path) -> None:
+        self._salt = folder.name
+        self.bytes_read = 0
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def check_names(self, expected: Iterable[str], ignored: Iterable[str] = ()) -> None:
+        """There is nothing to compare with."""
+
+    def load(
+        self,
+        module: nn.Module,
+        dtype: torch.dtype,
+        device: torch.device,
+        fp32: Iterable[str] = (),
+        aliases: Mapping[str, str] | None = None,
+        shards: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Fill a module that was built on the meta device."""
+        assert not shards
+        keep = set(fp32)
+        state = {}
+        for name, tensor in module.state_dict().items():
+            wanted = torch.float32 if keep.intersection(name.split(".")) else dtype
+            state[name] = self._made((aliases or {}).get(name, name), tuple(tensor.shape), wanted, device)
+            self.bytes_read += state[name].nbytes
+        module.load_state_dict(state, strict=True, assign=True)
+        module.requires_grad_(False).eval()
+
+    def _made(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{self._salt}/{name}".encode()))
+        values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        if name.endswith("gamma") or (name.endswith("weight") and len(shape) == 1):
+            return values.mul_(0.1).add_(1)
+        inputs = max(1, values[0].numel()) if values.ndim > 1 else 400
+        return values.mul_(inputs**-0.5)
+
+
+class RandomTokenizer:
+    """Any tokens, by the prompt."""
+
+    def __init__(self, folder: Path) -> None:
+        config = json.loads((folder / "text_encoder" / "config.json").read_text())
+        self._words = int(config["vocab_size"])
+
+    def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+        return torch.randint(self._words, (1, TOKENS), generator=generator), torch.ones(1, TOKENS, dtype=torch.int64)
+
+
+class RandomStages(WanStages):
+    """`WanStages`, for a process that runs nothing else: no file is read."""
+
+    def load(self, part: StagePart) -> int:
+        for module in (wan, vae, text):
+            vars(module)["Weights"] = RandomWeights
+        vars(wan)["Tokenizer"] = RandomTokenizer
+        return super().load(part)
+
+
+def random_spec(model: str, folder: Path, small: bool) -> RandomSpec:
+    """One expert of a known model; `folder` gets its configs."""
+    spec = KNOWN[MODELS[model]]
+    spec = replace(
+        spec,
+        experts=("transformer",),
+        boundary_ratio=None,
+        defaults={name: value for name, value in spec.defaults.items() if name != "guidance_scale_2"},
+    )
+    if small:
+        wide = {"decoder_base_dim": 8} if "decoder_base_dim" in spec.vae else {}
+        spec = replace(
+            spec,
+            transformer={**spec.transformer, **SMALL},
+            text={**spec.text, **SMALL_TEXT},
+            vae={**spec.vae, **SMALL_VAE, **wide},
+        )
+    made = RandomSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)} | {"folder": folder})
+    for name, config in (("vae", _vae_config(made)), ("text_encoder", {**made.text, "model_type": "umt5"})):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+    return made
+
+
+def _vae_config(spec: WanSpec) -> dict[str, Any]:
+    channels = int(spec.vae["z_dim"])
+    return {
+        **spec.vae,
+        "_class_name": "AutoencoderKLWan",
+        "latents_mean": [0.1 * (channel % 5 - 2) for channel in range(channels)],
+        "latents_std": [0.5 + 0.1 * (channel % 7) for channel in range(channels)],
+    }
