@@ -71,7 +71,7 @@ def checkout(folder: Path, case: dict[str, Any]) -> Iterator[Callable[[], float]
 def main() -> None:
     from cineline.bench.measure import Summary, interleave, ratios
     from cineline.bench.report import machine, report
-    from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
+    from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 
     options = _options()
     case: dict[str, Any] = {"pp": options.pp, "in_flight": options.in_flight, "guidance": 4, "folder": None}
@@ -102,7 +102,7 @@ def _limit(case: dict[str, Any], runs: Any) -> list[str]:
     if case["folder"] is not None:
         return [""]
     from cineline.bench.measure import Summary
-    from cineline.scheduler import speed_up_limit
+    from cineline.schedule.scheduler import speed_up_limit
 
     alone = case["in_flight"] * case["steps"] * 2 * case["pp"] * case["stage_s"]
     limit = float(speed_up_limit(case["pp"], case["in_flight"], 2))

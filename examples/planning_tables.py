@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from cineline.errors import InvalidConfig
+from cineline.families.wan.known import KNOWN
 from cineline.planning.hardware import devices_of, link_of
-from cineline.planning.known import KNOWN
 from cineline.planning.planner import Planning, Task, plan, planned_job
 from cineline.planning.report import name_of
 

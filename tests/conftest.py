@@ -16,8 +16,8 @@ import torch
 from forked_ranks import start_forked
 from oracle import Oracle
 
-from cineline import launch
-from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.engine import launch
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 
 torch.set_num_threads(1)
 

@@ -13,9 +13,16 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from cineline import launch, worker
+from cineline.engine import launch
+from cineline.rank import worker
 
-PRELOADED = ["cineline.models.wan", "cineline.stage", "cineline.mesh", "diffusers.schedulers", "toy_family"]
+PRELOADED = [
+    "cineline.families.wan.stages",
+    "cineline.rank.loop",
+    "cineline.transport.mesh",
+    "diffusers.schedulers",
+    "toy_family",
+]
 
 FIXED = ("MKL_CBWR", "OMP_NUM_THREADS")
 """What must be set before torch loads."""

@@ -1,4 +1,4 @@
-"""An edge inside one process: the in-memory twin of `cineline.channel`'s two ends."""
+"""An edge inside one process: the in-memory twin of `cineline.transport.channel`'s two ends."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from concurrent.futures import Future
 
 import torch
 
-from cineline.channel import Pending, TensorSpec
 from cineline.schedule.words import Value
+from cineline.transport.channel import Pending, TensorSpec
 
 LIMIT_S = 30.0
 

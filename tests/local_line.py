@@ -12,14 +12,14 @@ from local_channel import LIMIT_S, LocalChannel, RendezvousChannel
 from toy_family import ToySpec, ToyStages
 
 from cineline import ParallelConfig, VideoRequest
-from cineline.channel import Edges
-from cineline.config import DeviceConfig
-from cineline.control import Admit, Begun, Done, Message, Stop
-from cineline.models.pipeline_parallel import StagePart
-from cineline.request import Group, Job
+from cineline.core.config import DeviceConfig
+from cineline.core.control import Admit, Begun, Done, Message, Stop
+from cineline.core.request import Group, Job
+from cineline.families.pipeline_parallel import StagePart
+from cineline.rank.loop import StageLoop
 from cineline.schedule.rule import edges_of
-from cineline.scheduler import Scheduler
-from cineline.stage import StageLoop
+from cineline.schedule.scheduler import Scheduler
+from cineline.transport.channel import Edges
 
 
 class LocalLine:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from cineline.config import ParallelConfig
-from cineline.request import Job
+from cineline.core.config import ParallelConfig
+from cineline.core.request import Job
 
 WAYS = ("layers", "rows", "tail", "tiled")
 

@@ -16,9 +16,11 @@ from typing import Any
 
 from plans import Plan
 
-from cineline.config import Place
-from cineline.request import Group, Job, Kind, WorkItem
+from cineline.core.config import Place
+from cineline.core.request import Group, Job, Kind, WorkItem
+from cineline.rank.loop import DROP
 from cineline.schedule.rule import Rule, Scripts, scripts_of
+from cineline.schedule.scheduler import Scheduler
 from cineline.schedule.words import (
     RECEIVES_AHEAD,
     Action,
@@ -35,8 +37,6 @@ from cineline.schedule.words import (
     Value,
     Wait,
 )
-from cineline.scheduler import Scheduler
-from cineline.stage import DROP
 
 Symbol = tuple[Any, ...]
 Named = tuple[int, Message]

@@ -17,10 +17,10 @@ from oracle import Oracle, assert_equal
 from PIL import Image
 
 from cineline import Engine, InvalidConfig, ParallelConfig, Video, VideoRequest
-from cineline.config import AXES
-from cineline.models.random_checkpoint import RandomConfig
+from cineline.core.config import AXES
+from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.spec import WanSpec
 from cineline.schedule.rule import edges_of
-from cineline.spec import WanSpec
 
 Checkpoint = Callable[[RandomConfig], Path]
 

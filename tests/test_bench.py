@@ -14,7 +14,7 @@ from cineline.bench import measure
 from cineline.bench.line import LineCase
 from cineline.bench.measure import CpuClock, Run, Summary, interleave, ratios, run_quietly
 from cineline.cli import main
-from cineline.models.random_checkpoint import RandomConfig
+from cineline.families.wan.random_checkpoint import RandomConfig
 
 
 def burn(seconds: float) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cineline import channel
-from cineline.channel import TensorSpec, TorchReceiver
+from cineline.transport import channel
+from cineline.transport.channel import TensorSpec, TorchReceiver
 
 SPECS = (TensorSpec((16,), torch.float32),)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from cineline import VideoRequest
 from cineline.cli import main
-from cineline.models.random_checkpoint import RandomConfig
+from cineline.families.wan.random_checkpoint import RandomConfig
 
 SMALL = ["--height", "32", "--width", "64", "--num-frames", "5", "--num-inference-steps", "2"]
 

@@ -15,15 +15,15 @@ from live_tensors import LiveTensors
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
-from cineline.config import ParallelConfig, Place
-from cineline.costs.model import ModelCosts
-from cineline.costs.text import TextCosts
-from cineline.costs.transformer import TEXT_TOKENS, TransformerCosts
-from cineline.costs.vae import VaeCosts
-from cineline.costs.work import Parameters
+from cineline.core.config import ParallelConfig, Place
+from cineline.core.request import VideoRequest
+from cineline.core.work import Parameters
+from cineline.families.wan.costs.model import ModelCosts
+from cineline.families.wan.costs.text import TextCosts
+from cineline.families.wan.costs.transformer import TEXT_TOKENS, TransformerCosts
+from cineline.families.wan.costs.vae import VaeCosts
+from cineline.families.wan.known import KNOWN
 from cineline.planning.cut import default_cut
-from cineline.planning.known import KNOWN
-from cineline.request import VideoRequest
 
 TI2V, T2V, I2V = KNOWN.values()
 

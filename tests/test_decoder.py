@@ -19,15 +19,15 @@ from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from cineline.axis import Axis, Traffic
 from cineline.bench import measure
 from cineline.bench.decode import DecodeCase, time_decode
-from cineline.codec.decoder import DecoderSlice, TiledDecoder, boundary_specs
-from cineline.codec.rows import RowDecoder
-from cineline.config import DeviceConfig
-from cineline.costs.vae import VaeCosts
-from cineline.models.random_checkpoint import random_vae
+from cineline.core.config import DeviceConfig
+from cineline.families.wan.costs.vae import VaeCosts
+from cineline.families.wan.decoder import DecoderSlice, TiledDecoder, boundary_specs
+from cineline.families.wan.random_checkpoint import random_vae
+from cineline.families.wan.rows import RowDecoder
 from cineline.planning.balance import cut_units
+from cineline.transport.axis import Axis, Traffic
 
 CPU = torch.device("cpu")
 VaeFolder = Callable[..., Path]

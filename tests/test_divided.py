@@ -15,9 +15,9 @@ from test_parity import mixed_requests
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from cineline import Engine, InvalidConfig, ParallelConfig, Video, VideoRequest
-from cineline.codec.text import TOKENS, TextSlice, Tokenizer
-from cineline.models.random_checkpoint import RandomConfig
-from cineline.sink import Sink
+from cineline.engine.sink import Sink
+from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.text import TOKENS, TextSlice, Tokenizer
 
 Checkpoint = Callable[[RandomConfig], Path]
 

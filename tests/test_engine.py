@@ -28,8 +28,8 @@ from cineline import (
     RequestHandle,
     ResultTimeout,
     VideoRequest,
-    launch,
 )
+from cineline.engine import launch
 
 LIMIT_S = 30.0
 

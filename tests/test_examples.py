@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cineline.models.random_checkpoint import RandomConfig
+from cineline.families.wan.random_checkpoint import RandomConfig
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

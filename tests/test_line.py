@@ -13,9 +13,9 @@ from toy_family import ToySpec, ToyStages
 from toy_reference import toy_reference
 
 from cineline import ParallelConfig, VideoRequest
-from cineline.channel import TensorSpec
-from cineline.models.pipeline_parallel import RequestState
-from cineline.request import Group, Kind
+from cineline.core.request import Group, Kind
+from cineline.families.pipeline_parallel import RequestState
+from cineline.transport.channel import TensorSpec
 
 SPEC = ToySpec()
 

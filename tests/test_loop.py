@@ -19,12 +19,13 @@ from test_line import SplitToyStages, parallels, requests
 from toy_family import ToySpec, ToyStages
 
 from cineline import ParallelConfig, VideoRequest
-from cineline.channel import Edges, Pending, Receiver, Sender, TensorSpec
-from cineline.config import DeviceConfig, Place
-from cineline.control import Admit, Begun, Done, Message, Stop
-from cineline.models.pipeline_parallel import StagePart
-from cineline.request import Group, Job, WorkItem
+from cineline.core.config import DeviceConfig, Place
+from cineline.core.control import Admit, Begun, Done, Message, Stop
+from cineline.core.request import Group, Job, WorkItem
+from cineline.families.pipeline_parallel import StagePart
+from cineline.rank.loop import StageLoop, _Request, _Turn
 from cineline.schedule.rule import edges_of
+from cineline.schedule.simulator import Deed, Simulation, simulate
 from cineline.schedule.words import (
     RECEIVES_AHEAD,
     Action,
@@ -39,8 +40,7 @@ from cineline.schedule.words import (
     Wait,
     Way,
 )
-from cineline.simulation.simulator import Deed, Simulation, simulate
-from cineline.stage import StageLoop, _Request, _Turn
+from cineline.transport.channel import Edges, Pending, Receiver, Sender, TensorSpec
 
 Event = tuple[Any, ...]
 

@@ -13,11 +13,11 @@ from oracle import Oracle, assert_equal
 from PIL import Image
 
 from cineline import Engine, ParallelConfig, VideoRequest
+from cineline.engine.hub import MINIS, open_model
 from cineline.evaluation.judge import judge
 from cineline.evaluation.scenes import Scene, first_frame, held_out_scenes
 from cineline.evaluation.score import Shown, show, tally
-from cineline.hub import MINIS, open_model
-from cineline.spec import WanSpec
+from cineline.families.wan.spec import WanSpec
 
 REPOSITORY = Path(__file__).parent.parent
 SIZE_LIMIT = 30e6

@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageSequence
 
 from cineline import OutputError, Video
-from cineline.output import whole_file
-from cineline.request import Branch, Kind, WorkItem
-from cineline.trace import Slice, write_trace
+from cineline.core.output import whole_file
+from cineline.core.request import Branch, Kind, WorkItem
+from cineline.core.trace import Slice, write_trace
 
 
 def colours(frames: int) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from cineline.control import Done, Message
-from cineline.pace import ITEMS_AHEAD, Pace
-from cineline.request import Group, Kind
+from cineline.core.control import Done, Message
+from cineline.core.request import Group, Kind
+from cineline.rank.pace import ITEMS_AHEAD, Pace
 
 
 class Device:

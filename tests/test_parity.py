@@ -18,7 +18,7 @@ from oracle import Oracle, assert_equal
 from PIL import Image
 
 from cineline import Engine, ParallelConfig, VideoRequest
-from cineline.models.random_checkpoint import RandomConfig
+from cineline.families.wan.random_checkpoint import RandomConfig
 
 KINDS = ("ti2v", "t2v", "i2v")
 DTYPES = ("float32", "bfloat16")

@@ -13,18 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from cineline import ParallelConfig, auto
-from cineline.auto import divide
+from cineline import ParallelConfig
 from cineline.cli import app
-from cineline.config import DeviceConfig, Place
+from cineline.core.config import DeviceConfig, Place
+from cineline.engine import auto
+from cineline.engine.auto import divide
 from cineline.errors import InvalidConfig
+from cineline.families.wan.known import KNOWN
+from cineline.families.wan.spec import WanSpec
 from cineline.planning.forecast import flow_shop, forecast
 from cineline.planning.hardware import DEVICES, LINKS, Device, Link, device_named, devices_of, link_of
-from cineline.planning.known import KNOWN
 from cineline.planning.planner import Plan, Planning, Task, plan, planned_job
-from cineline.scheduler import speed_up_limit
-from cineline.simulation.simulator import simulate
-from cineline.spec import WanSpec
+from cineline.schedule.scheduler import speed_up_limit
+from cineline.schedule.simulator import simulate
 
 TI2V, T2V, I2V = KNOWN.values()
 

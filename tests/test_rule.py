@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from plans import Plan
 from symbolic_line import MakeScripts, SymbolicLine, Wrong, named
 
-from cineline.config import ParallelConfig
-from cineline.request import Group, Kind
+from cineline.core.config import ParallelConfig
+from cineline.core.request import Group, Kind
 from cineline.schedule.rule import Parcel, Rule, Scripts, edges_of, groups_of, scripts_of
 from cineline.schedule.words import Edge, Message, Post, Script, Send, Value, Wait, Way
 

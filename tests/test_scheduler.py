@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from toy_family import ToySpec
 
 from cineline import ParallelConfig, VideoRequest
-from cineline.request import Group, Job, Kind
-from cineline.scheduler import Scheduler, default_in_flight, speed_up_limit, turns_of
+from cineline.core.request import Group, Job, Kind
+from cineline.schedule.scheduler import Scheduler, default_in_flight, speed_up_limit, turns_of
 
 
 def job(number: int, steps: int = 3, guidance: float = 2.0, chunks: int = 0) -> Job:

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import job
 
-from cineline.config import ParallelConfig, Place
+from cineline.core.config import ParallelConfig, Place
+from cineline.core.request import Branch, Group, Job, Kind, WorkItem
+from cineline.core.trace import Slice, write_trace
 from cineline.errors import Deadlock, OutputError
-from cineline.request import Branch, Group, Job, Kind, WorkItem
 from cineline.schedule.rule import Parcel, Rule, Scripts, scripts_of
+from cineline.schedule.scheduler import speed_up_limit
+from cineline.schedule.simulator import Simulation, simulate
+from cineline.schedule.timeline import draw_timeline
 from cineline.schedule.words import Action, Do, Post, Script, Value, Wait
-from cineline.scheduler import speed_up_limit
-from cineline.simulation.simulator import Simulation, simulate
-from cineline.simulation.timeline import draw_timeline
-from cineline.trace import Slice, write_trace
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[Script], Script])
     def other(rule: Rule) -> Scripts:
         return {group: tuple(map(change, own)) for group, own in scripts_of(rule).items()}
 
-    monkeypatch.setattr("cineline.simulation.simulator.scripts_of", other)
+    monkeypatch.setattr("cineline.schedule.simulator.scripts_of", other)
 
 
 @pytest.mark.parametrize("stages", [2, 4])
@@ -274,7 +274,7 @@ def test_lines_that_wait_for_each_other_are_slower(monkeypatch) -> None:
 
     costs, jobs = Costs(ParallelConfig(pp=2, cfg=2)), [job(n, 20) for n in range(3)]
     assert simulate(costs, jobs, 3).makespan_s == slots(2, 3, 1, 20)
-    monkeypatch.setattr("cineline.simulation.simulator.Rule", Waiting)
+    monkeypatch.setattr("cineline.schedule.simulator.Rule", Waiting)
     assert simulate(costs, jobs, 3).makespan_s > slots(2, 3, 1, 20)
     assert simulate(costs, [job(0, 20)], 1).makespan_s > 1.4 * slots(2, 1, 1, 20)
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from cineline import CheckpointError, InvalidRequest, VideoRequest
-from cineline.hub import open_model
-from cineline.models.random_checkpoint import RandomConfig
-from cineline.spec import WanSpec
+from cineline.engine.hub import open_model
+from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.spec import WanSpec
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_a_model_that_cannot_be_found_is_refused(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         open_model(tmp_path / "file")
-    code = "from cineline.hub import open_model; open_model('nobody/nothing')"
+    code = "from cineline.engine.hub import open_model; open_model('nobody/nothing')"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     assert "CheckpointError: model='nobody/nothing' is no folder here and cannot be downloaded" in done.stderr

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cineline import CheckpointError, ParallelConfig
-from cineline.config import Cut, DeviceConfig, Place
-from cineline.costs.vae import VaeCosts
-from cineline.models import weights
-from cineline.models.pipeline_parallel import StagePart
-from cineline.models.random_checkpoint import RandomConfig
-from cineline.models.wan import WanStages
-from cineline.spec import WanSpec
+from cineline.core.config import Cut, DeviceConfig, Place
+from cineline.families.pipeline_parallel import StagePart
+from cineline.families.wan.costs.vae import VaeCosts
+from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.stages import WanStages
+from cineline.weights import files
 
 COMPONENTS = ("transformer", "transformer_2", "text_encoder", "vae")
 
@@ -88,7 +88,7 @@ def test_each_stage_reads_its_own_tensors_once_and_no_others(kind, stages, check
 
             yield SimpleNamespace(get_tensor=get_tensor)
 
-    monkeypatch.setattr(weights, "safe_open", recording)
+    monkeypatch.setattr(files, "safe_open", recording)
     sizes = stored(folder)
     if kind == "t2v":  # it takes no image
         sizes = {key: size for key, size in sizes.items() if not (key[0] == "vae" and key[1].startswith(VAE_ENCODER))}

@@ -13,11 +13,11 @@ import toy_arithmetic as toy
 from PIL import Image
 from toy_arithmetic import C
 
-from cineline.channel import TensorSpec
-from cineline.config import Cut, DeviceConfig, ParallelConfig, stages_alone
-from cineline.denoise import combine
-from cineline.models.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
-from cineline.request import Branch, Job, VideoRequest
+from cineline.core.config import Cut, DeviceConfig, ParallelConfig, stages_alone
+from cineline.core.request import Branch, Job, VideoRequest
+from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
+from cineline.families.wan.denoise import combine
+from cineline.transport.channel import TensorSpec
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 
-from cineline.spec import DEFAULTS_FILE
+from cineline.families.wan.spec import DEFAULTS_FILE
 from training.recipes import FRAMES, Recipe
 from training.transformer import SHIFT, Student
 

@@ -31,7 +31,7 @@ def run_step(name: str, file: Path) -> None:
 
     from benchmarks.gpu import bits, decoder, ranks, transformer, waits
     from cineline.bench.report import machine
-    from cineline.output import whole_file
+    from cineline.core.output import whole_file
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, what = name.partition("-")

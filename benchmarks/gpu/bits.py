@@ -14,11 +14,12 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
-from cineline.config import DeviceConfig, Dtype, ParallelConfig
-from cineline.engine import Engine
-from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.request import Video, VideoRequest
-from cineline.spec import WanKind
+from cineline.core.config import DeviceConfig, Dtype, ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.families.wan.spec import WanKind
+from cineline.media.result import Video
 
 LIMIT_S = 400.0
 KINDS: tuple[WanKind, ...] = ("ti2v", "t2v", "i2v")

@@ -13,11 +13,11 @@ from diffusers.video_processor import VideoProcessor
 from benchmarks.gpu.clock import forget, peak_gb, timed
 from benchmarks.gpu.random_wan import RandomSpec, RandomWeights, random_spec
 from benchmarks.gpu.transformer import SIZES, SMALL_SIZES
-from cineline.codec import vae
-from cineline.codec.decoder import DecoderSlice, quantise
-from cineline.codec.vae import DECODER, load_half, statistics
-from cineline.config import ParallelConfig
-from cineline.costs.model import ModelCosts
+from cineline.core.config import ParallelConfig
+from cineline.families.wan import vae
+from cineline.families.wan.costs.model import ModelCosts
+from cineline.families.wan.decoder import DecoderSlice, quantise
+from cineline.families.wan.vae import DECODER, load_half, statistics
 from cineline.planning.cut import default_cut
 
 FRAMES = 3

@@ -12,13 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cineline.codec import text, vae
-from cineline.codec.text import TOKENS
-from cineline.models import wan
-from cineline.models.pipeline_parallel import StagePart
-from cineline.models.wan import WanStages
-from cineline.planning.known import KNOWN
-from cineline.spec import WanSpec
+from cineline.families.pipeline_parallel import StagePart
+from cineline.families.wan import stages, text, vae
+from cineline.families.wan.known import KNOWN
+from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.stages import WanStages
+from cineline.families.wan.text import TOKENS
 
 MODELS = {"ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "t2v-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers"}
 
@@ -36,7 +35,7 @@ class RandomSpec(WanSpec):
 
 
 class RandomWeights:
-    """In place of `cineline.models.weights.Weights`: the same name gives the same values everywhere."""
+    """In place of `cineline.weights.files.Weights`: the same name gives the same values everywhere."""
 
     def __init__(self, folder: Path) -> None:
         self._salt = folder.name
@@ -93,9 +92,9 @@ class RandomStages(WanStages):
     """`WanStages`, for a process that runs nothing else: no file is read."""
 
     def load(self, part: StagePart) -> int:
-        for module in (wan, vae, text):
+        for module in (stages, vae, text):
             vars(module)["Weights"] = RandomWeights
-        vars(wan)["Tokenizer"] = RandomTokenizer
+        vars(stages)["Tokenizer"] = RandomTokenizer
         return super().load(part)
 
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.random_wan import random_spec
-from cineline.config import DeviceConfig, ParallelConfig
-from cineline.engine import Engine
-from cineline.request import Video, VideoRequest
+from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.media.result import Video
 
 LIMIT_S = 400.0
 ARMS = (ParallelConfig(), ParallelConfig(pp=2), ParallelConfig(pp=2, vae_decode="rows"))

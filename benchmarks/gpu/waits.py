@@ -14,9 +14,9 @@ import torch
 
 from benchmarks.gpu.random_wan import RandomStages, random_spec
 from benchmarks.gpu.transformer import SMALL_SIZES
-from cineline.config import DeviceConfig, ParallelConfig, Place
-from cineline.models.pipeline_parallel import StagePart
-from cineline.request import Branch, Kind, VideoRequest, WorkItem
+from cineline.core.config import DeviceConfig, ParallelConfig, Place
+from cineline.core.request import Branch, Kind, VideoRequest, WorkItem
+from cineline.families.pipeline_parallel import StagePart
 from cineline.schedule.words import Value
 
 

@@ -1,7 +1,9 @@
 """Cineline: Wan 2.2 video over pipeline stages, several requests in flight, bit for bit."""
 
-from cineline.config import ParallelConfig
-from cineline.engine import Engine
+from cineline.core.config import ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.engine.handle import RequestHandle
 from cineline.errors import (
     CheckpointError,
     CinelineError,
@@ -13,8 +15,7 @@ from cineline.errors import (
     RequestCancelled,
     ResultTimeout,
 )
-from cineline.handle import RequestHandle
-from cineline.request import Video, VideoRequest
+from cineline.media.result import Video
 
 __version__ = "0.1.0"
 

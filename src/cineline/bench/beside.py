@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+from cineline.engine.launch import start_piped
 from cineline.errors import CinelineError
-from cineline.launch import start_piped
 
 WAIT_LIMIT_S = 3600.0
 

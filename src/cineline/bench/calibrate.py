@@ -20,9 +20,9 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch.nn import functional as F
 
 from cineline.bench.beside import hear, processes
-from cineline.config import DeviceConfig
-from cineline.costs.transformer import TEXT_TOKENS
-from cineline.costs.work import Work
+from cineline.core.config import DeviceConfig
+from cineline.core.work import Work
+from cineline.families.wan.costs.transformer import TEXT_TOKENS
 from cineline.planning.hardware import Device, Rates
 from cineline.planning.seconds import TimedLine
 

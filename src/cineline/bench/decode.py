@@ -18,19 +18,19 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 
-from cineline.axis import Axis, Traffic
 from cineline.bench.beside import hear, processes
 from cineline.bench.measure import Run, interleave
-from cineline.channel import Edges, Pending
-from cineline.codec.decoder import Decoder, DecoderSlice, boundary_specs
-from cineline.codec.rows import RowDecoder
-from cineline.config import DeviceConfig, ParallelConfig
-from cineline.costs.vae import VaeCosts
-from cineline.mesh import join, open_store
-from cineline.models.random_checkpoint import random_vae
+from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.families.wan.costs.vae import VaeCosts
+from cineline.families.wan.decoder import Decoder, DecoderSlice, boundary_specs
+from cineline.families.wan.random_checkpoint import random_vae
+from cineline.families.wan.rows import RowDecoder
+from cineline.families.wan.spec import WanKind
 from cineline.planning.balance import cut_units
 from cineline.schedule.words import RECEIVES_AHEAD, Edge, Value, Way
-from cineline.spec import WanKind
+from cineline.transport.axis import Axis, Traffic
+from cineline.transport.channel import Edges, Pending
+from cineline.transport.mesh import join, open_store
 
 WAYS = ("tail", "layers", "rows")
 """The first one on one rank, the others on as many as are asked for."""

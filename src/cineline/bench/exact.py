@@ -12,10 +12,11 @@ from PIL import Image
 
 from cineline.bench.beside import WAIT_LIMIT_S
 from cineline.bench.reference import reference
-from cineline.config import DeviceConfig, ParallelConfig
-from cineline.engine import Engine
-from cineline.request import Video, VideoRequest
-from cineline.spec import WanSpec
+from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.families.wan.spec import WanSpec
+from cineline.media.result import Video
 
 SIZES = [(2, 2, 2), (3, 3, 3), (1, 5, 1)]
 """Height and width in units of the model's grid, latent frames; one row a request. Odd numbers of tokens too:

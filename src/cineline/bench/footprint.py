@@ -12,13 +12,13 @@ from unittest.mock import patch
 import psutil
 
 from cineline.bench.beside import WAIT_LIMIT_S
-from cineline.config import DeviceConfig, ParallelConfig
-from cineline.engine import Engine
+from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.engine.launch import WORKER
 from cineline.errors import CinelineError
-from cineline.launch import WORKER
-from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.request import VideoRequest
-from cineline.spec import WanKind
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.families.wan.spec import WanKind
 
 FIELDS = {"now": "VmRSS", "most": "VmHWM"}
 """Of /proc/PID/status, in KiB."""

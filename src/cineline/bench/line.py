@@ -13,11 +13,11 @@ from pathlib import Path
 from cineline.bench.beside import WAIT_LIMIT_S
 from cineline.bench.measure import Run, interleave
 from cineline.bench.reference import Reference, reference
-from cineline.config import DeviceConfig, ParallelConfig
-from cineline.engine import Engine
-from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.request import VideoRequest
-from cineline.spec import WanKind
+from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.families.wan.spec import WanKind
 
 DIFFUSERS = "diffusers"
 """The arm that all others are compared with."""

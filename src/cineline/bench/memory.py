@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cineline.bench.footprint import bare_bytes, engine_and_ranks, resident_bytes
-from cineline.config import DeviceConfig, ParallelConfig
-from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.spec import WanKind
+from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.families.wan.spec import WanKind
 
 THIRDS: dict[WanKind, RandomConfig] = {
     "ti2v": RandomConfig(

@@ -13,15 +13,15 @@ from cineline.bench.footprint import bare_bytes, engine_and_ranks, memory_return
 from cineline.bench.line import time_requests
 from cineline.bench.measure import Run, run_quietly
 from cineline.bench.simulator import SimulatorCase, measure_constants
-from cineline.config import DeviceConfig, ParallelConfig, Place
-from cineline.costs.model import ModelCosts
-from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.core.config import DeviceConfig, ParallelConfig, Place
+from cineline.core.request import Job, VideoRequest
+from cineline.families.wan.costs.model import ModelCosts
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.families.wan.spec import WanKind, WanSpec
 from cineline.planning.cut import default_cut
 from cineline.planning.hardware import Device, Link
 from cineline.planning.line import PlannedLine
-from cineline.request import Job, VideoRequest
-from cineline.simulation.simulator import simulate
-from cineline.spec import WanKind, WanSpec
+from cineline.schedule.simulator import simulate
 
 HIDDEN_BYTES = 3_000_000
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from cineline.bench.beside import WAIT_LIMIT_S, hear, processes
-from cineline.config import DeviceConfig
-from cineline.request import VideoRequest
+from cineline.core.config import DeviceConfig
+from cineline.core.request import VideoRequest
 
 PASSED_ON = (
     *("prompt", "negative_prompt", "image", "height", "width", "num_frames"),
@@ -111,7 +111,7 @@ def _share_tokens(pipeline: Any, connection: Connection, rank: int, ranks: int, 
     import torch.distributed as dist
     from diffusers import ContextParallelConfig
 
-    from cineline.mesh import open_store
+    from cineline.transport.mesh import open_store
 
     store = open_store(port, ranks)
     if port is None:

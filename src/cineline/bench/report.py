@@ -14,7 +14,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from cineline.output import whole_file
+from cineline.core.output import whole_file
 
 LIBRARIES = ("cineline", "torch", "diffusers", "transformers")
 

@@ -11,10 +11,10 @@ from functools import partial
 from cineline.bench.line import time_requests
 from cineline.bench.measure import Run, interleave
 from cineline.bench.sleeping import SleepingSpec
-from cineline.config import ParallelConfig
-from cineline.engine import Engine
-from cineline.request import VideoRequest
-from cineline.scheduler import speed_up_limit
+from cineline.core.config import ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.schedule.scheduler import speed_up_limit
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 from cineline.bench.line import time_requests
 from cineline.bench.measure import Run, Summary, run_quietly
 from cineline.bench.sleeping import SleepingSpec
-from cineline.config import ParallelConfig, Place
-from cineline.engine import Engine
-from cineline.request import Branch, Job, Kind, VideoRequest, WorkItem
+from cineline.core.config import ParallelConfig, Place
+from cineline.core.request import Branch, Job, Kind, VideoRequest, WorkItem
+from cineline.core.trace import slice_name
+from cineline.engine.api import Engine
+from cineline.schedule.simulator import simulate
 from cineline.schedule.words import Value
-from cineline.simulation.simulator import simulate
-from cineline.trace import slice_name
 
 REQUESTS = ((6, 2), (3, 1), (8, 2), (4, 2), (5, 1), (7, 2))
 """Steps and forwards a step (2 with guidance) of the requests, which are submitted at once."""

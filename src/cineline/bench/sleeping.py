@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from PIL import Image
 
-from cineline.channel import TensorSpec
-from cineline.config import Cut, DeviceConfig, ParallelConfig, stages_alone
-from cineline.denoise import combine
+from cineline.core.config import Cut, DeviceConfig, ParallelConfig, stages_alone
+from cineline.core.request import Branch, Job, VideoRequest
 from cineline.errors import InvalidRequest
-from cineline.models.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
-from cineline.request import Branch, Job, VideoRequest
+from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
+from cineline.families.wan.denoise import combine
+from cineline.transport.channel import TensorSpec
 
 LATENTS = TensorSpec((16, 6, 32, 32), torch.float32)
 """As large as those of `cineline bench line`: 0.4 MB."""

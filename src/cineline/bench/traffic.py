@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cineline.bench.beside import WAIT_LIMIT_S
-from cineline.config import DeviceConfig, ParallelConfig
-from cineline.engine import Engine
-from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.request import VideoRequest
+from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.families.wan.spec import WanSpec
 from cineline.schedule.words import Value
-from cineline.spec import WanSpec
 
 MODEL = RandomConfig("t2v", layers=4, heads=4, head_dim=24, ffn_dim=192, boundary_ratio=0.0)
 SIZE = {"height": 128, "width": 128, "num_frames": 5}

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from cineline.bench.beside import WAIT_LIMIT_S
 from cineline.bench.measure import Run, interleave
-from cineline.config import DeviceConfig, ParallelConfig
-from cineline.engine import Engine
+from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.engine.sink import Sink
 from cineline.errors import CinelineError
-from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.request import VideoRequest
-from cineline.sink import Sink
-from cineline.spec import WanKind
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.families.wan.spec import WanKind
 
 POLL_S = 0.05
 

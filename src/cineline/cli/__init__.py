@@ -14,8 +14,8 @@ from cineline.cli.bench import app as bench_app
 from cineline.cli.evaluate import app as eval_app
 from cineline.cli.generate import generate
 from cineline.cli.plan import plan
+from cineline.engine.launch import QUIET
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError
-from cineline.launch import QUIET
 
 app = typer.Typer(
     help="Wan 2.2 video over pipeline stages: several requests in flight, bit for bit what one device gives.",

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cineline.core.family import FamilySpec
+from cineline.core.image import load_image
+from cineline.core.output import LATENT_SUFFIXES, VIDEO_SUFFIXES, check_folder, check_output
+from cineline.core.request import VideoRequest
 from cineline.errors import InvalidRequest, OutputError
-from cineline.output import LATENT_SUFFIXES, VIDEO_SUFFIXES, check_folder, check_output
-from cineline.request import VideoRequest
-from cineline.spec import FamilySpec, load_image
 
 DEFAULT_OUTPUT = Path("out.mp4")
 

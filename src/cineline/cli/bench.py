@@ -13,11 +13,11 @@ import typer
 from rich.console import Console
 
 from cineline.cli.options import Json, axes_of, one_of, whole_numbers
-from cineline.config import DeviceConfig, Dtype, ParallelConfig
+from cineline.core.config import DeviceConfig, Dtype, ParallelConfig
+from cineline.core.output import check_output
 from cineline.errors import InvalidConfig
-from cineline.output import check_output
-from cineline.scheduler import speed_up_limit
-from cineline.spec import WanKind
+from cineline.families.wan.spec import WanKind
+from cineline.schedule.scheduler import speed_up_limit
 
 app = typer.Typer(help="Measure the line on this machine.", no_args_is_help=True)
 
@@ -347,9 +347,9 @@ def exact(
     config = DeviceConfig(device, one_of("dtype", dtype, Dtype))
     from cineline.bench.exact import compare
     from cineline.bench.report import machine, report
-    from cineline.hub import open_model
-    from cineline.models.random_checkpoint import RandomConfig, save_random_checkpoint
-    from cineline.spec import WanSpec
+    from cineline.engine.hub import open_model
+    from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+    from cineline.families.wan.spec import WanSpec
 
     tell = _teller()
     with tempfile.TemporaryDirectory() as temporary:

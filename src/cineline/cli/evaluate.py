@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from cineline.cli.options import Json, one_of
-from cineline.config import Dtype, ParallelConfig
+from cineline.core.config import Dtype, ParallelConfig
+from cineline.core.output import check_output, whole_file
 from cineline.errors import InvalidConfig
-from cineline.output import check_output, whole_file
 
 app = typer.Typer(help="Judge a model's videos, or compare two files.", no_args_is_help=True)
 
@@ -38,11 +38,11 @@ def score(
     for file, suffix in ((sheet, ".png"), (json, ".json")):
         if file is not None:
             check_output(file, (suffix,))
-    from cineline.engine import Engine, default_device
+    from cineline.engine.api import Engine, default_device
+    from cineline.engine.hub import open_model
     from cineline.evaluation.scenes import held_out_scenes
     from cineline.evaluation.score import contact_sheet, show, tally
-    from cineline.hub import open_model
-    from cineline.spec import WanSpec
+    from cineline.families.wan.spec import WanSpec
 
     scenes = held_out_scenes()
     if prompts > len(scenes):
@@ -89,7 +89,7 @@ def compare(
     """
     if json is not None:
         check_output(json, (".json",))
-    from cineline.evaluation.compare import compare_files
+    from cineline.media.compare import compare_files
 
     found = compare_files(reference, other)
     psnr, worst = ("none" if value is None else f"{value:.2f} dB" for value in (found.psnr, found.worst_psnr))

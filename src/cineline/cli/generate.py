@@ -15,14 +15,14 @@ from rich.console import Console
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
 from cineline.cli.options import one_of, whole_numbers
 from cineline.cli.progress import RequestProgress, make_view
-from cineline.config import DeviceConfig, Dtype, ExpertPlacement, ParallelConfig, TextEncoder, VaeDecode
-from cineline.engine import Engine
+from cineline.core.config import DeviceConfig, Dtype, ExpertPlacement, ParallelConfig, TextEncoder, VaeDecode
+from cineline.core.output import check_output
+from cineline.core.request import Job
+from cineline.engine.api import Engine
+from cineline.engine.hub import MINIS, open_model
+from cineline.engine.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
+from cineline.engine.sink import Sink
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
-from cineline.hub import MINIS, open_model
-from cineline.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
-from cineline.output import check_output
-from cineline.request import Job
-from cineline.sink import Sink
 
 POLL_S = 0.1
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from cineline.config import AXES, ParallelConfig
+from cineline.core.config import AXES, ParallelConfig
 from cineline.errors import InvalidConfig
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result there.", show_default=False)]

@@ -13,19 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from cineline.cli.options import Json, one_of
-from cineline.config import Dtype
+from cineline.core.config import Dtype
+from cineline.core.output import check_output, whole_file
+from cineline.core.trace import write_trace
+from cineline.engine.hub import open_model
 from cineline.errors import InvalidConfig
-from cineline.hub import open_model
-from cineline.output import check_output, whole_file
+from cineline.families.wan.known import KNOWN
+from cineline.families.wan.spec import WanSpec
 from cineline.planning.hardware import devices_of, link_of
-from cineline.planning.known import KNOWN
 from cineline.planning.planner import Plan, Planning, Task, planned_job
 from cineline.planning.planner import plan as compare
 from cineline.planning.report import LIMITS, as_json, exactness, name_of, options_of, stage_rows, verdict
-from cineline.simulation.simulator import simulate
-from cineline.simulation.timeline import PICTURE_SUFFIXES, draw_timeline
-from cineline.spec import WanSpec
-from cineline.trace import write_trace
+from cineline.schedule.simulator import simulate
+from cineline.schedule.timeline import PICTURE_SUFFIXES, draw_timeline
 
 FILE_WIDTH = 150
 """Columns of what is printed where there is no terminal."""

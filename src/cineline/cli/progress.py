@@ -10,7 +10,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from cineline.handle import RequestHandle
+from cineline.engine.handle import RequestHandle
 
 LINES_EVERY_S = 5.0
 

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cineline.engine import Engine
-from cineline.evaluation.compare import VIDEO_PEAK, compare
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
 from cineline.evaluation.judge import Verdict, judge
 from cineline.evaluation.scenes import Scene, first_frame
-from cineline.request import VideoRequest
+from cineline.media.compare import VIDEO_PEAK, compare
 
 WAIT_LIMIT_S = 6 * 3600.0
 """For one video; a real model on a CPU takes hours."""

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cineline.config import ParallelConfig, Place
-from cineline.costs.model import ModelCosts
+from cineline.core.config import ParallelConfig, Place
+from cineline.families.wan.costs.model import ModelCosts
 from cineline.planning.balance import fill_evenly, smallest
 
 TARGET = 1.15

@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from cineline.config import Place, VaeDecode
+from cineline.core.config import Place, VaeDecode
 from cineline.planning.balance import cut_units, fill_evenly, smallest
 from cineline.planning.forecast import busy_s
 from cineline.planning.line import RECEIVE_BUFFERS, PlannedLine

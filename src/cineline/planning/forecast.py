@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cineline.core.request import Job, Kind, WorkItem
 from cineline.planning.line import PlannedLine
-from cineline.request import Job, Kind, WorkItem
 from cineline.schedule.words import Value
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from cineline.config import Dtype
-from cineline.costs.work import Work
+from cineline.core.config import Dtype
+from cineline.core.work import Work
 from cineline.errors import InvalidConfig
 
 LINEAR_SHARE, ATTENTION_SHARE, CONVOLUTION_SHARE, MEMORY_SHARE, LINK_SHARE = 0.6, 0.5, 0.3, 0.7, 0.8

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cineline.config import Place
+from cineline.core.config import Place
+from cineline.core.request import Job, Kind, WorkItem
 from cineline.planning.seconds import HISTORY, TILE, TimedLine
-from cineline.request import Job, Kind, WorkItem
 from cineline.schedule.words import RECEIVES_AHEAD, SENDS_UNDERWAY
 
 RECEIVE_BUFFERS = RECEIVES_AHEAD + 1

@@ -8,16 +8,16 @@ from typing import Any
 
 from PIL import Image
 
-from cineline.config import Dtype, ParallelConfig
-from cineline.costs.model import ModelCosts
+from cineline.core.config import Dtype, ParallelConfig
+from cineline.core.request import Job, VideoRequest
 from cineline.errors import InvalidConfig
+from cineline.families.wan.costs.model import ModelCosts
+from cineline.families.wan.spec import WanSpec
 from cineline.planning.fit import DECODES, Fit, fits
 from cineline.planning.forecast import Forecast, forecast
 from cineline.planning.hardware import Device, Link
 from cineline.planning.line import PlannedLine
-from cineline.request import Job, VideoRequest
-from cineline.scheduler import default_in_flight
-from cineline.spec import WanSpec
+from cineline.schedule.scheduler import default_in_flight
 
 MOST_LANES = 8
 """Ranks of a stage that are tried."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cineline.config import Place
+from cineline.core.config import Place
 from cineline.planning.planner import Plan, Planning, Task
 
 LIMITS = {

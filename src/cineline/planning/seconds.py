@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from cineline.config import ParallelConfig, Place
-from cineline.costs.model import ModelCosts
-from cineline.costs.transformer import TEXT_TOKENS
-from cineline.costs.work import ITEMSIZE, Work
+from cineline.core.config import ParallelConfig, Place
+from cineline.core.request import Job, Kind, WorkItem
+from cineline.core.work import ITEMSIZE, Work
+from cineline.families.wan.costs.model import ModelCosts
+from cineline.families.wan.costs.transformer import TEXT_TOKENS
+from cineline.families.wan.spec import WanSpec
 from cineline.planning.hardware import Device, Link, Rates
-from cineline.request import Job, Kind, WorkItem
 from cineline.schedule.words import Value
-from cineline.spec import WanSpec
 
 TIME_ROWS = 16
 """Rows of a time embedding that travel, with a timestep a token (`models.wan.SLOTS`)."""

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from cineline.config import ParallelConfig, Place
-from cineline.request import Group, Kind, Shape, WorkItem
+from cineline.core.config import ParallelConfig, Place
+from cineline.core.request import Group, Kind, Shape, WorkItem
 from cineline.schedule.words import Action, Compute, Do, Edge, Free, Keep, Meet, Post, Script, Send, Value, Wait, Way
 
 HANDED_ON = {

@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cineline.request import WorkItem
+from cineline.core.request import WorkItem
 
 RECEIVES_AHEAD = 2
 """Items whose receives are posted before the first of them is executed: tensors travel while the stage computes."""

@@ -1,1 +1,0 @@
-"""Text, images and frames in and out of the latent space."""

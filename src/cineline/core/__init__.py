@@ -1,0 +1,1 @@
+"""What every room speaks of: requests, configs, messages, what a family promises (no torch)."""

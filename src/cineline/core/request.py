@@ -1,0 +1,210 @@
+"""The nouns: what a user asks for, what the line carries."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError
+
+from cineline.errors import InvalidRequest
+
+
+def _number(value: Any) -> Any:
+    """Numbers as they are, numpy's too; nothing is read into a text or a truth value."""
+    if isinstance(value, (str, bytes, bool)):
+        raise ValueError("it is no number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number)]
+
+
+class VideoRequest(BaseModel):
+    """One video to generate. A field left out (None) takes the model's default.
+
+    Attributes:
+        prompt: what the video shows; not empty.
+        negative_prompt: what it should not show; used only with guidance on.
+        image: the first frame, a file's path or a PIL image; only for models that take one.
+        height, width: in pixels, on the model's grid (VAE scale x patch).
+        num_frames: 4k + 1 for Wan's VAEs.
+        num_inference_steps: solver steps, at least 1.
+        guidance_scale: classifier-free guidance is on when this is above 1.
+        guidance_scale_2: the low-noise expert's scale; only for models with two experts. Left out, it is the
+            kind's own (T2V-A14B 3, I2V-A14B 3.5), also beside a `guidance_scale` that is given.
+        flow_shift: the solver's time shift.
+        boundary_ratio: share of the training timesteps below which the low-noise expert runs.
+        seed: of the CPU generator that draws the noise, 0 <= seed < 2**63.
+        fps: frames a second of the video file.
+        decode: False stops at the latents.
+
+    Raises:
+        InvalidRequest: an unknown field or a value of the wrong type.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    prompt: str
+    negative_prompt: str = ""
+    image: Path | Image.Image | None = None
+    height: Whole | None = None
+    width: Whole | None = None
+    num_frames: Whole | None = None
+    num_inference_steps: Whole | None = None
+    guidance_scale: Real | None = None
+    guidance_scale_2: Real | None = None
+    flow_shift: Real | None = None
+    boundary_ratio: Real | None = None
+    seed: Whole = 0
+    fps: Whole | None = None
+    decode: StrictBool = True
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise InvalidRequest(_first_sentence(error)) from None
+
+
+def _first_sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][:1])
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(VideoRequest.model_fields)
+        return f"Unknown request field {field!r}: the fields are {known}."
+    if first["type"] == "missing":
+        return f"The request has no {field!r}: give one."
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    return f"{field}={first['input']!r} cannot be used: {reason}; give a value of that type."
+
+
+class Shape(NamedTuple):
+    """What the line must know of a job: jobs alike in this follow the same scripts.
+
+    Attributes:
+        steps, branches, chunks: `Job`'s. texts: whether its prompts go through the stages.
+    """
+
+    steps: int
+    branches: int
+    texts: bool
+    chunks: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with nothing left open: what every stage is told at admission.
+
+    Attributes:
+        id: unique in its engine.
+        steps: solver steps. branches: forwards a step, 2 with guidance and 1 without.
+        texts: prompts that go through the stages' text encoder, one a branch; 0 where the family has none.
+        chunks: decode items, one a latent frame; 0 when the request stops at the latents.
+        has_image: whether the head is handed a first frame.
+        The other fields are `VideoRequest`'s, resolved; a scale that a model does not use is None.
+    """
+
+    id: int
+    prompt: str
+    negative_prompt: str
+    height: int
+    width: int
+    num_frames: int
+    steps: int
+    branches: int
+    texts: int
+    chunks: int
+    guidance_scale: float
+    guidance_scale_2: float | None
+    flow_shift: float | None
+    boundary_ratio: float | None
+    seed: int
+    fps: int
+    has_image: bool
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.steps, self.branches, self.texts > 0, self.chunks)
+
+
+class Kind(enum.IntEnum):
+    """What a work item does.
+
+    TEXT: a prompt through the text encoder's slices, its embedding from the tail back to the head. ENCODE: the head
+    makes a request's conditioning and hands it to all stages. DENOISE: a forward of one branch of one step. DECODE:
+    a chunk of latents through the VAE decoder's slices to frames. DROP: every stage forgets the request.
+    """
+
+    TEXT = 0
+    ENCODE = 1
+    DENOISE = 2
+    DECODE = 3
+    DROP = 4
+
+
+class Branch(enum.IntEnum):
+    """The two forwards of classifier-free guidance, in the order they run."""
+
+    COND = 0
+    UNCOND = 1
+
+
+class WorkItem(NamedTuple):
+    """One forward through the stages.
+
+    Attributes:
+        kind: what to do.
+        request: the job's id.
+        number: the solver step (DENOISE) or the chunk (DECODE).
+        branch: of a TEXT or DENOISE item.
+    """
+
+    kind: Kind
+    request: int
+    number: int = 0
+    branch: Branch = Branch.COND
+
+
+class Group(NamedTuple):
+    """Items that are emitted together: one entry of the ordered stream that all stages execute.
+
+    The engine hears of a group's beginning and of its end, not of each item.
+
+    Attributes:
+        kind, request, number: of all of its items.
+        size: how many there are in each line: the branches of a TEXT or DENOISE item that one line runs, else 1.
+    """
+
+    kind: Kind
+    request: int
+    number: int = 0
+    size: int = 1
+
+    def items(self, line: int) -> list[WorkItem]:
+        """The items of a line, in order. With CFG parallelism each line runs its own branch."""
+        if self.kind not in (Kind.TEXT, Kind.DENOISE):
+            branches = [Branch.COND]
+        else:
+            branches = list(Branch) if self.size == len(Branch) else [Branch(line)]
+        return [WorkItem(self.kind, self.request, self.number, branch) for branch in branches]
+
+    def pack(self) -> bytes:
+        """The group as a header of `HEADER.size` bytes."""
+        return HEADER.pack(*self)
+
+    @classmethod
+    def unpack(cls, header: bytes) -> Group:
+        """The group that `pack` wrote."""
+        kind, request, number, size = HEADER.unpack(header)
+        return cls(Kind(kind), request, number, size)
+
+
+HEADER = struct.Struct("<BQIB")
+"""Wire format of a group: kind, request, number, size."""

@@ -1,0 +1,404 @@
+"""The engine: starts the ranks, submits requests to the line, hands back handles.
+
+It lives in the caller's process, which never joins `torch.distributed`, so that several engines can
+live side by side. One thread listens to the ranks; a lock guards the scheduler and the handles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from dataclasses import dataclass, field
+from multiprocessing import connection as mp_connection
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from cineline.core import control
+from cineline.core.config import DEVICES, Cut, DeviceConfig, Dtype, ParallelConfig, Place, TextEncoder
+from cineline.core.family import FamilySpec
+from cineline.core.image import load_image
+from cineline.core.output import check_output
+from cineline.core.request import Group, Job, VideoRequest
+from cineline.core.trace import Slice, write_trace
+from cineline.engine.auto import divide
+from cineline.engine.handle import RequestHandle
+from cineline.engine.hub import open_model
+from cineline.engine.launch import (
+    GRACE_S,
+    Launcher,
+    RankProcess,
+    launch_local,
+    launch_torchrun,
+    torchrun_rank,
+    torchrun_world,
+)
+from cineline.errors import (
+    CinelineError,
+    EdgeBroken,
+    EngineClosed,
+    InvalidConfig,
+    RankFailed,
+    RequestCancelled,
+)
+from cineline.schedule.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+
+NOT_EXACT = {
+    "rows": "are close to the exact ones (most values equal, others a grey level off), not equal.",
+    "tiled": "differ from the exact ones, most of all where tiles meet.",
+}
+"""What is said of the ways to decode that are not exact."""
+
+START_LIMIT_S = 3600.0
+
+CULPRIT_LIMIT_S = 3.0
+"""Seconds between a rank's word that its neighbour is gone and the neighbour's own end."""
+
+
+@dataclass
+class _Line:
+    """What the lock guards."""
+
+    scheduler: Scheduler
+    handles: dict[int, RequestHandle] = field(default_factory=dict)
+    images: dict[int, Image.Image] = field(default_factory=dict)
+    next_id: int = 0
+    broken: CinelineError | None = None
+
+
+class Engine:
+    """A model on its ranks, ready for requests. Use it as a context manager, or call `close`.
+
+    Args:
+        model: a folder in diffusers format, a hub id, mini-ti2v, mini-t2v, or another family's spec; None for
+            mini-ti2v.
+        parallel: how the model is divided; "auto" lets the planner divide it over this machine's devices, for
+            requests of the model's default size.
+        device: "cpu" or "cuda"; None takes cuda where there is one.
+        dtype: of transformers and text encoder; None is float32 on the CPU, bfloat16 elsewhere.
+        vae_dtype: of the VAE.
+        text_encoder: where its layers are kept, see `DeviceConfig`.
+        in_flight: requests that denoise at once; None fills the line with one to spare.
+        trace: write a Chrome trace there on close, where nothing was left undone.
+        launcher: start the ranks here, or be rank 0 of a torchrun world.
+        pin_cores: pin rank r to core r (benchmarks).
+        allow_untested_device: try an accelerator other than CUDA, by torch's name for it.
+
+    Attributes:
+        bytes_read: of weights, by rank.
+        traffic: after `close`, bytes that each rank sent: over its edges by what was sent, else by axis.
+
+    Raises:
+        InvalidConfig, CheckpointError, OutputError: before or while the ranks start; none is left running.
+        RankFailed: a rank raised or died while it started.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | FamilySpec | None = None,
+        parallel: ParallelConfig | Literal["auto"] | None = None,
+        *,
+        device: str | None = None,
+        dtype: Dtype | None = None,
+        vae_dtype: Dtype = "float32",
+        text_encoder: TextEncoder = "resident",
+        in_flight: int | None = None,
+        trace: str | Path | None = None,
+        launcher: Launcher = "local",
+        pin_cores: bool = False,
+        allow_untested_device: bool = False,
+    ) -> None:
+        device = device or default_device()
+        if in_flight is not None and (type(in_flight) is not int or in_flight < 1):
+            raise InvalidConfig(f"in_flight={in_flight!r} is no whole number from 1 on: give 1 or more.")
+        if launcher not in get_args(Launcher):
+            raise InvalidConfig(f"launcher={launcher!r} is not known: use {' or '.join(get_args(Launcher))}.")
+        if launcher == "torchrun" and torchrun_rank() is None:
+            raise InvalidConfig("launcher='torchrun' needs a torchrun world: start the program with torchrun.")
+        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device)
+        self.spec = open_model(model)
+        if parallel == "auto":
+            if launcher == "torchrun":
+                raise InvalidConfig("parallel='auto' is for ranks of this machine: give torchrun's a ParallelConfig.")
+            parallel, in_flight = divide(self.spec, config, in_flight)
+        parallel = self.spec.place(parallel or ParallelConfig())
+        if parallel.vae_decode in NOT_EXACT:
+            log.warning("vae_decode=%r: frames %s", parallel.vae_decode, NOT_EXACT[parallel.vae_decode])
+        if launcher == "local":
+            _check_devices(parallel, config)
+        cut = self.spec.cut(parallel, config)
+        heads = (Place(cfg=cfg) for cfg in range(parallel.cfg))
+        self._image_ranks = {parallel.rank(place) for place in heads}
+        self._trace = None if trace is None else Path(trace)
+        if self._trace is not None:
+            check_output(self._trace, (".json",))
+        self._slices: list[Slice] = []
+        self.traffic: dict[int, dict[str, int]] = {}
+        self._timelines = 0
+        self._closed = False
+        self._lock = threading.RLock()
+        self._line = _Line(Scheduler(parallel, in_flight, self._admit))
+        environment = config.rank_environment(parallel.ranks if launcher == "local" else torchrun_world()[1])
+        if launcher == "local":
+            family = self.spec.stages_class.partition(":")[0] if device == "cpu" else None
+            self._ranks = launch_local(parallel.ranks, environment, family)
+        else:
+            self._ranks = launch_torchrun(parallel, environment, START_LIMIT_S)
+        try:
+            self.bytes_read = self._start(parallel, cut, config)
+        except BaseException:
+            self._end_ranks(0.0)
+            self._disconnect()
+            raise
+        self._listener = threading.Thread(target=self._listen, name="cineline-engine", daemon=True)
+        self._listener.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(self, request: VideoRequest) -> RequestHandle:
+        """Queue a request; returns at once.
+
+        Raises:
+            InvalidRequest: it breaks one of the model's rules.
+            EngineClosed, RankFailed: the engine takes no more.
+        """
+        image = None if request.image is None else load_image(request.image)
+        if image is not None:
+            request = request.model_copy(update={"image": image})
+        with self._lock:
+            job = self.spec.resolve(request, self._line.next_id)
+            if self._line.broken is not None:
+                raise self._line.broken
+            if self._closed:
+                raise EngineClosed("The engine is closed: make a new one.")
+            self._line.next_id += 1
+            handle = RequestHandle(job, self._cancel)
+            self._line.handles[job.id] = handle
+            if image is not None:
+                self._line.images[job.id] = image
+            self._line.scheduler.submit(job)
+            self._emit(self._line.scheduler.pump())
+        return handle
+
+    def close(self) -> None:
+        """End the ranks; requests that are not done raise `EngineClosed`."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            idle = not self._line.handles and self._line.broken is None
+            self._fail_all(EngineClosed("The engine was closed before the request was done."))
+            if idle:
+                for rank in self._ranks:
+                    self._say(rank, control.Stop())
+        # Idle ranks end by themselves and hand in their timelines; the others wait for tensors that never come.
+        if idle:
+            self._listener.join(GRACE_S)
+        self._end_ranks(GRACE_S if idle else 0.0)
+        self._listener.join(GRACE_S)
+        self._disconnect()
+        if self._trace is not None and self._timelines == len(self._ranks):
+            write_trace(self._slices, self._trace)
+
+    # Starting.
+
+    def _start(self, parallel: ParallelConfig, cut: tuple[Cut, ...], config: DeviceConfig) -> list[int]:
+        """Tell every rank what it is and wait until all are ready; the bytes of weights each has read."""
+        deadline = time.monotonic() + START_LIMIT_S
+        port = None
+        for rank in self._ranks:
+            setup = control.Setup(
+                self.spec,
+                rank.rank,
+                parallel,
+                cut,
+                config,
+                rank.local_rank,
+                rank.ranks_on_host,
+                port,
+                self._trace is not None,
+            )
+            self._say(rank, setup)
+            if rank.rank == 0 and len(self._ranks) > 1 and self._ranks[1].process is not None:
+                opened = self._hear([rank], deadline)[1]
+                assert isinstance(opened, control.StoreOpen)
+                port = opened.port
+        ready: dict[int, int] = {}
+        while len(ready) < len(self._ranks):
+            rank, message = self._hear([rank for rank in self._ranks if rank.rank not in ready], deadline)
+            assert isinstance(message, control.Ready)
+            ready[rank.rank] = message.bytes_read
+        return [ready[rank.rank] for rank in self._ranks]
+
+    def _hear(self, ranks: list[RankProcess], deadline: float) -> tuple[RankProcess, control.Message]:
+        """The next message of any rank while it starts.
+
+        Raises:
+            CinelineError: the rank's own error, or `RankFailed`.
+        """
+        by_connection: dict[Any, RankProcess] = {rank.connection: rank for rank in ranks}
+        heard = mp_connection.wait(list(by_connection), timeout=max(0.0, deadline - time.monotonic()))
+        if not heard:
+            raise RankFailed(ranks[0].rank, f"it was not ready after {START_LIMIT_S:.0f} s")
+        rank = by_connection[heard[0]]
+        message = self._receive(rank)
+        if isinstance(message, control.Failed):
+            failure = message.error or RankFailed(rank.rank, message.cause)
+            others = [other for other in ranks if other is not rank]
+            if isinstance(failure, EdgeBroken):
+                failure = RankFailed(rank.rank, message.cause)
+                # It only missed another rank, of which more is heard within moments.
+                while others and mp_connection.wait([other.connection for other in others], CULPRIT_LIMIT_S):
+                    other, _ = self._hear(others, deadline)
+                    others.remove(other)
+            raise failure
+        return rank, message
+
+    def _receive(self, rank: RankProcess) -> control.Message:
+        try:
+            return control.receive(rank.connection)
+        except (EOFError, OSError):
+            return control.Failed(rank.describe_end())
+
+    def _say(self, rank: RankProcess, message: control.Message) -> None:
+        with contextlib.suppress(OSError):  # it is gone; the listener hears of that and knows the cause
+            control.send(rank.connection, message)
+
+    # Running. All of these hold the lock.
+
+    def _admit(self, job: Job) -> None:
+        image = self._line.images.pop(job.id, None)
+        for rank in self._ranks:
+            self._say(rank, control.Admit(job, image if rank.rank in self._image_ranks else None))
+
+    def _emit(self, groups: list[Group]) -> None:
+        for group in groups:
+            for rank in self._ranks:
+                self._say(rank, group)
+
+    def _cancel(self, handle: RequestHandle) -> bool:
+        with self._lock:
+            if self._line.handles.pop(handle.job.id, None) is None:
+                return False
+            self._line.images.pop(handle.job.id, None)
+            drop = self._line.scheduler.cancel(handle.job.id)
+            self._emit(([drop] if drop else []) + self._line.scheduler.pump())
+            handle.fail(RequestCancelled(f"Request {handle.job.id} was cancelled at step {handle.progress[0]}."))
+        return True
+
+    def _take(self, done: control.Done) -> None:
+        handle = self._line.handles.get(done.group.request)
+        finished = self._line.scheduler.complete(done.group, done.moves)
+        self._emit(self._line.scheduler.pump())
+        if handle is None:
+            return
+        handle.take(done)
+        if finished:
+            del self._line.handles[handle.job.id]
+            handle.finish()
+
+    def _fail_all(self, error: CinelineError) -> None:
+        for handle in self._line.handles.values():
+            handle.fail(error)
+        self._line.handles.clear()
+
+    # Listening.
+
+    def _listen(self) -> None:
+        """Take in what the ranks say until all have ended, or one has failed."""
+        try:
+            failure = self._listen_until_failure()
+        except Exception as error:  # the thread's edge: without it nobody would ever be answered
+            failure = RankFailed(0, f"what it reported could not be taken in ({type(error).__name__}: {error})")
+        if failure is not None:
+            self._break(failure)
+
+    def _listen_until_failure(self) -> RankFailed | None:
+        open_ranks: dict[Any, RankProcess] = {rank.connection: rank for rank in self._ranks}
+        symptom: RankFailed | None = None
+        deadline: float | None = None
+        while open_ranks:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            heard = mp_connection.wait(list(open_ranks), timeout=left)
+            if not heard:
+                return symptom
+            for connection in heard:
+                rank = open_ranks[connection]
+                message = self._receive(rank)
+                if isinstance(message, control.Timeline):
+                    self._slices.extend(message.slices)
+                    self.traffic[rank.rank] = dict(message.traffic)
+                    self._timelines += 1
+                    del open_ranks[connection]
+                elif isinstance(message, control.Failed):
+                    failure = RankFailed(rank.rank, message.cause)
+                    if not isinstance(message.error, EdgeBroken):
+                        return failure
+                    # It only lost its neighbour. The one that failed is heard of within moments.
+                    symptom = symptom or failure
+                    deadline = deadline or time.monotonic() + CULPRIT_LIMIT_S
+                    del open_ranks[connection]
+                elif isinstance(message, control.Begun):
+                    with self._lock:
+                        self._line.scheduler.begun(message.group)
+                        self._emit(self._line.scheduler.pump())
+                elif isinstance(message, control.Done):
+                    with self._lock:
+                        self._take(message)
+        return symptom
+
+    def _break(self, error: RankFailed) -> None:
+        """A rank is lost, and with it the line: fail what is in it and end the others."""
+        with self._lock:
+            if not self._closed:
+                self._line.broken = error
+            self._fail_all(error)
+        self._end_ranks(0.0)
+        self._disconnect()
+
+    def _end_ranks(self, grace_s: float) -> None:
+        deadline = time.monotonic() + grace_s
+        for rank in self._ranks:
+            rank.end(deadline)
+
+    def _disconnect(self) -> None:
+        """Close the connections, which also ends ranks on other hosts. Nobody may be listening any more."""
+        for rank in self._ranks:
+            rank.connection.close()
+
+
+def _check_devices(parallel: ParallelConfig, config: DeviceConfig) -> None:
+    """Refuse what this machine's accelerators cannot run; stages may share them, the ranks of a stage may not."""
+    if config.device not in DEVICES and parallel.ring > 1:
+        raise InvalidConfig(f"ring={parallel.ring} has no attention for device={config.device!r}: use ulysses.")
+    if config.device == "cpu" or parallel.lanes == 1:
+        return
+    import torch
+
+    found = torch.accelerator.device_count()
+    if parallel.ranks > found:
+        raise InvalidConfig(
+            f"{parallel} is {parallel.ranks} ranks, which need an accelerator each, and here are {found}: "
+            f"{parallel.advice(found)}."
+        )
+
+
+def default_device() -> str:
+    """The device that is used where none is named."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

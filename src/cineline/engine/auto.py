@@ -1,0 +1,68 @@
+"""`Engine(parallel="auto")`: the planner's choice for the devices of this machine."""
+
+from __future__ import annotations
+
+import logging
+
+from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.core.family import FamilySpec
+from cineline.errors import InvalidConfig
+from cineline.families.wan.spec import WanSpec
+from cineline.planning.hardware import LINKS, Device, device_named
+from cineline.planning.planner import Task, plan, planned_job
+from cineline.planning.report import exactness, name_of
+
+LINK = "pcie4"
+"""Between this machine's devices: the least that they have; a faster one makes no plan of this one wrong."""
+
+log = logging.getLogger(__name__)
+
+
+def divide(spec: FamilySpec, config: DeviceConfig, in_flight: int | None) -> tuple[ParallelConfig, int | None]:
+    """The best division of the model as one engine, and the requests in flight, for requests of the model's defaults.
+
+    On the CPU that is one stage: its cores work together already.
+
+    Raises:
+        InvalidConfig: no plan fits, a device is not in the planner's table, or the model is none that it knows.
+    """
+    if config.device == "cpu":
+        return ParallelConfig(), in_flight
+    if config.text_encoder != "resident":
+        raise InvalidConfig(
+            f"parallel='auto' plans for a resident text encoder, not {config.text_encoder!r}: give a ParallelConfig."
+        )
+    if not isinstance(spec, WanSpec):
+        raise InvalidConfig("parallel='auto' is for Wan models alone: give a ParallelConfig.")
+    task = Task(
+        spec,
+        local_devices(),
+        LINKS[LINK],
+        planned_job(spec, {}),
+        dtype=config.dtype,
+        vae_dtype=config.vae_dtype,
+        in_flight=in_flight,
+    )
+    best = plan(task).single
+    if best is None:
+        raise InvalidConfig(f"parallel='auto' finds no plan of one engine for {spec.folder}: give a ParallelConfig.")
+    log.log(
+        logging.INFO if best.exact else logging.WARNING,
+        "Divided by the planner: %s, %d in flight, %s.",
+        *(name_of(best), best.in_flight, exactness(best)),
+    )
+    return best.parallel, best.in_flight
+
+
+def local_devices() -> list[Device]:
+    """CUDA's devices here, with the memory that they report.
+
+    Raises:
+        InvalidConfig: there is none, or one that is not in the planner's table.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InvalidConfig("parallel='auto' plans for CUDA devices, and torch finds none here: give a ParallelConfig.")
+    found = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return [device_named(device.name, float(device.total_memory)) for device in found]

@@ -1,0 +1,94 @@
+"""The engine's end of the process that forks the ranks of a machine (`nursery`)."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from multiprocessing.connection import Connection
+
+from cineline.core.control import FORKED
+
+JOIN_LIMIT_S = 5.0
+
+
+class Nursery:
+    """The engine's end of one.
+
+    Args:
+        connection: to the process. process: itself. ranks: how many it forks.
+    """
+
+    def __init__(self, connection: Connection, process: subprocess.Popen[bytes], ranks: int) -> None:
+        self._connection = connection
+        self._process = process
+        self._lock = threading.Lock()
+        self._forked = False
+        self.codes: list[Future[int]] = [Future() for _ in range(ranks)]
+        self._listener = threading.Thread(target=self._listen, name="cineline-nursery", daemon=True)
+        self._listener.start()
+
+    def kill(self, number: int) -> None:
+        """End a rank at once, if it has not ended."""
+        if not self._forked:  # it loads, for seconds
+            self.kill_all()
+            return
+        with self._lock, contextlib.suppress(OSError):  # gone, and its ranks with it
+            self._connection.send(number)
+
+    def kill_all(self) -> None:
+        """End the process, and with it its ranks."""
+        self._process.kill()
+
+    def join(self) -> None:
+        """Wait for the process, where all of its ranks have ended."""
+        if all(code.done() for code in self.codes):
+            self._listener.join(JOIN_LIMIT_S)
+
+    def _listen(self) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            self._forked = self._connection.recv() == FORKED
+            while True:
+                number, code = self._connection.recv()
+                self.codes[number].set_result(code)
+        own = self._process.wait()
+        for code in self.codes:
+            if not code.done():
+                code.set_result(own)
+        with self._lock:
+            self._connection.close()
+
+
+class ForkedRank:
+    """A rank's process, as `subprocess.Popen` is one."""
+
+    def __init__(self, nursery: Nursery, number: int) -> None:
+        self._nursery = nursery
+        self._number = number
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        code = self._nursery.codes[self._number]
+        return code.result() if code.done() else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit code; without a `timeout`, of a rank that was killed.
+
+        Raises:
+            subprocess.TimeoutExpired: it has none after `timeout` seconds.
+        """
+        found = self._nursery.codes[self._number]
+        try:
+            code = found.result(JOIN_LIMIT_S if timeout is None else timeout)
+        except FutureTimeout:
+            if timeout is not None:
+                raise subprocess.TimeoutExpired("rank", timeout) from None
+            self._nursery.kill_all()  # it does not answer
+            code = found.result(JOIN_LIMIT_S)
+        self._nursery.join()
+        return code
+
+    def kill(self) -> None:
+        self._nursery.kill(self._number)

@@ -1,0 +1,55 @@
+"""From what a user calls a model to its spec: a mini model's name, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cineline.core.family import FamilySpec
+from cineline.errors import CheckpointError
+from cineline.families.wan.spec import WanSpec
+
+MINIS = ("mini-ti2v", "mini-t2v")
+"""Trained models that ship with the package, by the names they go by everywhere; the first is the default."""
+
+FILES = ["model_index.json", "cineline.json", "*/*.json", "*/*.safetensors", "tokenizer/*"]
+
+
+def open_model(model: str | Path | FamilySpec | None) -> FamilySpec:
+    """The model's spec, downloading it first where it is a hub id.
+
+    Raises:
+        CheckpointError: there is no such model, or it is none that Cineline runs.
+    """
+    if model is not None and not isinstance(model, (str, Path)):
+        return model
+    if model is None or str(model) in MINIS:
+        return WanSpec.open(Path(__file__).parent.parent / "minis" / str(model or MINIS[0]))
+    folder = Path(model)
+    try:
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except OSError as error:
+        raise CheckpointError(f"model={str(model)[:40]!r} cannot be a folder ({error.strerror}): give one.") from None
+    if is_folder:
+        return WanSpec.open(folder)
+    if exists:
+        raise CheckpointError(f"model={str(model)!r} is a file: give the folder that holds model_index.json.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+        raise CheckpointError(
+            f"model={str(model)!r} does not exist: give a folder, a hub id such as owner/name, or {' or '.join(MINIS)}."
+        )
+    return WanSpec.open(_download(str(model)))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=FILES))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"model={hub_id!r} is no folder here and cannot be downloaded ({type(error).__name__}: {reason}): "
+            "check the name and the network."
+        ) from None

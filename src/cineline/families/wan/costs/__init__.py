@@ -1,0 +1,1 @@
+"""What Wan's components weigh and compute (no torch)."""

@@ -1,0 +1,143 @@
+"""A whole model's costs, and what each rank holds of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cineline.core.config import Dtype, ParallelConfig, Place
+from cineline.families.wan.costs.text import TextCosts
+from cineline.families.wan.costs.transformer import TransformerCosts
+from cineline.families.wan.costs.vae import VaeCosts
+
+
+class Shapes(Protocol):
+    """A model's configs; a `WanSpec` has them."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def experts(self) -> tuple[str, ...]: ...
+    @property
+    def transformer(self) -> Mapping[str, Any]: ...
+    @property
+    def text(self) -> Mapping[str, Any]: ...
+    @property
+    def vae(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of the weights that a rank holds.
+
+    Attributes:
+        transformer: of all experts. text: of the encoder. vae: of both halves.
+    """
+
+    transformer: int
+    text: int
+    vae: int
+
+    @property
+    def total(self) -> int:
+        return self.transformer + self.text + self.vae
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """The costs of a model's components.
+
+    Attributes:
+        kind: ti2v, t2v or i2v; only t2v has no use for the VAE's encoder.
+        experts: transformers.
+        dtype, vae_dtype: of transformers and text encoder, and of the VAE.
+    """
+
+    kind: str
+    experts: int
+    transformer: TransformerCosts
+    text: TextCosts
+    vae: VaeCosts
+    dtype: Dtype
+    vae_dtype: Dtype
+
+    @classmethod
+    def of(cls, shapes: Shapes, dtype: Dtype, vae_dtype: Dtype) -> ModelCosts:
+        """From a model's configs."""
+        return cls(
+            shapes.kind,
+            len(shapes.experts),
+            TransformerCosts.of(shapes.transformer),
+            TextCosts.of(shapes.text),
+            VaeCosts.of(shapes.vae),
+            dtype,
+            vae_dtype,
+        )
+
+    @property
+    def encodes_images(self) -> bool:
+        return self.kind != "t2v"
+
+    @property
+    def whole(self) -> Held:
+        """All that one rank alone holds."""
+        transformer = self.transformer.whole.nbytes(self.dtype) * self.experts
+        vae = sum(unit.parameters.nbytes(self.vae_dtype) for unit in self.vae.decoder) + self._ends_of_vae()
+        return Held(transformer, self.text.whole.nbytes(self.dtype), vae)
+
+    def _ends_of_vae(self) -> int:
+        encoder = self.vae.encoder_parameters.nbytes(self.vae_dtype) if self.encodes_images else 0
+        return encoder + self.vae.before_decoder.nbytes(self.vae_dtype)
+
+    def held(self, parallel: ParallelConfig, place: Place) -> Held:
+        """What the rank at `place` holds; of the config nothing is open."""
+        return Held(
+            self.held_of_experts(parallel, place),
+            self._held_of_text(parallel, place),
+            self._held_of_vae(parallel, place),
+        )
+
+    def experts_on(self, parallel: ParallelConfig, stage: int) -> int:
+        """Experts of which the stage has blocks."""
+        return self.experts if parallel.expert_placement == "shared" else 1
+
+    def held_of_experts(self, parallel: ParallelConfig, place: Place) -> int:
+        """Blocks, and what stands before and after them."""
+        parts, dtype, stage = self.transformer, self.dtype, place.pp
+        on, groups = self.experts_on(parallel, stage), parallel.groups
+        blocks = len(parallel.blocks(parts.layers)[stage])
+        held = on * blocks * parts.block_shard(parallel.tp).nbytes(dtype)
+        if stage == 0:
+            held += self.experts * parts.condition_embedder.nbytes(dtype)
+        if stage in {group.start for group in groups}:
+            held += on * parts.patch_embedding.nbytes(dtype)
+        if stage in {group.stop - 1 for group in groups}:
+            held += on * parts.output_head.nbytes(dtype)
+        return held
+
+    def _held_of_text(self, parallel: ParallelConfig, place: Place) -> int:
+        if not place.is_first_lane:
+            return 0
+        assert parallel.text_split is not None
+        held = parallel.text_split[place.pp] * self.text.layer.nbytes(self.dtype)
+        held += self.text.embedding.nbytes(self.dtype) if place.pp == 0 else 0
+        return held + (self.text.last_norm.nbytes(self.dtype) if place.pp == parallel.pp - 1 else 0)
+
+    def _held_of_vae(self, parallel: ParallelConfig, place: Place) -> int:
+        held = 0
+        if self.encodes_images and place == Place(cfg=place.cfg):
+            held += self.vae.encoder_parameters.nbytes(self.vae_dtype)
+        if place.leads:
+            held += sum(unit.parameters.nbytes(self.vae_dtype) for unit in self.units_on(parallel, place.pp))
+            if parallel.takes_latents(place.pp):
+                held += self.vae.before_decoder.nbytes(self.vae_dtype)
+        return held
+
+    def units_on(self, parallel: ParallelConfig, stage: int) -> tuple[Any, ...]:
+        """The decoder's units there."""
+        if parallel.vae_decode != "layers":
+            return self.vae.decoder if stage in parallel.decoders else ()
+        assert parallel.vae_split is not None
+        start = sum(parallel.vae_split[:stage])
+        return self.vae.decoder[start : start + parallel.vae_split[stage]]

@@ -1,0 +1,76 @@
+"""Tensor parallelism inside a stage: attention by heads, feed-forward by columns (Shoeybi et al. 2019, arXiv
+1909.08053), applied to diffusers' Wan blocks from outside, before their weights are read.
+
+torch's `parallelize_module` does this with DTensors that are whole at first; here a rank never holds more than its
+shard, and Wan's RMS norm over all heads needs the others' sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cineline.transport.axis import Axis
+from cineline.weights.files import Shard
+
+COLUMNS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v", "ffn.net.0.proj")
+"""Linears whose outputs are shared out."""
+
+ROWS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")
+"""Linears whose inputs are shared out; their outputs are summed over the ranks."""
+
+NORMS = ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k")
+"""RMS norms over all heads."""
+
+
+class RowLinear(nn.Linear):
+    """A linear layer whose input is shared out over the ranks of an axis."""
+
+    def __init__(self, inputs: int, outputs: int, axis: Axis) -> None:
+        super().__init__(inputs, outputs, device="meta")
+        self._axis = axis
+
+    def forward(self, own: Tensor) -> Tensor:
+        """[..., inputs of this rank] to [..., outputs]."""
+        return self._axis.all_reduce(F.linear(own, self.weight)) + self.bias
+
+
+class SharedRMSNorm(nn.Module):
+    """RMS norm over features that are shared out over the ranks of an axis (as `torch.nn.RMSNorm` over all)."""
+
+    def __init__(self, features: int, eps: float, axis: Axis) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(features, device="meta"))
+        self._eps = eps
+        self._axis = axis
+
+    def forward(self, own: Tensor) -> Tensor:
+        """[..., features of this rank] to the same."""
+        values = own.float()
+        squares = self._axis.all_reduce(values.square().sum(-1, keepdim=True))
+        features = self.weight.numel() * self._axis.size
+        return (values * torch.rsqrt(squares / features + self._eps)).type_as(own) * self.weight
+
+
+def shard_block(block: Any, axis: Axis) -> dict[str, Shard]:
+    """Replace a block's layers by this rank's shares of them (on the meta device); what to read of each tensor."""
+    shards: dict[str, Shard] = {}
+    for name in COLUMNS:
+        whole = block.get_submodule(name)
+        block.set_submodule(name, nn.Linear(whole.in_features, whole.out_features // axis.size, device="meta"))
+        shards |= {f"{name}.{tensor}": Shard(0, axis.index, axis.size) for tensor in ("weight", "bias")}
+    for name in ROWS:
+        whole = block.get_submodule(name)
+        block.set_submodule(name, RowLinear(whole.in_features // axis.size, whole.out_features, axis))
+        shards[f"{name}.weight"] = Shard(1, axis.index, axis.size)
+    for name in NORMS:
+        whole = block.get_submodule(name)
+        features = whole.weight.numel() // axis.size
+        block.set_submodule(name, SharedRMSNorm(features, whole.eps, axis))
+        shards[f"{name}.weight"] = Shard(0, axis.index, axis.size)
+    for attention in (block.attn1, block.attn2):
+        attention.heads //= axis.size
+    return shards

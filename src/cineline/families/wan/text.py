@@ -1,0 +1,142 @@
+"""Prompts to embeddings, as diffusers' Wan pipelines make them, by an encoder that is cut over the stages.
+
+Legend: D the encoder's width.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+
+from cineline.core.config import TextEncoder
+from cineline.errors import CheckpointError
+from cineline.weights.files import Weights
+
+log = logging.getLogger(__name__)
+
+TOKENS = 512
+"""Rows of a prompt's embedding; shorter prompts are padded with zeros, longer ones cut off."""
+
+
+class Tokenizer:
+    """Prompts to token numbers.
+
+    Args:
+        folder: the checkpoint's, with `tokenizer`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({error}).") from None
+
+    def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Token numbers int64 [1, 512] of one prompt, and its mask: 1 up to its last token, 0 behind."""
+        cleaned = prompt_clean(prompt)
+        count = len(self._tokenizer(cleaned).input_ids)
+        if count > TOKENS:
+            log.warning("A prompt of %d tokens is cut off after %d: %r...", count, TOKENS, cleaned[:40])
+        tokens = self._tokenizer(
+            [cleaned],
+            padding="max_length",
+            max_length=TOKENS,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return tokens.input_ids, tokens.attention_mask
+
+
+class TextSlice:
+    """Some layers of the UMT5 encoder, with no other weights than theirs.
+
+    Args:
+        folder: the checkpoint's, with `text_encoder`.
+        layers: numbers of neighbours, maybe none.
+        is_first, is_last: the embedding of tokens, and the norm behind the last layer, are here too.
+        dtype, device: of the weights, and `home` where they are kept.
+
+    Attributes:
+        bytes_read: of the weights, so far.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layers: range,
+        is_first: bool,
+        is_last: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        home: TextEncoder = "resident",
+    ) -> None:
+        self._folder = folder
+        self._layers = layers
+        self._is_first, self._is_last = is_first, is_last
+        self._dtype = dtype
+        self._device = torch.device("cpu") if home == "cpu" else device
+        self._reloads = home == "reload"
+        self._stack: Any = None
+        self.bytes_read = 0
+        self._load()
+        self.release()
+
+    def run(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Its layers over hidden states [1, 512, D], or token numbers [1, 512] on the first slice; [1, 512, D].
+
+        Behind the last layer what stands behind the prompt's last token is zero.
+        """
+        if self._stack is None:
+            self._load()
+        given = {"input_ids" if self._is_first else "inputs_embeds": states.to(self._device)}
+        made: Tensor = self._stack(attention_mask=mask.to(self._device), **given).last_hidden_state
+        if self._is_last:
+            made[:, int(mask.sum()) :] = 0
+        return made
+
+    def release(self) -> None:
+        """No prompt is left for now: free the weights where they are loaded anew for the next one."""
+        if self._reloads:
+            self._stack = None
+
+    def _load(self) -> None:
+        """Build the encoder and read this slice of it; transformers' own forward then runs what is left of it."""
+        try:
+            config = UMT5Config.from_pretrained(self._folder / "text_encoder", local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._folder}: the text encoder cannot be loaded ({error}).") from None
+        with torch.device("meta"):
+            whole = UMT5EncoderModel(config)
+        # The encoder has its own reference to the embedding; the outer one is not used in a forward.
+        del whole.shared
+        weights = Weights(self._folder / "text_encoder")
+        own, tied = "encoder.embed_tokens.weight", "shared.weight"
+        aliases = {} if own in weights else {own: tied}
+        weights.check_names({aliases.get(name, name) for name in whole.state_dict()}, ignored=["shared"])
+        stack = whole.encoder
+        stack.block = nn.ModuleList(stack.block[number] for number in self._layers)
+        if not self._is_first:
+            del stack.embed_tokens
+        if not self._is_last:
+            stack.final_layer_norm = nn.Identity()
+        stored = {name: f"encoder.{self._stored_name(name)}" for name in stack.state_dict()}
+        stored = {name: aliases.get(whole_name, whole_name) for name, whole_name in stored.items()}
+        weights.load(stack, self._dtype, self._device, aliases=stored)
+        self.bytes_read += weights.bytes_read
+        self._stack = stack
+
+    def _stored_name(self, name: str) -> str:
+        """Layers are numbered from 0 here, and through the whole encoder there."""
+        kind, _, rest = name.partition(".")
+        if kind != "block":
+            return name
+        number, _, rest = rest.partition(".")
+        return f"block.{self._layers[int(number)]}.{rest}"

@@ -1,0 +1,74 @@
+"""Wan's VAEs: an image to its latents.
+
+Legend: C latent channels, F' latent frames, H' x W' latents a frame.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.video_processor import VideoProcessor
+from PIL import Image
+
+from cineline.weights.files import Weights
+
+ENCODER = ("encoder", "quant_conv")
+DECODER = ("decoder", "post_quant_conv")
+
+
+def build_vae(folder: Path) -> tuple[Any, Weights]:
+    """The checkpoint's VAE on the meta device, and the weights that belong to it."""
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae"))
+    weights = Weights(folder / "vae")
+    weights.check_names(vae.state_dict())
+    return vae, weights
+
+
+def load_half(folder: Path, keep: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> tuple[Any, int]:
+    """The VAE with one of its halves only, and the bytes read for it."""
+    vae, weights = build_vae(folder)
+    for name in (*ENCODER, *DECODER):
+        if name not in keep:
+            delattr(vae, name)
+    weights.load(vae, dtype, device)
+    return vae, weights.bytes_read
+
+
+def statistics(config: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / standard deviation of the latents' channels, [1, C, 1, 1, 1], by the VAE's config."""
+    shape = (1, config.z_dim, 1, 1, 1)
+    mean = torch.tensor(config.latents_mean).view(shape).to(latents.device, latents.dtype)
+    std = torch.tensor(config.latents_std).view(shape).to(latents.device, latents.dtype)
+    return mean, 1.0 / std
+
+
+class ImageEncoder:
+    """The VAE's encoder, for first frames.
+
+    Attributes:
+        bytes_read: of the weights.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._vae, self.bytes_read = load_half(folder, ENCODER, dtype, device)
+        self._dtype = dtype
+        self._device = device
+        self._processor = VideoProcessor(vae_scale_factor=self._vae.config.scale_factor_spatial)
+
+    def encode(self, image: Image.Image, height: int, width: int, num_frames: int) -> torch.Tensor:
+        """Normalised latents, float32 [1, C, F', H', W'], of a clip that begins with the image and goes on grey.
+
+        As in diffusers' `WanImageToVideoPipeline.prepare_latents`.
+        """
+        first = self._processor.preprocess(image, height=height, width=width).to(self._device, torch.float32)
+        first = first.unsqueeze(2)
+        rest = first.new_zeros(1, first.shape[1], num_frames - 1, height, width)
+        clip = torch.cat([first, rest], dim=2).to(self._dtype)
+        latents = self._vae.encode(clip).latent_dist.mode().to(torch.float32)
+        mean, inverse_std = statistics(self._vae.config, latents)
+        normalised: torch.Tensor = (latents - mean) * inverse_std
+        return normalised

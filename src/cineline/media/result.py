@@ -1,0 +1,36 @@
+"""A finished request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished request.
+
+    Attributes:
+        latents: float32 [C, F', H', W'], before decoding (C channels, F' latent frames).
+        frames: uint8 [F, H, W, 3], or None when the request stopped at the latents.
+        fps: frames a second.
+    """
+
+    latents: torch.Tensor
+    frames: np.ndarray | None
+    fps: int
+
+    def save(self, path: str | Path) -> None:
+        """Write the frames as H.264, yuv420p, or (.webp, .gif) as an endless animation.
+
+        Raises:
+            OutputError: there are no frames, or the file cannot be written.
+        """
+        from cineline.media.video import write_video
+
+        write_video(self.frames, self.fps, Path(path))

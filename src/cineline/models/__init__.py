@@ -1,1 +1,0 @@
-"""Model families: how each is cut over the stages."""

@@ -1,0 +1,1 @@
+"""A rank's process: its loop, and how it starts."""

@@ -1,0 +1,217 @@
+"""One rank's loop: in the stream's order it does what the scripts say."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cineline.core.control import Admit, Begun, Done, Message, Stop
+from cineline.core.request import Group, Kind, WorkItem
+from cineline.core.trace import Slice
+from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
+from cineline.rank.pace import Pace, marker
+from cineline.schedule.rule import Rule, Scripts, scripts_of
+from cineline.schedule.words import (
+    RECEIVES_AHEAD,
+    Action,
+    Compute,
+    Do,
+    Free,
+    Keep,
+    Meet,
+    Post,
+    Script,
+    Send,
+    Value,
+    Wait,
+    Way,
+)
+from cineline.transport.channel import Edges, Pending
+
+DROP = Script(WorkItem(Kind.DROP, 0), (), (Do.FORGET,))
+"""What every rank does for a group that ends a request."""
+
+
+@dataclass
+class _Request:
+    """A request on this rank.
+
+    Attributes:
+        state: the family's. scripts: what the rank does for it.
+        coming: receives that are posted, or whose buffers are in use, by what it is and who makes it.
+    """
+
+    state: Any
+    scripts: Scripts
+    coming: dict[tuple[Value, WorkItem], Pending] = field(default_factory=dict)
+
+
+class _Turn(NamedTuple):
+    """An item of the stream, of which this rank has something to do."""
+
+    request: _Request
+    group: Group
+    script: Script
+
+
+class StageLoop:
+    """Executes the stream of work items on one rank.
+
+    Args:
+        family: this rank's part of the model, loaded.
+        part: which rank it is.
+        edges: its ends of the edges.
+        inbox: messages from the engine, in order.
+        report: called with what the engine must know.
+        record: called with the timeline's slices, or None.
+    """
+
+    def __init__(
+        self,
+        family: PipelineParallelMixin[Any],
+        part: StagePart,
+        edges: Edges,
+        inbox: queue.SimpleQueue[Message],
+        report: Callable[[Message], None],
+        record: Callable[[Slice], None] | None = None,
+    ) -> None:
+        self._family = family
+        self._part = part
+        self._inbox = inbox
+        self._report = report
+        self._record = record
+        self._pace = Pace(report, marker(part.device))
+        self._edges = edges
+        self._requests: dict[int, _Request] = {}
+        self._coming: deque[_Turn] = deque()
+        self._ahead: deque[_Turn] = deque()
+        self._stopping = False
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Execute items until the engine says stop."""
+        while self._look_ahead():
+            self._execute(self._ahead.popleft())
+            self._pace.end_item()
+        self._pace.settle()
+
+    def _look_ahead(self) -> bool:
+        """Post the receives of the next items; waits only when there is nothing to do, false when there never will."""
+        while len(self._ahead) < RECEIVES_AHEAD:
+            if self._coming:
+                turn = self._coming.popleft()
+                self._ahead.append(turn)
+                for post in turn.script.ahead:
+                    self._post(turn.request, post)
+            elif self._stopping or (self._ahead and self._inbox.empty()):
+                break
+            else:
+                self._take_in()
+        return bool(self._ahead)
+
+    def _take_in(self) -> None:
+        """The engine's next message."""
+        if self._inbox.empty():
+            self._pace.settle()
+        message = self._inbox.get()
+        if isinstance(message, Stop):
+            self._stopping = True
+        elif isinstance(message, Admit):
+            self._admit(message)
+        elif isinstance(message, Group) and (request := self._requests.get(message.request)):
+            scripts = (DROP,) if message.kind is Kind.DROP else request.scripts.get(message._replace(request=0), ())
+            self._coming.extend(_Turn(request, message, script) for script in scripts)
+
+    def _admit(self, message: Admit) -> None:
+        job, place = message.job, self._part.place
+        if place.cfg >= job.branches:  # without guidance there is nothing for the second line
+            return
+        state = self._family.admit(job, message.image)
+        experts = tuple(self._family.expert(state, step) for step in range(job.steps))
+        scripts = scripts_of(Rule(self._part.parallel, job.shape, experts, place))
+        self._requests[job.id] = _Request(state, scripts)
+        actions = [action for own in scripts.values() for script in own for action in (*script.ahead, *script.run)]
+        posts = [action for action in actions if isinstance(action, Post) and not action.value.stays]
+        messages = {(post.edge, self._family.specs(state, post.value, post.item)) for post in posts}
+        for edge, specs in sorted(messages, key=lambda message: -sum(spec.nbytes for spec in message[1])):
+            count = RECEIVES_AHEAD + 1 if edge.way is Way.AHEAD else len(self._requests)
+            self._edges.incoming[edge].reserve(specs, count)
+
+    def _execute(self, turn: _Turn) -> None:
+        if turn.group.request not in self._requests:  # a drop of what has ended since it was looked at
+            return
+        asked = start = time.time_ns()
+        for action in turn.script.run:
+            if action is Do.START:
+                start = time.time_ns()
+            self._act(turn, action)
+        if self._record and turn.script.computes:
+            if self._part.device.type != "cpu":
+                torch.accelerator.synchronize()
+            item = turn.script.item._replace(request=turn.group.request)
+            self._record(Slice(self._part.rank, item, start, time.time_ns(), start - asked))
+
+    def _act(self, turn: _Turn, action: Action) -> None:
+        request, group, item = turn.request, turn.group, turn.script.item
+        family, state = self._family, request.state
+        match action:
+            case Post():
+                self._post(request, action)
+            case Wait():
+                if pending := self._pending(request, action):
+                    family.take(state, action.value, action.item, pending.wait())
+                    if action.value.stays:
+                        del request.coming[action.value, action.item]
+            case Send():
+                made = family.give(state, action.value, action.item)
+                assert made or action.value.stays, f"there is nothing to send for {action}"
+                if made:
+                    self._edges.outgoing[action.edge].send(_apart(made, request), action.value)
+            case Keep():
+                family.take(state, action.value, action.item, family.give(state, action.value, action.item))
+            case Free():
+                request.coming.pop((action.value, action.item)).release()
+            case Compute():
+                family.compute(state, item, action.starts, action.ends)
+            case Do.FINISH:
+                family.finish(state, item)
+            case Do.BEGUN:
+                self._report(Begun(group))
+            case Do.DONE | Do.MOVES:
+                self._pace.report(Done(group, self._answer(request, item), moves=action is Do.MOVES))
+            case Do.DENOISED:
+                family.end_denoising(state)
+            case Do.FORGET:
+                del self._requests[group.request]
+                for pending in request.coming.values():
+                    pending.release()
+            case Meet() | Do.START:
+                pass  # ranks meet inside what the family computes
+
+    def _post(self, request: _Request, post: Post) -> None:
+        if specs := self._family.specs(request.state, post.value, post.item):
+            pending = self._edges.incoming[post.edge].post(specs, keep=post.value.stays)
+            request.coming[post.value, post.item] = pending
+
+    def _pending(self, request: _Request, wait: Wait) -> Pending | None:
+        """The receive; None where there is nothing in it, which a request's conditioning may be."""
+        pending = request.coming.get((wait.value, wait.item))
+        assert pending or wait.value.stays, f"no receive is posted for {wait}"
+        return pending
+
+    def _answer(self, request: _Request, item: WorkItem) -> np.ndarray | None:
+        tensor = self._family.answer(request.state, item)
+        return None if tensor is None else _apart((tensor,), request)[0].cpu().numpy()
+
+
+def _apart(made: Hidden, request: _Request) -> Hidden:
+    """What goes out, copied where it is what came in: that buffer will be used again."""
+    taken = {tensor.untyped_storage().data_ptr() for pending in request.coming.values() for tensor in pending.tensors}
+    return tuple(tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor for tensor in made)

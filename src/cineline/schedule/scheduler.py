@@ -1,0 +1,172 @@
+"""Which work item comes next: the one place that decides the order (no torch).
+
+A request is a row of turns: its prompts through the text encoder, encode and first step, one turn a further step, one
+a decode chunk (the first of these holds as many chunks as there are stages, where the decoder is cut over them, so that
+each has one). A turn is one or more groups of work items, emitted together. The next turn of a request is emitted when
+the tail begins the last item of a group. Headers thus run one stage's work ahead of the tensors, so that no stage waits
+for one; requests take turns in the order in which they come back; and the line never holds two turns of one request
+while another could go, which would leave a bubble between the two.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby
+
+from cineline.core.config import ParallelConfig
+from cineline.core.request import Group, Job, Kind
+from cineline.schedule.rule import groups_of
+
+
+def default_in_flight(stages: int, branches: int) -> int:
+    """Requests that fill a line of `stages`, with one to spare: P/2 + 2 with guidance, P + 1 without."""
+    return stages // 2 + 2 if branches == 2 else stages + 1
+
+
+def speed_up_limit(stages: int, in_flight: int, branches: int) -> Fraction:
+    """Throughput of P equal stages with M requests in flight, against one stage.
+
+    With B branches a step, M B items are in the line at most, and a request's items come back after
+    P + B - 1 slots: B M P / max(B M, P + B - 1), so 2 M P / max(2 M, P + 1) with guidance.
+    """
+    items = branches * in_flight
+    return Fraction(items * stages, max(items, stages + branches - 1))
+
+
+def turns_of(parallel: ParallelConfig, job: Job) -> Iterator[list[Group]]:
+    """The job's groups in order, those together that are emitted together."""
+    by_kind = {
+        kind: list(groups) for kind, groups in groupby(groups_of(parallel, job.shape, job.id), lambda group: group.kind)
+    }
+    if job.texts:
+        yield by_kind[Kind.TEXT]
+    first, *steps = by_kind[Kind.DENOISE]
+    yield [*by_kind[Kind.ENCODE], first]
+    yield from ([step] for step in steps)
+    chunks = by_kind.get(Kind.DECODE, [])
+    ahead = 1 if parallel.decodes_together else len(parallel.decoders)
+    if chunks:
+        yield chunks[:ahead]
+    yield from ([chunk] for chunk in chunks[ahead:])
+
+
+@dataclass(eq=False)
+class _Entry:
+    job: Job
+    turns: deque[list[Group]]
+    unfinished: int = 0
+    steps_done: int = 0
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        self.unfinished = sum(group.kind is not Kind.ENCODE for turn in self.turns for group in turn)
+
+    @property
+    def denoising(self) -> bool:
+        """Counts against the requests in flight: not all of its steps are done."""
+        return self.steps_done < self.job.steps
+
+
+class Scheduler:
+    """Orders the work of all requests.
+
+    With split experts a request is in the first group of stages until it moves to the second, and each group has its
+    share of the requests in flight, so that new ones come in while others are in the second.
+
+    Args:
+        parallel: how the line is divided.
+        in_flight: requests that may denoise at once; None for the default of each group of stages.
+        admit: called with a job just before its first group of items is emitted.
+    """
+
+    def __init__(self, parallel: ParallelConfig, in_flight: int | None, admit: Callable[[Job], None]) -> None:
+        self._parallel = parallel
+        self._stages = [len(group) for group in parallel.groups]
+        self._in_flight = in_flight
+        self._admit = admit
+        self._waiting: deque[Job] = deque()
+        self._active: dict[int, _Entry] = {}
+        self._ready: deque[_Entry] = deque()
+        self._decoder: _Entry | None = None
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; `pump` admits it when there is room."""
+        self._waiting.append(job)
+
+    def pump(self) -> list[Group]:
+        """All groups of items that may be emitted now, in order."""
+        while self._waiting and self._has_room(self._waiting[0]):
+            job = self._waiting.popleft()
+            self._admit(job)
+            self._active[job.id] = _Entry(job, deque(turns_of(self._parallel, job)))
+            self._ready.append(self._active[job.id])
+        emitted: list[Group] = []
+        while (entry := next(filter(self._may_go, self._ready), None)) is not None:
+            self._ready.remove(entry)
+            emitted.extend(entry.turns.popleft())
+            if emitted[-1].kind is Kind.DECODE:
+                self._decoder = entry
+        return emitted
+
+    def begun(self, group: Group) -> None:
+        """Record that the tail has begun the group's last item: the request's next turn may go."""
+        entry = self._active.get(group.request)
+        if entry is not None and len(entry.turns) > self._ready.count(entry):
+            self._ready.append(entry)
+
+    def complete(self, group: Group, moves: bool = False) -> bool:
+        """Record that the tail has finished a group of items; true when it was the request's last.
+
+        Args:
+            moves: the request goes on in the next group of stages.
+        """
+        entry = self._active.get(group.request)
+        if entry is None:
+            return False
+        entry.steps_done += group.kind is Kind.DENOISE
+        entry.group += moves
+        entry.unfinished -= 1
+        if not entry.unfinished:
+            self._forget(entry)
+        return not entry.unfinished
+
+    def cancel(self, request: int) -> Group | None:
+        """Forget a request; the drop to emit when it was already in the line."""
+        self._waiting = deque(job for job in self._waiting if job.id != request)
+        entry = self._active.get(request)
+        if entry is None:
+            return None
+        self._forget(entry)
+        return Group(Kind.DROP, request)
+
+    def _forget(self, entry: _Entry) -> None:
+        del self._active[entry.job.id]
+        self._ready = deque(other for other in self._ready if other is not entry)
+        if self._decoder is entry:
+            self._decoder = None
+
+    def _has_room(self, job: Job) -> bool:
+        denoising = [entry for entry in self._active.values() if entry.denoising]
+        first = [entry for entry in denoising if entry.group == 0]
+        return all(
+            sum((share(entry.job) for entry in entries), share(job)) <= 1
+            for entries, share in ((denoising, self._share), (first, self._share_of_first_group))
+        )
+
+    def _share(self, job: Job) -> Fraction:
+        return Fraction(1, self._in_flight or sum(self._default(stages, job) for stages in self._stages))
+
+    def _share_of_first_group(self, job: Job) -> Fraction:
+        first = self._stages[0]
+        given = self._in_flight and -(-self._in_flight * first // sum(self._stages))
+        return Fraction(1, given or self._default(first, job))
+
+    def _default(self, stages: int, job: Job) -> int:
+        return default_in_flight(stages, 1 if self._parallel.cfg == 2 else job.branches)
+
+    def _may_go(self, entry: _Entry) -> bool:
+        # One request decodes at a time: a VAE decoder's cache takes gigabytes.
+        return entry.turns[0][0].kind is not Kind.DECODE or self._decoder in (None, entry)

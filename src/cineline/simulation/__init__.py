@@ -1,1 +1,0 @@
-"""The engine's schedule replayed on given costs (no torch)."""

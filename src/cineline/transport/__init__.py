@@ -1,0 +1,1 @@
+"""Edges between stages, axes within them, and how ranks meet."""

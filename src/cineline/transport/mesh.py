@@ -1,0 +1,118 @@
+"""Ranks, devices, the mesh of axes and the edges between stages.
+
+Every edge has a group, and so a communicator, of its own: a backend matches messages by their order, and the edges
+ahead and back may join the same two ranks. What the ranks of one stage do together goes over the groups of the mesh.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from cineline.core.config import AXES, ParallelConfig
+from cineline.errors import InvalidConfig
+from cineline.schedule.rule import edges_of
+from cineline.schedule.words import Edge
+from cineline.transport.axis import Traffic
+from cineline.transport.channel import WAIT_LIMIT, Edges, Receiver, Sender, TorchReceiver, TorchSender
+
+JOIN_LIMIT = timedelta(minutes=30)
+"""How long a rank waits for the others at start."""
+
+
+def open_store(port: int | None, ranks: int) -> TCPStore:
+    """The rendezvous of ranks on one host: opened on a free port (None), or joined."""
+    is_master = port is None
+    return TCPStore("127.0.0.1", port or 0, ranks, is_master, JOIN_LIMIT, wait_for_workers=False)
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """The device of a rank: ranks share the accelerators in turn when there are fewer.
+
+    Raises:
+        InvalidConfig: torch sees no such device here.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type != name:
+        here = "none" if found is None else repr(found.type)
+        raise InvalidConfig(
+            f"device={name!r}: torch {torch.__version__} finds {here} here as an accelerator: use --device cpu."
+        )
+    device = torch.device(name, local_rank % torch.accelerator.device_count())
+    torch.accelerator.set_device_index(device.index)
+    return device
+
+
+def pick_backend(device: torch.device, ranks_on_host: int) -> tuple[str, bool]:
+    """The backend of torch.distributed, and whether tensors go through host memory: where the device's own
+    backend (NCCL, HCCL, XCCL) is missing, or ranks share a device, which it does not allow."""
+    if device.type == "cpu":
+        return "gloo", False
+    own = dist.get_default_backend_for_device(device)
+    if dist.is_backend_available(own) and ranks_on_host <= torch.accelerator.device_count():
+        return own, False
+    return "gloo", True
+
+
+def join(
+    store: Store | None,
+    rank: int,
+    parallel: ParallelConfig,
+    device: torch.device,
+    ranks_on_host: int,
+    traffic: Traffic,
+) -> tuple[Edges, DeviceMesh | None]:
+    """Meet the other ranks; this rank's ends of the edges, and the mesh (None for a single rank).
+
+    Each communicator is used once before it is returned, all in one order on every rank, because a
+    backend may connect two ends only when both first use it.
+
+    Args:
+        store: the rendezvous; None for a single rank, which has no edges.
+        device: where this rank computes.
+        ranks_on_host: how many share this host's devices.
+        traffic: where the bytes sent over the edges are counted, by what is sent.
+
+    Raises:
+        InvalidConfig: ranks of a stage would have to share an accelerator.
+    """
+    if parallel.ranks == 1:
+        return Edges({}, {}), None
+    backend, staged = pick_backend(device, ranks_on_host)
+    if staged and parallel.lanes > 1:
+        raise InvalidConfig(
+            f"{parallel} needs an accelerator for each rank and its own backend: {ranks_on_host} ranks have "
+            f"{torch.accelerator.device_count()} here, where only pp and cfg work."
+        )
+    assert store is not None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=parallel.ranks, timeout=WAIT_LIMIT)
+    mesh = init_device_mesh("cpu" if staged else device.type, parallel.sizes, mesh_dim_names=AXES)
+    for axis, size in zip(AXES, parallel.sizes, strict=True):
+        if size > 1:
+            dist.all_reduce(torch.zeros(1, device="cpu" if staged else device), group=mesh.get_group(axis))
+    return _open_edges(rank, parallel, device, staged, traffic), mesh
+
+
+def _open_edges(rank: int, parallel: ParallelConfig, device: torch.device, staged: bool, traffic: Traffic) -> Edges:
+    """This rank's ends of all edges, each with a group of its own that has been used once."""
+    incoming: dict[Edge, Receiver] = {}
+    outgoing: dict[Edge, Sender] = {}
+    for edge in edges_of(parallel):
+        group = dist.new_group([edge.source, edge.target], timeout=WAIT_LIMIT)
+        if rank not in (edge.source, edge.target):
+            continue
+        assert isinstance(group, dist.ProcessGroup)
+        probe = torch.zeros(1, device="cpu" if staged else device)
+        if rank == edge.source:
+            dist.send(probe, edge.target, group=group)
+            outgoing[edge] = TorchSender(edge.target, group, staged, traffic)
+        else:
+            dist.recv(probe, edge.source, group=group)
+            incoming[edge] = TorchReceiver(edge.source, group, device, staged)
+    return Edges(incoming, outgoing)
