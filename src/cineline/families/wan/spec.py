@@ -16,6 +16,7 @@ from cineline.core.image import load_image
 from cineline.core.request import Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest
 from cineline.families.wan.costs.model import ModelCosts
+from cineline.families.wan.job import WanJob
 from cineline.planning.cut import default_cut
 
 WanKind = Literal["ti2v", "t2v", "i2v"]
@@ -217,6 +218,7 @@ class WanSpec:
 
         With even levels u from 1 to 1 / 1000 before the shift, as diffusers' flow schedulers have them.
         """
+        assert isinstance(job, WanJob)  # `resolve` makes no others
         if job.boundary_ratio is None or len(self.experts) < 2:
             return job.steps
         shift = float(job.flow_shift or self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
@@ -245,7 +247,7 @@ class WanSpec:
         filled = default_cut(costs, parallel)
         return filled.cut(self.layers, costs.text.layers, len(costs.vae.decoder))
 
-    def resolve(self, request: VideoRequest, number: int) -> Job:
+    def resolve(self, request: VideoRequest, number: int) -> WanJob:
         """See `FamilySpec.resolve`."""
         if not request.prompt.strip():
             raise InvalidRequest(f"prompt={request.prompt!r} is empty: describe the video in at least one word.")
@@ -274,7 +276,7 @@ class WanSpec:
         shift = self._default(request, "flow_shift")
         if shift is not None and not (math.isfinite(shift) and shift > 0):
             raise InvalidRequest(f"flow_shift={shift} is not a positive number: use 1 to 20.")
-        return Job(
+        return WanJob(
             id=number,
             prompt=request.prompt,
             negative_prompt=self._default(request, "negative_prompt"),
