@@ -6,38 +6,34 @@ live side by side. One thread listens to the ranks; a lock guards the scheduler 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-import time
 from dataclasses import dataclass, field
-from multiprocessing import connection as mp_connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from cineline.core import control
-from cineline.core.config import DEVICES, Cut, DeviceConfig, Dtype, ParallelConfig, Place, TextEncoder
+from cineline.core.config import DEVICES, DeviceConfig, Dtype, ParallelConfig, Place, TextEncoder
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
 from cineline.core.output import check_output
 from cineline.core.request import Group, Job, VideoRequest
-from cineline.core.trace import Slice, write_trace
+from cineline.core.trace import write_trace
 from cineline.engine.auto import divide
 from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import open_model
 from cineline.engine.launch import (
     GRACE_S,
     Launcher,
-    RankProcess,
     launch_local,
     launch_torchrun,
     torchrun_rank,
     torchrun_world,
 )
+from cineline.engine.ranks import START_LIMIT_S, Ranks
 from cineline.errors import (
     CinelineError,
-    EdgeBroken,
     EngineClosed,
     InvalidConfig,
     RankFailed,
@@ -55,11 +51,6 @@ NOT_EXACT = {
     "tiled": "differ from the exact ones, most of all where tiles meet.",
 }
 """What is said of the ways to decode that are not exact."""
-
-START_LIMIT_S = 3600.0
-
-CULPRIT_LIMIT_S = 3.0
-"""Seconds between a rank's word that its neighbour is gone and the neighbour's own end."""
 
 
 @dataclass
@@ -135,29 +126,21 @@ class Engine:
         if launcher == "local":
             _check_devices(parallel, config)
         cut = self.spec.cut(parallel, config)
-        heads = (Place(cfg=cfg) for cfg in range(parallel.cfg))
-        self._image_ranks = {parallel.rank(place) for place in heads}
+        self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:
             check_output(self._trace, (".json",))
-        self._slices: list[Slice] = []
         self.traffic: dict[int, dict[str, int]] = {}
-        self._timelines = 0
         self._closed = False
         self._lock = threading.RLock()
         self._line = _Line(Scheduler(parallel, in_flight, self._admit))
         environment = config.rank_environment(parallel.ranks if launcher == "local" else torchrun_world()[1])
         if launcher == "local":
             family = self.spec.stages_class.partition(":")[0] if device == "cpu" else None
-            self._ranks = launch_local(parallel.ranks, environment, family)
+            self._ranks = Ranks(launch_local(parallel.ranks, environment, family))
         else:
-            self._ranks = launch_torchrun(parallel, environment, START_LIMIT_S)
-        try:
-            self.bytes_read = self._start(parallel, cut, config)
-        except BaseException:
-            self._end_ranks(0.0)
-            self._disconnect()
-            raise
+            self._ranks = Ranks(launch_torchrun(parallel, environment, START_LIMIT_S))
+        self.bytes_read = self._ranks.start(self.spec, parallel, cut, config, self._trace is not None)
         self._listener = threading.Thread(target=self._listen, name="cineline-engine", daemon=True)
         self._listener.start()
 
@@ -203,92 +186,30 @@ class Engine:
             idle = not self._line.handles and self._line.broken is None
             self._fail_all(EngineClosed("The engine was closed before the request was done."))
             if idle:
-                for rank in self._ranks:
-                    self._say(rank, control.Stop())
+                self._ranks.tell(control.Stop())
         # Idle ranks end by themselves and hand in their timelines; the others wait for tensors that never come.
         if idle:
             self._listener.join(GRACE_S)
-        self._end_ranks(GRACE_S if idle else 0.0)
+        self._ranks.end(GRACE_S if idle else 0.0)
         self._listener.join(GRACE_S)
-        self._disconnect()
-        if self._trace is not None and self._timelines == len(self._ranks):
-            write_trace(self._slices, self._trace)
-
-    # Starting.
-
-    def _start(self, parallel: ParallelConfig, cut: tuple[Cut, ...], config: DeviceConfig) -> list[int]:
-        """Tell every rank what it is and wait until all are ready; the bytes of weights each has read."""
-        deadline = time.monotonic() + START_LIMIT_S
-        port = None
-        for rank in self._ranks:
-            setup = control.Setup(
-                self.spec,
-                rank.rank,
-                parallel,
-                cut,
-                config,
-                rank.local_rank,
-                rank.ranks_on_host,
-                port,
-                self._trace is not None,
-            )
-            self._say(rank, setup)
-            if rank.rank == 0 and len(self._ranks) > 1 and self._ranks[1].process is not None:
-                opened = self._hear([rank], deadline)[1]
-                assert isinstance(opened, control.StoreOpen)
-                port = opened.port
-        ready: dict[int, int] = {}
-        while len(ready) < len(self._ranks):
-            rank, message = self._hear([rank for rank in self._ranks if rank.rank not in ready], deadline)
-            assert isinstance(message, control.Ready)
-            ready[rank.rank] = message.bytes_read
-        return [ready[rank.rank] for rank in self._ranks]
-
-    def _hear(self, ranks: list[RankProcess], deadline: float) -> tuple[RankProcess, control.Message]:
-        """The next message of any rank while it starts.
-
-        Raises:
-            CinelineError: the rank's own error, or `RankFailed`.
-        """
-        by_connection: dict[Any, RankProcess] = {rank.connection: rank for rank in ranks}
-        heard = mp_connection.wait(list(by_connection), timeout=max(0.0, deadline - time.monotonic()))
-        if not heard:
-            raise RankFailed(ranks[0].rank, f"it was not ready after {START_LIMIT_S:.0f} s")
-        rank = by_connection[heard[0]]
-        message = self._receive(rank)
-        if isinstance(message, control.Failed):
-            failure = message.error or RankFailed(rank.rank, message.cause)
-            others = [other for other in ranks if other is not rank]
-            if isinstance(failure, EdgeBroken):
-                failure = RankFailed(rank.rank, message.cause)
-                # It only missed another rank, of which more is heard within moments.
-                while others and mp_connection.wait([other.connection for other in others], CULPRIT_LIMIT_S):
-                    other, _ = self._hear(others, deadline)
-                    others.remove(other)
-            raise failure
-        return rank, message
-
-    def _receive(self, rank: RankProcess) -> control.Message:
-        try:
-            return control.receive(rank.connection)
-        except (EOFError, OSError):
-            return control.Failed(rank.describe_end())
-
-    def _say(self, rank: RankProcess, message: control.Message) -> None:
-        with contextlib.suppress(OSError):  # it is gone; the listener hears of that and knows the cause
-            control.send(rank.connection, message)
+        self._ranks.disconnect()
+        timelines = self._ranks.timelines
+        self.traffic = {rank: dict(timeline.traffic) for rank, timeline in timelines.items()}
+        if self._trace is not None and len(timelines) == len(self.bytes_read):
+            write_trace([piece for timeline in timelines.values() for piece in timeline.slices], self._trace)
 
     # Running. All of these hold the lock.
 
     def _admit(self, job: Job) -> None:
         image = self._line.images.pop(job.id, None)
-        for rank in self._ranks:
-            self._say(rank, control.Admit(job, image if rank.rank in self._image_ranks else None))
+        if image is None:
+            self._ranks.tell(control.Admit(job))
+        else:
+            self._ranks.tell(control.Admit(job), instead=dict.fromkeys(self._heads, control.Admit(job, image)))
 
     def _emit(self, groups: list[Group]) -> None:
         for group in groups:
-            for rank in self._ranks:
-                self._say(rank, group)
+            self._ranks.tell(group)
 
     def _cancel(self, handle: RequestHandle) -> bool:
         with self._lock:
@@ -321,45 +242,19 @@ class Engine:
     def _listen(self) -> None:
         """Take in what the ranks say until all have ended, or one has failed."""
         try:
-            failure = self._listen_until_failure()
+            failure = self._ranks.listen(self._hear)
         except Exception as error:  # the thread's edge: without it nobody would ever be answered
             failure = RankFailed(0, f"what it reported could not be taken in ({type(error).__name__}: {error})")
         if failure is not None:
             self._break(failure)
 
-    def _listen_until_failure(self) -> RankFailed | None:
-        open_ranks: dict[Any, RankProcess] = {rank.connection: rank for rank in self._ranks}
-        symptom: RankFailed | None = None
-        deadline: float | None = None
-        while open_ranks:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            heard = mp_connection.wait(list(open_ranks), timeout=left)
-            if not heard:
-                return symptom
-            for connection in heard:
-                rank = open_ranks[connection]
-                message = self._receive(rank)
-                if isinstance(message, control.Timeline):
-                    self._slices.extend(message.slices)
-                    self.traffic[rank.rank] = dict(message.traffic)
-                    self._timelines += 1
-                    del open_ranks[connection]
-                elif isinstance(message, control.Failed):
-                    failure = RankFailed(rank.rank, message.cause)
-                    if not isinstance(message.error, EdgeBroken):
-                        return failure
-                    # It only lost its neighbour. The one that failed is heard of within moments.
-                    symptom = symptom or failure
-                    deadline = deadline or time.monotonic() + CULPRIT_LIMIT_S
-                    del open_ranks[connection]
-                elif isinstance(message, control.Begun):
-                    with self._lock:
-                        self._line.scheduler.begun(message.group)
-                        self._emit(self._line.scheduler.pump())
-                elif isinstance(message, control.Done):
-                    with self._lock:
-                        self._take(message)
-        return symptom
+    def _hear(self, message: control.Begun | control.Done) -> None:
+        with self._lock:
+            if isinstance(message, control.Begun):
+                self._line.scheduler.begun(message.group)
+                self._emit(self._line.scheduler.pump())
+            else:
+                self._take(message)
 
     def _break(self, error: RankFailed) -> None:
         """A rank is lost, and with it the line: fail what is in it and end the others."""
@@ -367,18 +262,8 @@ class Engine:
             if not self._closed:
                 self._line.broken = error
             self._fail_all(error)
-        self._end_ranks(0.0)
-        self._disconnect()
-
-    def _end_ranks(self, grace_s: float) -> None:
-        deadline = time.monotonic() + grace_s
-        for rank in self._ranks:
-            rank.end(deadline)
-
-    def _disconnect(self) -> None:
-        """Close the connections, which also ends ranks on other hosts. Nobody may be listening any more."""
-        for rank in self._ranks:
-            rank.connection.close()
+        self._ranks.end(0.0)
+        self._ranks.disconnect()
 
 
 def _check_devices(parallel: ParallelConfig, config: DeviceConfig) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cineline.core.family import FamilySpec
 from cineline.errors import CheckpointError
-from cineline.families.wan.spec import WanSpec
+from cineline.families.registry import open_checkpoint
 
 MINIS = ("mini-ti2v", "mini-t2v")
 """Trained models that ship with the package, by the names they go by everywhere; the first is the default."""
@@ -24,21 +24,21 @@ def open_model(model: str | Path | FamilySpec | None) -> FamilySpec:
     if model is not None and not isinstance(model, (str, Path)):
         return model
     if model is None or str(model) in MINIS:
-        return WanSpec.open(Path(__file__).parent.parent / "minis" / str(model or MINIS[0]))
+        return open_checkpoint(Path(__file__).parent.parent / "minis" / str(model or MINIS[0]))
     folder = Path(model)
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
     except OSError as error:
         raise CheckpointError(f"model={str(model)[:40]!r} cannot be a folder ({error.strerror}): give one.") from None
     if is_folder:
-        return WanSpec.open(folder)
+        return open_checkpoint(folder)
     if exists:
         raise CheckpointError(f"model={str(model)!r} is a file: give the folder that holds model_index.json.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise CheckpointError(
             f"model={str(model)!r} does not exist: give a folder, a hub id such as owner/name, or {' or '.join(MINIS)}."
         )
-    return WanSpec.open(_download(str(model)))
+    return open_checkpoint(_download(str(model)))
 
 
 def _download(hub_id: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.image import load_image
 from cineline.core.request import Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest
+from cineline.families.configs import read_json
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.job import WanJob
 from cineline.planning.cut import default_cut
@@ -112,18 +112,13 @@ class WanSpec:
 
     @classmethod
     def _open(cls, folder: Path) -> WanSpec:
-        index = _read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
-        pipeline = index.get("_class_name")
-        if pipeline not in ("WanPipeline", "WanImageToVideoPipeline"):
-            raise CheckpointError(
-                f"{folder} holds a {pipeline!r}: Cineline runs WanPipeline and WanImageToVideoPipeline checkpoints."
-            )
+        index = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
         experts = tuple(name for name in ("transformer", "transformer_2") if _class_of(index, name))
         if not experts or experts[0] != "transformer":
             raise CheckpointError(f"{folder}/model_index.json names no 'transformer': use a whole checkpoint.")
-        configs = [_read_json(folder / name / "config.json", "each component has one") for name in experts]
-        vae = _read_json(folder / "vae" / "config.json", "each component has one")
-        text = _read_json(folder / "text_encoder" / "config.json", "each component has one")
+        configs = [read_json(folder / name / "config.json", "each component has one") for name in experts]
+        vae = read_json(folder / "vae" / "config.json", "each component has one")
+        text = read_json(folder / "text_encoder" / "config.json", "each component has one")
         kind = cls._kind(folder, index, configs[0], vae)
         shapes = [{key: value for key, value in config.items() if not key.startswith("_")} for config in configs]
         if any(shape != shapes[0] for shape in shapes):
@@ -134,7 +129,7 @@ class WanSpec:
                 f"{folder}/model_index.json has boundary_ratio={boundary} but no 'transformer_2': "
                 "add the second expert or remove the boundary."
             )
-        scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "each component has one")
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "each component has one")
         _check_solver(folder, _class_of(index, "scheduler"), scheduler)
         spec = cls(
             folder=folder,
@@ -148,7 +143,10 @@ class WanSpec:
             boundary_ratio=boundary,
             defaults={**WAN_DEFAULTS[kind], **_own_defaults(folder)},
         )
-        assert spec.layers and spec.grid  # a config without their keys is refused here, not later
+        if not (spec.layers > 0 and min(spec.grid) > 0):  # a config without their keys is refused here, too
+            raise CheckpointError(
+                f"{folder}: {spec.layers} blocks on a grid of {spec.grid} is no model: download the checkpoint again."
+            )
         return spec
 
     @staticmethod
@@ -382,23 +380,11 @@ def _check_solver(folder: Path, name: str | None, config: Mapping[str, Any]) -> 
         raise CheckpointError(f"{folder}: scheduler {kind} is not supported: use one of {', '.join(SOLVERS)}.")
 
 
-def _read_json(path: Path, rule: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist ({rule}): check the model's path.") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): download it again.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object: download it again.")
-    return value
-
-
 def _own_defaults(folder: Path) -> dict[str, Any]:
     path = folder / DEFAULTS_FILE
     if not path.exists():
         return {}
-    own = _read_json(path, "it holds default request fields")
+    own = read_json(path, "it holds default request fields")
     try:
         checked = VideoRequest(**{"prompt": "checked"} | own)
     except InvalidRequest as error:

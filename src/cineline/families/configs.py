@@ -1,0 +1,26 @@
+"""A checkpoint's config files (no torch)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cineline.errors import CheckpointError
+
+
+def read_json(path: Path, rule: str) -> dict[str, Any]:
+    """The object in a config file; `rule` says why it should be there.
+
+    Raises:
+        CheckpointError: it is missing, or holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist ({rule}): check the model's path.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): download it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object: download it again.")
+    return value

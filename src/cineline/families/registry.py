@@ -1,0 +1,33 @@
+"""The families that there are, found by the pipeline class that a checkpoint names (no torch)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from cineline.core.family import FamilySpec
+from cineline.errors import CheckpointError
+from cineline.families.configs import read_json
+
+SPECS: Mapping[str, str] = {
+    "WanPipeline": "cineline.families.wan.spec:WanSpec",
+    "WanImageToVideoPipeline": "cineline.families.wan.spec:WanSpec",
+}
+"""diffusers' pipeline class to "module:Class" of a `FamilySpec`, whose `open(folder)` reads a checkpoint's configs."""
+
+
+def open_checkpoint(folder: Path) -> FamilySpec:
+    """The spec of a folder in diffusers format; no weights are read.
+
+    Raises:
+        CheckpointError: it is none, or of no family that there is.
+    """
+    pipeline = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top").get(
+        "_class_name"
+    )
+    if pipeline not in SPECS:
+        raise CheckpointError(f"{folder} holds a {pipeline!r}: Cineline runs {' and '.join(SPECS)} checkpoints.")
+    module, name = SPECS[pipeline].split(":")
+    spec: FamilySpec = getattr(importlib.import_module(module), name).open(folder)
+    return spec
