@@ -23,22 +23,31 @@ def open_model(model: str | Path | FamilySpec | None) -> FamilySpec:
     """
     if model is not None and not isinstance(model, (str, Path)):
         return model
+    return open_checkpoint(folder_of(model))
+
+
+def folder_of(model: str | Path | None) -> Path:
+    """Where its files are, downloading them first where it is a hub id.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
     if model is None or str(model) in MINIS:
-        return open_checkpoint(Path(__file__).parent.parent / "minis" / str(model or MINIS[0]))
+        return Path(__file__).parent.parent / "minis" / str(model or MINIS[0])
     folder = Path(model)
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
     except OSError as error:
         raise CheckpointError(f"model={str(model)[:40]!r} cannot be a folder ({error.strerror}): give one.") from None
     if is_folder:
-        return open_checkpoint(folder)
+        return folder
     if exists:
         raise CheckpointError(f"model={str(model)!r} is a file: give the folder that holds model_index.json.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise CheckpointError(
             f"model={str(model)!r} does not exist: give a folder, a hub id such as owner/name, or {' or '.join(MINIS)}."
         )
-    return open_checkpoint(_download(str(model)))
+    return _download(str(model))
 
 
 def _download(hub_id: str) -> Path:

@@ -23,9 +23,8 @@ def open_checkpoint(folder: Path) -> FamilySpec:
     Raises:
         CheckpointError: it is none, or of no family that there is.
     """
-    pipeline = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top").get(
-        "_class_name"
-    )
+    index = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
+    pipeline = str(index.get("_class_name"))
     if pipeline not in SPECS:
         raise CheckpointError(f"{folder} holds a {pipeline!r}: Cineline runs {' and '.join(SPECS)} checkpoints.")
     module, name = SPECS[pipeline].split(":")
