@@ -19,8 +19,8 @@ from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
+from benchmarks.decode import DecodeCase, time_decode
 from cineline.bench import measure
-from cineline.bench.decode import DecodeCase, time_decode
 from cineline.core.config import DeviceConfig
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import DecoderSlice, TiledDecoder, boundary_specs
