@@ -66,7 +66,8 @@ def _sentence(error: typer.TyperException) -> str:
     message = error.format_message().rstrip(".")
     if isinstance(error.__context__, ValidationError):
         message += f" (given: {error.__context__.errors()[0]['input']!r})"
-    command = error.ctx.command_path if isinstance(error, typer.BadParameter) and error.ctx else "cineline"
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "cineline"
     return message and f"{message}: see {command} --help."
 
 
