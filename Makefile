@@ -43,14 +43,14 @@ mini-ti2v mini-t2v: export MALLOC_MMAP_THRESHOLD_ = 17179869184
 mini-ti2v mini-t2v: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 mini-ti2v mini-t2v: export MALLOC_TOP_PAD_ = 268435456
 mini-ti2v mini-t2v: setup
-	$(BIN)/python -m training $@
+	$(BIN)/python -m training make $@
 
 ## judge the models that ship: counts, every verdict, and pictures to look at
 mini-score: setup
 	mkdir -p out/mini
-	$(BIN)/cineline eval score --model mini-ti2v --prompts 64 --json training/scores/mini-ti2v.json --sheet out/mini/mini-ti2v.png
-	$(BIN)/cineline eval score --model mini-ti2v --image-to-video --prompts 64 --json training/scores/mini-ti2v-image.json --sheet out/mini/mini-ti2v-image.png
-	$(BIN)/cineline eval score --model mini-t2v --prompts 128 --json training/scores/mini-t2v.json --sheet out/mini/mini-t2v.png
+	$(BIN)/python -m training score --model mini-ti2v --prompts 64 --json training/scores/mini-ti2v.json --sheet out/mini/mini-ti2v.png
+	$(BIN)/python -m training score --model mini-ti2v --image-to-video --prompts 64 --json training/scores/mini-ti2v-image.json --sheet out/mini/mini-ti2v-image.png
+	$(BIN)/python -m training score --model mini-t2v --prompts 128 --json training/scores/mini-t2v.json --sheet out/mini/mini-t2v.png
 
 setup: $(VENV)/installed
 

@@ -1,4 +1,4 @@
-"""The benchmarks' machinery: what counts as a run, and that each command prints and writes what it measured."""
+"""`cineline bench`: what counts as a run, and that each command prints and writes what it measured."""
 
 from __future__ import annotations
 
@@ -83,17 +83,6 @@ def test_schedule_prints_and_writes_its_runs(tmp_path) -> None:
     assert all(run["seconds"] >= 3 * (3 + 1) * 0.005 for run in result["runs"]["1"])
     assert "torch" in result["machine"]
     assert "1.50" in done.stdout  # 2MP / (P + 1)
-
-
-def test_simulator_prints_and_writes_how_close_it_is(tmp_path) -> None:
-    file = tmp_path / "s.json"
-    sizes = ["--stage-ms", "5", "--hidden-mb", "0.1", "--runs", "1"]
-    done = bench("simulator", "--arm", "pp=2,cfg=2", "--in-flight", "1,3", *sizes, "--json", str(file))
-    assert done.returncode == 0, done.stderr
-    result = json.loads(file.read_text())
-    assert result["constants"].keys() == {"send_s", "last_s", "forward_s", "back_s"}
-    assert [row["in_flight"] for row in result["rows"]] == [1, 3]
-    assert all(row["simulated_s"] > 0.1 and row["runs"] and "error" in row for row in result["rows"])
 
 
 def test_exact_says_what_is_equal(checkpoint, tmp_path) -> None:

@@ -19,9 +19,6 @@ from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
 
-from cineline.bench import measure
-from cineline.bench.decode import DecodeCase, time_decode
-from cineline.core.config import DeviceConfig
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import DecoderSlice, TiledDecoder, boundary_specs
 from cineline.families.wan.random_checkpoint import random_vae
@@ -223,15 +220,3 @@ def test_tiles_are_diffusers_tiles(kind: str, folder: VaeFolder) -> None:
     tiles = by_one_rank(TiledDecoder(path, torch.float32, CPU), latents)
     assert np.array_equal(tiles, by_diffusers(path, latents, torch.float32, tiled=True))
     assert not np.array_equal(tiles, by_diffusers(path, latents, torch.float32))
-
-
-def test_two_processes_by_layers_and_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over gloo, as the benchmark times them."""
-    monkeypatch.setattr(measure, "OTHERS_LIMIT", float("inf"))
-    told: list[str] = []
-    found = time_decode(DecodeCase("ti2v", ranks=2, chunks=3, size=48, width=16, rounds=1), DeviceConfig(), told.append)
-    assert list(found) == ["tail", "layers", "rows"]
-    assert (found["layers"].equal, found["layers"].difference) == (1, 0)
-    assert found["rows"].equal >= 0.999
-    assert found["rows"].difference <= 1
-    assert len(told) == 3

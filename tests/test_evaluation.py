@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 from cineline import InvalidRequest, Video
-from cineline.evaluation.judge import Verdict, judge
-from cineline.evaluation.scenes import Scene, all_scenes, first_frame, held_out_scenes
-from cineline.evaluation.score import Shown, contact_sheet, tally
 from cineline.media.compare import compare, compare_files
+from training.judge import Verdict, judge
+from training.scenes import Scene, all_scenes, first_frame, held_out_scenes
+from training.score import Shown, contact_sheet, tally
 
 
 def test_no_object_no_verdict() -> None:

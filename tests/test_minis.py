@@ -13,11 +13,12 @@ from oracle import Oracle, assert_equal
 from PIL import Image
 
 from cineline import Engine, ParallelConfig, VideoRequest
+from cineline.core.extras import EXTRAS
 from cineline.engine.hub import MINIS, open_model
-from cineline.evaluation.judge import judge
-from cineline.evaluation.scenes import Scene, first_frame, held_out_scenes
-from cineline.evaluation.score import Shown, show, tally
 from cineline.families.wan.spec import WanSpec
+from training.judge import judge
+from training.scenes import Scene, first_frame, held_out_scenes
+from training.score import Shown, show, tally
 
 REPOSITORY = Path(__file__).parent.parent
 SIZE_LIMIT = 30e6
@@ -67,10 +68,9 @@ def test_minis_equal_diffusers(name, with_image, dtype, oracle: Oracle) -> None:
 
 @pytest.mark.parametrize(("name", "with_image"), [("mini-ti2v", False), ("mini-ti2v", True), ("mini-t2v", False)])
 def test_a_few_held_out_prompts_are_drawn(name, with_image) -> None:
-    """A glance: `cineline eval score` has the figures."""
-    side = WanSpec.open(folder_of(name)).defaults["height"]
+    """A glance: `python -m training score` has the figures."""
     with Engine(name) as engine:
-        shown: list[Shown] = show(engine, held_out_scenes()[64:72], 100, with_image, side, lambda text: None)
+        shown: list[Shown] = show(engine, held_out_scenes()[64:72], 100, with_image, lambda text: None)
     right = {key: good for key, (good, _) in tally(shown).items()}
     assert right["colour"] >= 7
     assert right["background"] >= 7
@@ -103,16 +103,19 @@ def test_unknown_words_do_no_harm() -> None:
 
 
 def test_the_wheel_holds_the_models_and_works_elsewhere(tmp_path) -> None:
+    """Without the libraries that only some commands need."""
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True, timeout=120)
-    assert not (site / "training").exists()
+    assert not (site / "training").exists() and not (site / "benchmarks").exists()
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({list(EXTRAS)}))"
+    (site / "sitecustomize.py").write_text(hidden)  # for the ranks' processes too
     environment = os.environ | {"PYTHONPATH": str(site)}
     where = subprocess.run(
-        [sys.executable, "-c", "import cineline; print(cineline.__file__)"],
+        [sys.executable, "-c", "import cineline, sys; assert not sys.modules['accelerate']; print(cineline.__file__)"],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
@@ -120,18 +123,25 @@ def test_the_wheel_holds_the_models_and_works_elsewhere(tmp_path) -> None:
         check=True,
     )
     assert Path(where.stdout.strip()).is_relative_to(site)
-    command = [sys.executable, "-m", "cineline", "generate", "a red square", "--num-inference-steps", "2", "--quiet"]
-    subprocess.run(command, env=environment, cwd=tmp_path, check=True, timeout=120)
+    for command in (
+        ["generate", "a red square", "--num-inference-steps", "2", "--quiet"],
+        ["plan", "--model", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "--devices", "4xL40S"],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "cineline", *command], env=environment, cwd=tmp_path, check=True, timeout=120
+        )
     assert (tmp_path / "out.mp4").stat().st_size > 1000
 
 
 def test_the_score_from_the_command_line(tmp_path) -> None:
     files = ["--json", str(tmp_path / "score.json"), "--sheet", str(tmp_path / "sheet.png")]
-    command = [sys.executable, "-m", "cineline", "eval", "score", "--prompts", "2", "--image-to-video", *files]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "training", "score", "--prompts", "2", "--image-to-video", *files]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "score.json").read_text())
     assert found["counts"]["background"][1] == len(found["videos"]) == 2
     assert Image.open(tmp_path / "sheet.png").width > 5 * 128
-    too_many = subprocess.run([*command[:5], "--prompts", "129"], capture_output=True, text=True, timeout=60)
+    too_many = subprocess.run(
+        [*command[:4], "--prompts", "129"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
     assert (too_many.returncode, "use less" in too_many.stderr) == (2, True)

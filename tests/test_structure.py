@@ -23,7 +23,6 @@ ROOMS = [
     "families",
     "rank",
     "engine",
-    "evaluation",
     "bench",
     "cli",
 ]

@@ -13,12 +13,12 @@ from oracle import Oracle, assert_equal
 from torch import nn
 
 from cineline import Engine, ParallelConfig, VideoRequest
-from cineline.evaluation.judge import judge
-from cineline.evaluation.scenes import all_scenes, held_out_scenes
 from training import making
 from training.clips import TRAINING_SCENES, caption, draw_clip, place, render, render_windows, vocabulary
+from training.judge import judge
 from training.loop import Schedule, fit
 from training.recipes import RECIPES
+from training.scenes import all_scenes, held_out_scenes
 from training.text import make_tokenizer
 from training.transformer import PROMPT_ROWS, TEXT_ROWS, Batch, Student, prepare
 from training.vae import Phase, Windows

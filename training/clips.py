@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from cineline.evaluation.scenes import COLOURS, Floats, Scene, all_scenes, draw, held_out_scenes
+from training.scenes import COLOURS, Floats, Scene, all_scenes, draw, held_out_scenes
 
 MARGIN = 0.02
 """Smallest distance of an object from the picture's edge, in sides."""

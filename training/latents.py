@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from cineline.evaluation.scenes import Scene
 from training.clips import draw_clip, render
 from training.loop import Report, device, write_whole
+from training.scenes import Scene
 from training.transformer import Latents
 
 AT_ONCE = 8

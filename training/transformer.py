@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import UMT5EncoderModel
 
-from cineline.evaluation.scenes import Scene
 from training.clips import caption
 from training.loop import Schedule, device, fit
+from training.scenes import Scene
 from training.text import make_text_encoder, make_tokenizer, tokenize
 
 TEXT_ROWS = 24

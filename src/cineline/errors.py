@@ -5,6 +5,7 @@ CinelineError
 ├── InvalidConfig       options that cannot work together, or not on this machine
 ├── CheckpointError     the model's folder is not what it should be
 ├── OutputError         a result cannot be written where it was asked for
+├── MissingLibrary      a library that only some commands need is not installed
 ├── RankFailed          a rank raised or died; `rank` and `cause` say which and why
 ├── EdgeBroken          inside a rank: a neighbour is gone; the engine looks for the one that failed
 ├── RequestCancelled    the request was cancelled before it was done
@@ -36,6 +37,10 @@ class CheckpointError(CinelineError):
 
 class OutputError(CinelineError, OSError):
     """A result cannot be written where it was asked for."""
+
+
+class MissingLibrary(CinelineError, ImportError):
+    """A library that only some commands need is not installed."""
 
 
 class RankFailed(CinelineError, RuntimeError):

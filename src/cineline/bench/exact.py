@@ -15,12 +15,16 @@ from cineline.bench.reference import reference
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
-from cineline.families.wan.spec import WanSpec
+from cineline.engine.hub import open_model
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.families.wan.spec import WanKind, WanSpec
 from cineline.media.result import Video
 
 SIZES = [(2, 2, 2), (3, 3, 3), (1, 5, 1)]
 """Height and width in units of the model's grid, latent frames; one row a request. Odd numbers of tokens too:
 the last elements of a tensor may go through other code."""
+
+COLUMNS = ("model", "stages", "in flight", "latents", "frames", "largest difference")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,16 @@ class Equality:
         return self.latents == self.frames == self.requests
 
 
+def folders(model: str | None, temporary: Path) -> list[Path]:
+    """That of a model by name, or a random checkpoint of each kind."""
+    if model is not None:
+        spec = open_model(model)
+        assert isinstance(spec, WanSpec)
+        return [spec.folder]
+    kinds: tuple[WanKind, ...] = ("ti2v", "t2v", "i2v")
+    return [save_random_checkpoint(temporary / kind, RandomConfig(kind)) for kind in kinds]
+
+
 def compare(
     folder: Path, config: DeviceConfig, stages: Iterable[int], in_flight: Sequence[int], tell: Callable[[str], None]
 ) -> Iterator[Equality]:
@@ -65,6 +79,18 @@ def compare(
             with Engine(spec, ParallelConfig(pp=count), in_flight=many, **asdict(config)) as engine:
                 videos = [handle.result(WAIT_LIMIT_S) for handle in [engine.submit(request) for request in requests]]
             yield _judge(spec.kind, count, many, videos, [expected[number] for number in range(len(videos))])
+
+
+def rows(found: Iterable[Equality]) -> list[list[str]]:
+    """A row of `COLUMNS` each."""
+    return [
+        [
+            *(row.kind, str(row.stages), str(row.in_flight)),
+            *(f"{equal} of {row.requests}" for equal in (row.latents, row.frames)),
+            f"{row.deviation:.1e}",
+        ]
+        for row in found
+    ]
 
 
 def _judge(

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from cineline.bench.beside import WAIT_LIMIT_S
-from cineline.bench.measure import Run, interleave
+from cineline.bench.measure import Run, Summary, interleave, others, ratios
 from cineline.bench.reference import Reference, reference
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.families.wan.spec import WanKind
+from cineline.schedule.scheduler import speed_up_limit
 
 DIFFUSERS = "diffusers"
 """The arm that all others are compared with."""
 
 ONE_RANK = str(ParallelConfig())
+
+COLUMNS = ("M", "arm", "s a request", "x diffusers", "x one rank", "limit", "others' CPU")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,22 @@ def time_line(case: LineCase, config: DeviceConfig, tell: Callable[[str], None])
             time_requests(engine, warm_up)
         runs = interleave({f"M={count} {name}": arm for (count, name), arm in arms.items()}, case.rounds, tell)
     return {count: {name: runs[f"M={count} {name}"] for name in (*theirs, *engines)} for count in case.in_flight}
+
+
+def rows(case: LineCase, results: Mapping[int, Mapping[str, Sequence[Run]]]) -> list[list[str]]:
+    """A row of `COLUMNS` for each arm at each M."""
+    found = []
+    for count, arms in results.items():
+        limits = {
+            str(parallel): f"{float(speed_up_limit(parallel.pp, count, 2)):.2f}"
+            for parallel in [ParallelConfig(), *case.arms]
+            if parallel.ranks == parallel.pp
+        }
+        for name, own in arms.items():
+            per_request = Summary.of([run.seconds / count for run in own])
+            against = [str(ratios(arms[base], own)) for base in (DIFFUSERS, ONE_RANK)]
+            found.append([str(count), name, str(per_request), *against, limits.get(name, ""), others(own)])
+    return found
 
 
 def time_requests(engine: Engine, requests: Sequence[VideoRequest]) -> float:

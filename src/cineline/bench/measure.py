@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import psutil
 
@@ -107,6 +108,19 @@ def interleave(
             runs[name].append(run)
             tell(f"round {number + 1}/{rounds}  {name}: {run.seconds:.2f} s, others {run.others:.1%}")
     return runs
+
+
+def plain(results: Any) -> Any:
+    """Runs, however they are grouped, as JSON has them."""
+    if isinstance(results, dict):
+        return {str(name): plain(value) for name, value in results.items()}
+    return [asdict(run) for run in results]
+
+
+def others(runs: Sequence[Run]) -> str:
+    """The largest share of CPU that others used during a run that counts, and how many runs were repeated."""
+    repeats = sum(run.repeats for run in runs)
+    return f"{max(run.others for run in runs):.1%}" + (f", {repeats} repeated" if repeats else "")
 
 
 def ratios(base: Sequence[Run], arm: Sequence[Run]) -> Summary:

@@ -23,10 +23,10 @@ FILE_WIDTH = 120
 """Columns of what is printed where there is no terminal."""
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine(device: str, program: str = "cineline") -> dict[str, Any]:
     """Hardware, versions and command, to stand beside every figure."""
     facts = {
-        "command": " ".join(["cineline", *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "device": _device_name(device),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

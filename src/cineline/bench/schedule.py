@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
 from cineline.bench.line import time_requests
-from cineline.bench.measure import Run, interleave
+from cineline.bench.measure import Run, Summary, interleave, others
 from cineline.bench.sleeping import SleepingSpec
 from cineline.core.config import ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
 from cineline.schedule.scheduler import speed_up_limit
+
+COLUMNS = ("P", "M", "speed-up", "limit", "% of the limit", "others' CPU")
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,14 @@ def time_schedule(case: ScheduleCase, tell: Callable[[str], None]) -> dict[int, 
             arms[f"M={count}"] = partial(time_requests, engine, [request] * count)
         runs = interleave(arms, case.rounds, tell)
     return {count: runs[f"M={count}"] for count in case.in_flight}
+
+
+def rows(case: ScheduleCase, results: Mapping[int, Sequence[Run]]) -> list[list[str]]:
+    """A row of `COLUMNS` for each M."""
+    found = []
+    for count, own in results.items():
+        limit = case.limit(count)
+        speed_up = Summary.of([case.one_stage_s(count) / run.seconds for run in own])
+        share = Summary.of([100 * case.one_stage_s(count) / run.seconds / limit for run in own])
+        found.append([str(case.stages), str(count), str(speed_up), f"{limit:.2f}", str(share), others(own)])
+    return found

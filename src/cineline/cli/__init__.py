@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -35,7 +36,12 @@ def _top() -> None:
 
 
 def main() -> None:
-    """Run the command line; one sentence and a non-zero exit for every error a user can cause."""
+    """Run `cineline`."""
+    run(app)
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Run a command line; one sentence and a non-zero exit for every error a user can cause."""
     signal.signal(signal.SIGTERM, _terminated)
     os.environ.update(QUIET | os.environ)
     try:
@@ -60,7 +66,8 @@ def _sentence(error: typer.TyperException) -> str:
     message = error.format_message().rstrip(".")
     if isinstance(error.__context__, ValidationError):
         message += f" (given: {error.__context__.errors()[0]['input']!r})"
-    command = error.ctx.command_path if isinstance(error, typer.BadParameter) and error.ctx else "cineline"
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "cineline"
     return message and f"{message}: see {command} --help."
 
 

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from rich.console import Console
 
 from cineline.core.config import AXES, ParallelConfig
+from cineline.core.output import check_output
 from cineline.errors import InvalidConfig
 
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result there.", show_default=False)]
+
+def _json_file(path: Path | None) -> Path | None:
+    if path is not None:
+        check_output(path, (".json",))
+    return path
+
+
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Also write the result there.", show_default=False, callback=_json_file),
+]
+Runs = Annotated[int, typer.Option(help="Runs of each arm, interleaved.", min=1)]
+InFlight = Annotated[str, typer.Option(help="Requests at once, M, such as 1,3.")]
+DtypeName = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
+
+
+def teller() -> Callable[[str], None]:
+    """Prints a line on the side, where no result goes."""
+    console = Console(stderr=True)
+    return lambda text: console.print(text, highlight=False)
 
 
 def one_of(name: str, value: str, known: Any) -> Any:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cineline.cli.options import Json, one_of
 from cineline.core.config import Dtype
+from cineline.core.extras import need
 from cineline.core.output import check_output, whole_file
 from cineline.core.trace import write_trace
 from cineline.engine.hub import open_model
@@ -58,9 +59,11 @@ def plan(
     From the model's configs and the devices' data sheets, at stated shares of
     their peak rates; no weights, no accelerator and no download are needed.
     """
-    for file, suffixes in ((json, (".json",)), (timeline, (".json",)), (picture, PICTURE_SUFFIXES)):
+    for file, suffixes in ((timeline, (".json",)), (picture, PICTURE_SUFFIXES)):
         if file is not None:
             check_output(file, suffixes)
+    if picture is not None:
+        need("matplotlib")
     spec = KNOWN.get(model) or open_model(model)
     if not isinstance(spec, WanSpec):
         raise InvalidConfig(f"model={model!r} is not a Wan model: the planner knows no other family.")

@@ -15,8 +15,8 @@ from PIL import Image, ImageSequence
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
+from cineline.core.extras import need
 from cineline.core.output import ANIMATION_SUFFIXES, LATENT_SUFFIXES
 from cineline.errors import InvalidRequest
 
@@ -52,6 +52,7 @@ def compare_files(reference: Path, other: Path) -> Comparison:
 
     Raises:
         InvalidRequest: a file cannot be read, or they cannot be compared.
+        MissingLibrary: torchmetrics is not installed.
     """
     kinds = {path.suffix.lower() in LATENT_SUFFIXES for path in (reference, other)}
     if len(kinds) == 2:
@@ -67,7 +68,9 @@ def compare(reference: Iterable[Tensor], other: Iterable[Tensor], peak: float, n
 
     Raises:
         InvalidRequest: they differ in number or size.
+        MissingLibrary: torchmetrics is not installed.
     """
+    need("torchmetrics")
     largest = 0.0
     errors: list[float] = []
     similarities: list[float] = []
@@ -82,10 +85,7 @@ def compare(reference: Iterable[Tensor], other: Iterable[Tensor], peak: float, n
         largest = max(largest, float(error.max().sqrt()))
         errors.append(float(error.mean()))
         if min(one.shape[-2:]) >= WINDOW and peak:
-            found, wanted = (frame.float().unsqueeze(1) for frame in (two, one))
-            similarity = structural_similarity_index_measure(found, wanted, data_range=peak, kernel_size=WINDOW)
-            assert isinstance(similarity, Tensor)
-            similarities.append(float(similarity))
+            similarities.append(_ssim(one, two, peak))
     return Comparison(
         equal=largest == 0,
         largest=largest,
@@ -93,6 +93,15 @@ def compare(reference: Iterable[Tensor], other: Iterable[Tensor], peak: float, n
         worst_psnr=_psnr(max(errors), peak),
         ssim=sum(similarities) / len(similarities) if similarities else None,
     )
+
+
+def _ssim(reference: Tensor, other: Tensor, peak: float) -> float:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    one, two = (frame.float().unsqueeze(1) for frame in (reference, other))
+    similarity = structural_similarity_index_measure(two, one, data_range=peak, kernel_size=WINDOW)
+    assert isinstance(similarity, Tensor)
+    return float(similarity)
 
 
 def _psnr(error: float, peak: float) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cineline.core.extras import need
 from cineline.core.output import check_output, whole_file
 from cineline.core.request import Branch, Kind, WorkItem
 from cineline.core.trace import Slice
@@ -27,8 +28,10 @@ def draw_timeline(slices: Sequence[Slice], path: Path) -> None:
 
     Raises:
         OutputError: it cannot be written there, or is neither.
+        MissingLibrary: matplotlib is not installed.
     """
     check_output(path, PICTURE_SUFFIXES)
+    need("matplotlib")
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

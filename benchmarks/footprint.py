@@ -15,7 +15,7 @@ from cineline.bench.beside import WAIT_LIMIT_S
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
-from cineline.engine.launch import WORKER
+from cineline.engine.launch import NURSERY, WORKER
 from cineline.errors import CinelineError
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.families.wan.spec import WanKind
@@ -44,6 +44,9 @@ def engine_and_ranks(
     with Engine(model, parallel, in_flight=in_flight, **asdict(config)) as engine:
         started = [child for child in psutil.Process().children() if child.pid not in before]
         ranks = [child for child in started if WORKER in child.cmdline()]
+        for child in started:
+            if NURSERY in child.cmdline():  # it has forked them
+                ranks += child.children()
         yield engine, [child.pid for child in sorted(ranks, key=lambda child: child.create_time())]
 
 

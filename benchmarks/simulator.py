@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from cineline.bench.line import time_requests
-from cineline.bench.measure import Run, Summary, run_quietly
+from cineline.bench.measure import Run, Summary, others, run_quietly
 from cineline.bench.sleeping import SleepingSpec
 from cineline.core.config import ParallelConfig, Place
 from cineline.core.request import Branch, Job, Kind, VideoRequest, WorkItem
@@ -24,6 +24,8 @@ REQUESTS = ((6, 2), (3, 1), (8, 2), (4, 2), (5, 1), (7, 2))
 """Steps and forwards a step (2 with guidance) of the requests, which are submitted at once."""
 
 CALIBRATION_STEPS = 20
+
+COLUMNS = ("arm", "M", "simulated s", "measured s", "error", "others' CPU")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,17 @@ def compare(case: SimulatorCase, tell: Callable[[str], None]) -> tuple[Constants
             found.append(Comparison(str(parallel), count, simulated, runs))
             tell(f"{parallel}, M={count}: simulated {simulated:.2f} s, measured {found[-1].measured} s")
     return constants, found
+
+
+def rows(found: Sequence[Comparison]) -> list[list[str]]:
+    """A row of `COLUMNS` each."""
+    return [
+        [
+            *(one.parallel, str(one.in_flight), f"{one.simulated_s:.2f}", str(one.measured)),
+            *(f"{one.error:+.1%}", others(one.runs)),
+        ]
+        for one in found
+    ]
 
 
 def measure_constants(case: SimulatorCase) -> Constants:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from cineline.bench.calibrate import calibrate_apart
-from cineline.bench.footprint import bare_bytes, engine_and_ranks, memory_returned, resident_bytes
+from benchmarks.calibrate import calibrate_apart
+from benchmarks.footprint import bare_bytes, engine_and_ranks, memory_returned, resident_bytes
+from benchmarks.simulator import SimulatorCase, measure_constants
 from cineline.bench.line import time_requests
-from cineline.bench.measure import Run, run_quietly
-from cineline.bench.simulator import SimulatorCase, measure_constants
+from cineline.bench.measure import Run, Summary, others, run_quietly
 from cineline.core.config import DeviceConfig, ParallelConfig, Place
 from cineline.core.request import Job, VideoRequest
 from cineline.families.wan.costs.model import ModelCosts
@@ -24,6 +24,8 @@ from cineline.planning.line import PlannedLine
 from cineline.schedule.simulator import simulate
 
 HIDDEN_BYTES = 3_000_000
+
+COLUMNS = ("P", "planned s", "measured s", "error", "weights", "plan MB", "in use", "error", "kept", "others' CPU")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,21 @@ def compare(case: PredictionCase, tell: Callable[[str], None]) -> Iterator[Predi
             simulated = simulate(planned, jobs, case.requests)
             tell(f"pp={stages}: {simulated.makespan_s:.1f} s predicted")
             yield _run(case, folder, planned, simulated.makespan_s, config)
+
+
+def rows(found: Sequence[Prediction]) -> Iterator[list[str]]:
+    """A row of `COLUMNS` each."""
+    for row in found:
+        seconds = Summary.of([run.seconds for run in row.runs])
+        planned, in_use, kept = (
+            ", ".join(f"{size / 1e6:.0f}" for size in sizes) for sizes in (row.peaks, row.in_use, row.resident)
+        )
+        errors = (computed / used - 1 for computed, used in zip(row.peaks, row.in_use, strict=True))
+        yield [
+            *(str(row.stages), f"{row.predicted_s:.1f}", str(seconds), f"{row.predicted_s / seconds.median - 1:+.1%}"),
+            "equal" if list(row.weights) == list(row.read) else "DIFFERENT",
+            *(planned, in_use, ", ".join(f"{error:+.1%}" for error in errors), kept, others(row.runs)),
+        ]
 
 
 def _link() -> Link:

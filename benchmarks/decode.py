@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from cineline.bench.beside import hear, processes
-from cineline.bench.measure import Run, interleave
+from cineline.bench.measure import Run, Summary, interleave, others, ratios
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import Decoder, DecoderSlice, boundary_specs
@@ -34,6 +34,8 @@ from cineline.transport.mesh import join, open_store
 
 WAYS = ("tail", "layers", "rows")
 """The first one on one rank, the others on as many as are asked for."""
+
+COLUMNS = ("way", "s", "x one rank", "peak MB a rank", "share", "equal", "largest difference", "others' CPU")
 
 WHO = "A decoding process"
 
@@ -115,6 +117,19 @@ def time_decode(case: DecodeCase, config: DeviceConfig, tell: Callable[[str], No
         difference = np.abs(frames.astype(int) - exact)
         found[way] = Decoded(runs[way], peak_bytes, float((difference == 0).mean()), int(difference.max()))
     return found
+
+
+def rows(found: Mapping[str, Decoded]) -> list[list[str]]:
+    """A row of `COLUMNS` for each way."""
+    whole = found[WAYS[0]]
+    return [
+        [
+            *(way, str(Summary.of([run.seconds for run in own.runs])), str(ratios(whole.runs, own.runs))),
+            *(f"{own.peak_bytes / 1e6:,.0f}", f"{own.peak_bytes / whole.peak_bytes:.2f}"),
+            *(f"{own.equal:.4%}", str(own.difference), others(own.runs)),
+        ]
+        for way, own in found.items()
+    ]
 
 
 def _decode(connections: Sequence[Connection], with_frames: bool = False) -> tuple[float, np.ndarray, int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cineline.evaluation.scenes import COLOURS, SHAPES, Floats, Motion, Scene, Shape, distance
+from training.scenes import COLOURS, SHAPES, Floats, Motion, Scene, Shape, distance
 
 Mask = NDArray[np.bool_]
 

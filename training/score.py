@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from PIL import Image, ImageDraw
 
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
-from cineline.evaluation.judge import Verdict, judge
-from cineline.evaluation.scenes import Scene, first_frame
+from cineline.families.wan.spec import WanSpec
 from cineline.media.compare import VIDEO_PEAK, compare
+from training.judge import Verdict, judge
+from training.scenes import Scene, first_frame
 
 WAIT_LIMIT_S = 6 * 3600.0
 """For one video; a real model on a CPU takes hours."""
@@ -42,9 +44,11 @@ class Shown:
 
 
 def show(
-    engine: Engine, scenes: Sequence[Scene], seed: int, with_image: bool, side: int, tell: Callable[[str], None]
+    engine: Engine, scenes: Sequence[Scene], seed: int, with_image: bool, tell: Callable[[str], None]
 ) -> list[Shown]:
-    """Generate each scene's video from its prompt (and first frame), scene i with seed + i."""
+    """Generate each scene's video from its prompt (and first frame), scene i with seed + i, in the default size."""
+    assert isinstance(engine.spec, WanSpec)
+    side = min(engine.spec.defaults["height"], engine.spec.defaults["width"])
     images = [first_frame(scene, side) if with_image else None for scene in scenes]
     requests = [
         VideoRequest(prompt=scene.prompt, seed=seed + number, image=None if image is None else Image.fromarray(image))
@@ -80,6 +84,23 @@ def tally(shown: Iterable[Shown]) -> dict[str, tuple[int, int]]:
                 good, all_of_them = counts.get(key, (0, 0))
                 counts[key] = good + right, all_of_them + 1
     return dict(sorted(counts.items()))
+
+
+def rows(shown: Sequence[Shown]) -> list[list[str]]:
+    """Property, how many are right, their share; with images also how near the first frames are."""
+    found = [[name, f"{right} of {many}", f"{right / many:.0%}"] for name, (right, many) in tally(shown).items()]
+    psnrs = sorted(one.first_frame_psnr for one in shown if one.first_frame_psnr is not None)
+    if psnrs:
+        found.append(["first frame, dB", f"{psnrs[0]:.1f} to {psnrs[-1]:.1f}", f"{psnrs[len(psnrs) // 2]:.1f} median"])
+    return found
+
+
+def as_json(shown: Sequence[Shown]) -> dict[str, Any]:
+    """Counts and every verdict."""
+    videos = [
+        {"prompt": one.scene.prompt, **asdict(one.verdict), "first_frame_psnr": one.first_frame_psnr} for one in shown
+    ]
+    return {"counts": tally(shown), "videos": videos}
 
 
 def contact_sheet(shown: Sequence[Shown], columns: int = 2) -> Image.Image:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cineline.bench.footprint import bare_bytes, engine_and_ranks, resident_bytes
+from benchmarks.footprint import bare_bytes, engine_and_ranks, resident_bytes
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.families.wan.spec import WanKind
@@ -21,6 +21,8 @@ THIRDS: dict[WanKind, RandomConfig] = {
     ),
 }
 """Text encoder and VAE as heavy as all transformers together, some 145 MB each."""
+
+COLUMNS = ("P", "MB read by rank", "MB resident by rank", "fullest, of an even share")
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,15 @@ def measure(kind: WanKind, stages: Sequence[int], tell: Callable[[str], None]) -
             whole = whole or sum(read)
             assert sum(read) == whole, "the ranks together read every tensor once"
             yield Division(count, read, resident, max(read) * count / whole)
+
+
+def rows(found: Sequence[Division]) -> list[list[str]]:
+    """A row of `COLUMNS` each."""
+    return [
+        [
+            str(row.stages),
+            *(", ".join(f"{size / 1e6:.0f}" for size in sizes) for sizes in (row.read, row.resident)),
+            f"{row.share:.2f}",
+        ]
+        for row in found
+    ]

@@ -6,14 +6,14 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from cineline.bench.beside import WAIT_LIMIT_S
-from cineline.bench.measure import Run, interleave
+from cineline.bench.measure import Run, Summary, interleave, others, ratios
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
@@ -74,6 +74,15 @@ def time_videos(case: VideosCase, config: DeviceConfig, tell: Callable[[str], No
             _write_all(engine, stages, warm_up, folder)
         runs = interleave(arms, case.rounds, tell)
     return {stages: runs[f"pp={stages}"] for stages in case.stages}
+
+
+def rows(case: VideosCase, results: Mapping[int, Sequence[Run]]) -> list[list[str]]:
+    """Arm, seconds, how many times the first arm's speed, what others used."""
+    first = results[case.stages[0]]
+    return [
+        [f"pp={count}", str(Summary.of([run.seconds for run in own])), str(ratios(first, own)), others(own)]
+        for count, own in results.items()
+    ]
 
 
 def _write_all(engine: Engine, cores: int, requests: Sequence[VideoRequest], folder: Path) -> float:

@@ -1,0 +1,1 @@
+"""Benchmarks of Cineline's own parts, for who changes them (see README.md here); users have `cineline bench`."""

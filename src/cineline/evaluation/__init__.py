@@ -1,1 +1,0 @@
-"""Judging videos: whether one shows what its prompt says, and how much two differ."""
