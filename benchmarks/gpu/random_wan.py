@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cineline.families.pipeline_parallel import StagePart
-from cineline.families.wan import stages, text, vae
+from cineline.families.wan import experts, stages, text, vae
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
@@ -92,7 +92,7 @@ class RandomStages(WanStages):
     """`WanStages`, for a process that runs nothing else: no file is read."""
 
     def load(self, part: StagePart) -> int:
-        for module in (stages, vae, text):
+        for module in (experts, vae, text):
             vars(module)["Weights"] = RandomWeights
         vars(stages)["Tokenizer"] = RandomTokenizer
         return super().load(part)

@@ -14,10 +14,11 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from benchmarks.gpu.clock import forget, peak_gb, timed
 from benchmarks.gpu.random_wan import RandomSpec, RandomStages, RandomWeights, random_spec
 from cineline.core.config import DeviceConfig, ParallelConfig, Place
-from cineline.core.request import Branch, Job, Kind, VideoRequest, WorkItem
+from cineline.core.request import Branch, Kind, VideoRequest, WorkItem
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.denoise import make_solver
+from cineline.families.wan.job import WanJob
 from cineline.planning.cut import default_cut
 from cineline.planning.hardware import LINKS, Device, device_named
 from cineline.planning.line import PlannedLine
@@ -51,13 +52,13 @@ def _embedding(spec: RandomSpec, config: DeviceConfig, device: torch.device) -> 
     return torch.randn(shape, generator=generator).to(device, getattr(torch, config.dtype))
 
 
-def _latents(spec: RandomSpec, job: Job, device: torch.device) -> torch.Tensor:
+def _latents(spec: RandomSpec, job: WanJob, device: torch.device) -> torch.Tensor:
     """As `WanStages.admit` draws them."""
     return torch.randn(spec.latent_shape(job), generator=torch.Generator("cpu").manual_seed(job.seed)).to(device)
 
 
 def _diffusers(
-    spec: RandomSpec, job: Job, config: DeviceConfig, device: torch.device
+    spec: RandomSpec, job: WanJob, config: DeviceConfig, device: torch.device
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     forget(device)
     dtype = getattr(torch, config.dtype)
@@ -86,7 +87,7 @@ def _diffusers(
 
 
 def _stages(
-    spec: RandomSpec, job: Job, config: DeviceConfig, device: torch.device, count: int, theirs: torch.Tensor
+    spec: RandomSpec, job: WanJob, config: DeviceConfig, device: torch.device, count: int, theirs: torch.Tensor
 ) -> Iterator[dict[str, Any]]:
     costs = ModelCosts.of(spec, config.dtype, config.vae_dtype)
     parallel = default_cut(costs, spec.place(ParallelConfig(pp=count)))
@@ -94,7 +95,7 @@ def _stages(
     card = None if device.type == "cpu" else _card(device)
     planned = card and PlannedLine(spec, costs, parallel, (card,) * count, LINKS["pcie4"], job)
     handed: tuple[torch.Tensor, ...] = ()
-    conditioning: dict[str, torch.Tensor] = {}
+    conditioning: tuple[torch.Tensor, ...] = ()
     for stage in range(count):
         forget(device)
         place = Place(pp=stage)
