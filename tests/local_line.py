@@ -36,12 +36,13 @@ class LocalLine:
         self.spec = spec
         self.reports: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.emitted: list[Group] = []
+        cut = spec.cut(parallel, DeviceConfig())
+        parallel = parallel.filled(cut)
         ranks = range(parallel.ranks)
         self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in ranks]
         self.scheduler = Scheduler(parallel, in_flight, self._admit)
         kind = RendezvousChannel if rendezvous else LocalChannel
         channels = {edge: kind() for edge in edges_of(parallel)}
-        cut = spec.cut(parallel, DeviceConfig())
         self.loops = []
         for rank in ranks:
             family, place = stages_class(spec), parallel.place(rank)

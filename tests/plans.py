@@ -44,6 +44,11 @@ class Plan:
         pp = draw.randint(1, 5)
         axes = {"pp": pp, "cfg": draw.randint(1, 2), "vae_decode": draw.choice(WAYS)}
         axes |= {axis: draw.choice([1, 1, 1, 2]) for axis in ("ring", "ulysses", "tp")}
+        if draw.random() < 0.3:
+            axes["text_split"] = tuple(draw.choice([0, 1]) for _ in range(pp))
+        if axes["vae_decode"] == "layers" and draw.random() < 0.5:
+            units = [draw.choice([0, 1, 1]) for _ in range(pp)]
+            axes["vae_split"] = tuple(units) if any(units) else None
         if pp > 1 and draw.random() < 0.5:
             axes |= {"expert_placement": "split", "high_stages": draw.randint(1, pp - 1)}
         jobs = tuple(

@@ -122,9 +122,17 @@ class SymbolicRank:
         return range(high, parallel.pp) if self.state.experts[step] else range(high)
 
     @property
-    def decoding(self) -> range:
-        stages = self.plan.parallel.pp
-        return range(stages) if self.plan.parallel.vae_decode in ("layers", "rows") else range(stages - 1, stages)
+    def decoding(self) -> list[int]:
+        parallel = self.plan.parallel
+        if parallel.vae_decode not in ("layers", "rows"):
+            return [parallel.pp - 1]
+        return [stage for stage in range(parallel.pp) if parallel.vae_split is None or parallel.vae_split[stage]]
+
+    @property
+    def texts(self) -> list[int]:
+        parallel, ends = self.plan.parallel, (0, self.plan.parallel.pp - 1)
+        split = parallel.text_split
+        return [stage for stage in range(parallel.pp) if stage in ends or split is None or split[stage]]
 
     def compute(self, item: WorkItem, starts: bool, ends: bool) -> None:
         self.computed[item] += 1
@@ -132,7 +140,7 @@ class SymbolicRank:
         state, came = self.state, self.state.hidden
         state.hidden = None
         stages = {
-            Kind.TEXT: range(self.plan.parallel.pp),
+            Kind.TEXT: self.texts,
             Kind.ENCODE: range(self.plan.parallel.pp),
             Kind.DENOISE: self.route(item.number) if item.kind is Kind.DENOISE else (),
             Kind.DECODE: self.decoding,
@@ -145,7 +153,8 @@ class SymbolicRank:
             demand(came is None or together, "is handed something, at the start of", item)
             self.start(item)
         elif item.kind is not Kind.ENCODE:  # the conditioning is no hidden state
-            came.use(("through", item, self.place.pp - 1)) if came else demand(False, "nothing came for", item)
+            demand(came is not None, "nothing came for", item)
+            came.use(("through", item, stages[stages.index(self.place.pp) - 1]))
         demand(item.kind is not Kind.ENCODE or state.conditioning, "no conditioning after", item)
         demand(item.kind is not Kind.DENOISE or (state.conditioning and not state.denoised), "no conditioning", item)
         if item.kind is Kind.DECODE:
@@ -188,7 +197,7 @@ class SymbolicRank:
         if group.kind is Kind.DENOISE and group.number + 1 == self.state.job.steps:
             self.state.latents.use(("latents", self.state.job.steps))
         if group.kind is Kind.DECODE:
-            self.state.hidden.use(("through", self.item, self.plan.parallel.pp - 1))
+            self.state.hidden.use(("through", self.item, self.decoding[-1]))
             self.state.hidden = None
 
     def give(self, value: Value, item: WorkItem) -> Symbol:
@@ -403,7 +412,7 @@ class SymbolicLine:
         if place.cfg < one.branches:
             branches = [place.cfg] if parallel.cfg == 2 else list(range(one.branches))
             wanted |= {WorkItem(Kind.ENCODE, one.id)}
-            if one.texts and place.is_first_lane:
+            if one.texts and place.is_first_lane and place.pp in rank.texts:
                 wanted |= {WorkItem(Kind.TEXT, one.id, 0, branch) for branch in branches}
             groups = parallel.groups
             for step, expert in enumerate(self.plan.experts(one)):

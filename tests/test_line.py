@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_line import LocalLine
+from toy_arithmetic import DECODER_UNITS, TEXT_LAYERS
 from toy_family import ToySpec, ToyStages
 from toy_reference import toy_reference
 
@@ -26,7 +29,24 @@ class SplitToyStages(ToyStages):
 
 decode_ways = st.sampled_from(["layers", "tail"])
 
+
+def shares(count: int, stages: int) -> st.SearchStrategy[tuple[int, ...] | None]:
+    """Of so many units, by stage, many of them none; or None."""
+    stops = st.lists(st.integers(0, count), min_size=stages - 1, max_size=stages - 1).map(sorted)
+    split = stops.map(lambda ends: tuple(stop - start for start, stop in pairwise([0, *ends, count])))
+    return st.none() | split
+
+
+@st.composite
+def uneven(draw: st.DrawFn) -> ParallelConfig:
+    """Stages without a layer of the text encoder, or a unit of the decoder: their chains go past them."""
+    stages = draw(st.integers(1, 6))
+    splits = {"text_split": draw(shares(TEXT_LAYERS, stages)), "vae_split": draw(shares(DECODER_UNITS, stages))}
+    return ParallelConfig(pp=stages, cfg=draw(st.integers(1, 2)), **splits)
+
+
 parallels = st.one_of(
+    uneven(),
     st.builds(ParallelConfig, pp=st.integers(1, 8), cfg=st.integers(1, 2), vae_decode=decode_ways),
     st.integers(2, 6).flatmap(
         lambda pp: st.builds(

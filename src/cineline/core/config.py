@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -205,9 +205,22 @@ class ParallelConfig:
         return self.groups[min(expert, len(self.groups) - 1)]
 
     @property
-    def decoders(self) -> range:
-        """The stages that decode."""
-        return range(self.pp) if self.vae_decode in ("layers", "rows") else range(self.pp - 1, self.pp)
+    def encoders(self) -> tuple[int, ...]:
+        """The stages that a prompt goes through: the head, which has the tokens' embedding, those with layers of the
+        text encoder, and the tail, which has its last norm."""
+        inside: Iterable[int] = range(1, self.pp - 1)
+        if self.text_split is not None:
+            inside = [stage for stage in inside if self.text_split[stage]]
+        return tuple(sorted({0, *inside, self.pp - 1}))
+
+    @property
+    def decoders(self) -> tuple[int, ...]:
+        """The stages that decode: those with units of the decoder, where it is cut."""
+        if self.vae_decode not in ("layers", "rows"):
+            return (self.pp - 1,)
+        if self.vae_split is None or not any(self.vae_split):
+            return tuple(range(self.pp))
+        return tuple(stage for stage in range(self.pp) if self.vae_split[stage])
 
     @property
     def decodes_together(self) -> bool:
@@ -216,7 +229,12 @@ class ParallelConfig:
 
     def takes_latents(self, stage: int) -> bool:
         """Whether decoding begins there: on the first of the stages that decode, or on each."""
-        return stage == self.decoders.start or (self.decodes_together and stage in self.decoders)
+        return stage == self.decoders[0] or (self.decodes_together and stage in self.decoders)
+
+    def filled(self, cut: Sequence[Cut]) -> ParallelConfig:
+        """The config that says what was open: how many text layers and decoder units each stage of the cut has."""
+        units = tuple(len(stage.decoder) for stage in cut) if self.vae_decode == "layers" else None
+        return replace(self, text_split=tuple(len(stage.text) for stage in cut), vae_split=units)
 
     def placed(self, layers: int, high_share: float) -> ParallelConfig:
         """With split experts, the config that says how many stages each of them has.

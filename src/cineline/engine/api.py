@@ -126,6 +126,7 @@ class Engine:
         if launcher == "local":
             _check_devices(parallel, config)
         cut = self.spec.cut(parallel, config)
+        parallel = parallel.filled(cut)
         self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:

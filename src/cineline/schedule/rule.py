@@ -12,7 +12,7 @@ one a stage; head and tail are a line's first and last stage; a route is the sta
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -96,15 +96,23 @@ class Rule:
 
     def chain(self, group: Group) -> tuple[int, ...]:
         """The ranks of this lane and line that run the group's items, first to last."""
-        stages = range(self.parallel.pp)
-        if group.kind is Kind.DENOISE:
-            stages = self._routes[group.number]
-        elif group.kind is Kind.DECODE:
-            stages = self.parallel.decoders
         one_lane_alone = group.kind in (Kind.TEXT, Kind.DECODE)
         if (one_lane_alone and not self.place.is_first_lane) or (group.kind is Kind.DECODE and self.place.cfg):
             return ()
-        return self._lines[self.place.cfg][stages.start : stages.stop]
+        line = self._lines[self.place.cfg]
+        return tuple(line[stage] for stage in self._stages(group))
+
+    def _stages(self, group: Group) -> Sequence[int]:
+        """Those with a part in it: what has no layer or unit on a stage goes past it."""
+        match group.kind:
+            case Kind.TEXT:
+                return self.parallel.encoders
+            case Kind.DENOISE:
+                return self._routes[group.number]
+            case Kind.DECODE:
+                return self.parallel.decoders
+            case _:
+                return range(self.parallel.pp)
 
     def parcels(self, group: Group) -> Iterator[Parcel]:
         """What the group's items make, on all lines of the lane, in the order in which it is sent."""
@@ -137,7 +145,7 @@ class Rule:
     def _to_decode(self, end: int, item: WorkItem) -> Iterator[Parcel]:
         """Latents to where chunks are handed on from; else the whole state to the one stage that has them all."""
         first, last = (Group(Kind.DECODE, 0, chunk) for chunk in (0, self.shape.chunks - 1))
-        decoders = self._lines[0][self.parallel.decoders.start :]
+        decoders = [self._lines[0][stage] for stage in self.parallel.decoders]
         if len(decoders) > 1 and not self.parallel.decodes_together:
             yield Parcel(Value.LATENTS, item, end, decoders[0], Way.BACK, first, until=last)
         elif end != decoders[-1]:
