@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cineline.planning.forecast import flow_shop, forecast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,7 +22,6 @@ from cineline.engine.auto import divide
 from cineline.errors import InvalidConfig
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.spec import WanSpec
-from cineline.planning.forecast import flow_shop, forecast
 from cineline.planning.hardware import DEVICES, LINKS, Device, Link, device_named, devices_of, link_of
 from cineline.planning.planner import Plan, Planning, Task, plan, planned_job
 from cineline.schedule.scheduler import speed_up_limit

@@ -14,10 +14,10 @@ from functools import partial
 from typing import NamedTuple
 
 from cineline.core.config import Place
+from cineline.core.costs import Profile as Profile
 from cineline.core.request import Group, Job, WorkItem
 from cineline.core.trace import Slice, slice_name
 from cineline.errors import Deadlock
-from cineline.schedule.profile import Profile as Profile
 from cineline.schedule.rule import Rule, Scripts, scripts_of
 from cineline.schedule.scheduler import Scheduler
 from cineline.schedule.wire import Clock, Wire

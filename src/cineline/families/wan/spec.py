@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
-from cineline.core.config import Cut, DeviceConfig, ParallelConfig
+from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
+from cineline.core.hardware import Device, Link
 from cineline.core.image import load_image
 from cineline.core.request import Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest
+from cineline.families.wan.costs.line import PlannedLine
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.planning.cut import default_cut
 
@@ -220,8 +223,7 @@ class WanSpec:
         if job.boundary_ratio is None or len(self.experts) < 2:
             return job.steps
         shift = float(job.flow_shift or self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
-        levels = [1 - 0.999 * step / job.steps for step in range(job.steps)]
-        return sum(shift * u / (1 + (shift - 1) * u) >= job.boundary_ratio for u in levels)
+        return _steps_above(job.boundary_ratio, shift, job.steps)
 
     def place(self, parallel: ParallelConfig) -> ParallelConfig:
         """See `FamilySpec.place`."""
@@ -241,9 +243,32 @@ class WanSpec:
 
     def cut(self, parallel: ParallelConfig, config: DeviceConfig) -> tuple[Cut, ...]:
         """See `FamilySpec.cut`."""
-        costs = ModelCosts.of(self, config.dtype, config.vae_dtype)
+        costs = self.costs(config.dtype, config.vae_dtype)
         filled = default_cut(costs, parallel)
-        return filled.cut(self.layers, costs.text.layers, len(costs.vae.decoder))
+        return filled.cut(self.layers, costs.text_layers, len(costs.decoder_bytes))
+
+    def costs(self, dtype: Dtype, vae_dtype: Dtype) -> ModelCosts:
+        """See `PlannedFamily.costs`."""
+        return ModelCosts.of(self, dtype, vae_dtype)
+
+    def line(
+        self,
+        parallel: ParallelConfig,
+        devices: Sequence[Device],
+        link: Link,
+        job: Job,
+        dtype: Dtype = "float32",
+        vae_dtype: Dtype = "float32",
+    ) -> PlannedLine:
+        """See `PlannedFamily.line`."""
+        return PlannedLine(self, self.costs(dtype, vae_dtype), parallel, tuple(devices), link, job)
+
+    def example(self, fields: Mapping[str, int | float]) -> VideoRequest:
+        """See `PlannedFamily.example`: an image of one pixel, the video's size being given."""
+        if self.kind != "i2v":
+            return VideoRequest(prompt="an example", **fields)
+        sizes = {name: int(self.defaults[name]) for name in ("height", "width")}
+        return VideoRequest(prompt="an example", image=Image.new("RGB", (1, 1)), **{**sizes, **fields})
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
         """See `FamilySpec.resolve`."""
@@ -365,6 +390,13 @@ class WanSpec:
             return None
         second = self._scale(request, "guidance_scale_2")
         return scale if second is None else second
+
+
+@cache
+def _steps_above(boundary: float, shift: float, steps: int) -> int:
+    """Of so many steps, those whose noise level is at or above the boundary."""
+    levels = [1 - 0.999 * step / steps for step in range(steps)]
+    return sum(shift * u / (1 + (shift - 1) * u) >= boundary for u in levels)
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:

@@ -4,7 +4,7 @@ The head holds patch and condition embedders, tokenizer and VAE encoder, the tai
 all experts, the text encoder's layers and the VAE decoder's units are shared out.
 
 Legend: S tokens, D model width, B rows of a product, K distinct rows of a time embedding (1, or with
-`expand_timesteps` as many as `SLOTS` and S allow).
+`expand_timesteps` as many as `TIME_ROWS` and S allow).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import nn
 
 from cineline.core.request import Branch, Job
 from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
+from cineline.families.wan.constants import TEXT_TOKENS, TIME_ROWS
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import Decoder, DecoderSlice, TiledDecoder, boundary_specs
 from cineline.families.wan.denoise import Step, combine, history_of, make_solver, make_steps, rehearse
@@ -31,14 +32,10 @@ from cineline.families.wan.rows import RowDecoder
 from cineline.families.wan.sequence_parallel import ShardedAttention, TokenShards
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.tensor_parallel import shard_block
-from cineline.families.wan.text import TOKENS, TextSlice, Tokenizer
+from cineline.families.wan.text import TextSlice, Tokenizer
 from cineline.families.wan.vae import ImageEncoder
 from cineline.transport.channel import TensorSpec
 from cineline.weights.files import Shard, Weights
-
-SLOTS = 16
-"""Distinct rows of a time embedding that travel, of S. Two timesteps at most make rows that differ, and the last
-elements of a tensor (of each thread's share) go through scalar code, whose SiLU has other bits."""
 
 log = logging.getLogger(__name__)
 
@@ -193,10 +190,10 @@ class WanStages(PipelineParallelMixin[WanState]):
     # Text: a prompt through the encoder's layers, from stage to stage.
 
     def text_specs(self, state: WanState) -> tuple[TensorSpec, ...]:
-        return self.embedding_spec(state), TensorSpec((1, TOKENS), torch.int64)
+        return self.embedding_spec(state), TensorSpec((1, TEXT_TOKENS), torch.int64)
 
     def embedding_spec(self, state: WanState) -> TensorSpec:
-        return TensorSpec((1, TOKENS, int(self._spec.text["d_model"])), self._dtype)
+        return TensorSpec((1, TEXT_TOKENS, int(self._spec.text["d_model"])), self._dtype)
 
     def encode_text(self, state: WanState, branch: Branch, hidden: Hidden) -> Hidden:
         if self._part.is_head:
@@ -211,12 +208,12 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def conditioning_specs(self, state: WanState) -> Mapping[str, TensorSpec]:
         width = self._spec.transformer["num_attention_heads"] * self._spec.transformer["attention_head_dim"]
-        rows = min(SLOTS, state.tokens) if self._spec.kind == "ti2v" else 1
+        rows = min(TIME_ROWS, state.tokens) if self._spec.kind == "ti2v" else 1
         specs = {}
         for expert in self._experts_used(state):
             steps = sum(step.expert == expert for step in state.steps)
             for branch in self._part.branches(state.job):
-                specs[_text_name(expert, branch)] = TensorSpec((1, TOKENS, width), self._dtype)
+                specs[_text_name(expert, branch)] = TensorSpec((1, TEXT_TOKENS, width), self._dtype)
             specs[f"time.{expert}"] = TensorSpec((steps, rows, width), self._dtype)
             specs[f"modulation.{expert}"] = TensorSpec((steps, rows, 6, width), self._dtype)
             if self._spec.kind == "ti2v":
@@ -295,7 +292,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         if self._keeps_first_frame(state):
             times[: state.tokens // state.latent_shape[2]] = 0
         time, modulation = _time_rows(embed, times, self._dtype, per_token=True)
-        first, row = _distinct_rows(torch.cat([time, modulation.flatten(1)], dim=1), min(SLOTS, state.tokens))
+        first, row = _distinct_rows(torch.cat([time, modulation.flatten(1)], dim=1), min(TIME_ROWS, state.tokens))
         return time[first], modulation[first], row
 
     # Denoise: one forward of one branch of one step.
