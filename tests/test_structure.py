@@ -29,16 +29,8 @@ ROOMS = [
 ]
 """Whatever is in a room imports from itself and from the rooms above it only, wherever in a file the import stands."""
 
-NO_TORCH = [
-    "core",
-    "schedule",
-    "planning",
-    "engine",
-    "families.wan.spec",
-    "families.wan.constants",
-    "families.wan.costs",
-]
-NO_TORCH += ["families.wan.known"]
+NO_TORCH = ["core", "schedule", "planning", "engine"]
+NO_TORCH += [f"families.wan.{name}" for name in ("spec", "constants", "costs", "known")]
 """Rooms, or parts of one, whose modules need no torch."""
 
 

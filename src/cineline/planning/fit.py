@@ -93,8 +93,7 @@ def _settle(line: LineCosts, in_flight: int, limits: Sequence[float]) -> Fit:
         own = _Group(base[span], busy[span], block_s[span], block[span], limits[span])
         blocks += own.blocks(layers, layer, texts * len(group) // stages)
     held = [base[stage] + (blocks[stage] - 1) * block[stage] - limits[stage] for stage in range(stages)]
-    texts = fill_evenly(held, layer, texts)
-    settled = _with(line, split=tuple(blocks), text_split=tuple(texts))
+    settled = _with(line, split=tuple(blocks), text_split=tuple(fill_evenly(held, layer, texts)))
     excess = max(
         settled.peak_bytes(Place(pp=stage), in_flight) - limit
         for stage, limit in zip(range(stages), limits, strict=True)

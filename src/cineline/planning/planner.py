@@ -23,7 +23,10 @@ from cineline.schedule.scheduler import default_in_flight
 MOST_LANES = 8
 """Ranks of a stage that are tried."""
 
-OTHERS = 8
+WORTH = 0.01
+"""Share by which a period must be shorter to be looked for: how exact the simulated periods are themselves."""
+
+OTHERS = 5
 """Sets of axes that are shown beside the best plan's."""
 
 
@@ -93,7 +96,7 @@ def plan(task: Task) -> Planning:
     return Planning(
         best=best,
         latency=_first(exact, lambda each: each.bound.latency, lambda each: each.latency),
-        throughput=_first(exact, lambda each: each.least_period, lambda each: each.period),
+        throughput=_first(exact, lambda each: each.least_period, lambda each: each.period, WORTH),
         memory=_least_memory(task, exact),
         single=soonest([each for each in exact if each.replicas == 1]),
         replicas=soonest([each for each in exact if each.replicas == len(task.devices) > 1]),
@@ -119,11 +122,13 @@ def soonest(plans: Sequence[Plan]) -> Plan | None:
     return _first(plans, lambda each: each.least_total, lambda each: each.total) if plans else None
 
 
-def _first(plans: Sequence[Plan], bound: Callable[[Plan], float], seconds: Callable[[Plan], float]) -> Plan:
-    """The plan of the fewest seconds, of which only so many are asked as may be it."""
+def _first(
+    plans: Sequence[Plan], bound: Callable[[Plan], float], seconds: Callable[[Plan], float], worth: float = 0.0
+) -> Plan:
+    """The plan of the fewest seconds, of which only so many are asked as may be better by more than a share `worth`."""
     best, *others = sorted(plans, key=bound)
     for each in others:
-        if round(bound(each), 3) > round(seconds(best), 3):
+        if round(bound(each), 3) > round((1 - worth) * seconds(best), 3):
             break
         best = min(best, each, key=lambda one: (round(seconds(one), 3), one.peak))
     return best
