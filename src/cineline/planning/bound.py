@@ -41,10 +41,12 @@ def items_of(costs: Profile, job: Job) -> list[tuple[WorkItem, int]]:
 
 
 def stages_of(costs: Profile, job: Job, item: WorkItem) -> range:
-    """The stages that the item crosses."""
+    """The stages that compute the item; conditioning is the head's."""
     if item.kind is Kind.DENOISE:
         return costs.parallel.route(costs.expert(job, item.number))
-    return costs.parallel.decoders if item.kind is Kind.DECODE else range(costs.parallel.pp)
+    if item.kind is Kind.DECODE:
+        return costs.parallel.decoders
+    return range(1 if item.kind is Kind.ENCODE else costs.parallel.pp)
 
 
 def busy_s(costs: Profile, job: Job, stage: int) -> float:
