@@ -17,7 +17,7 @@ class FaultySpec(ToySpec):
 
 
 class FaultyStages(ToyStages):
-    def run_blocks(self, state, step, branch, hidden):
+    def run_blocks(self, state, step, states, text):
         words = state.job.prompt.split()
         if words[0] == "slow":
             time.sleep(0.02)
@@ -25,7 +25,7 @@ class FaultyStages(ToyStages):
             if words[0] == "raise":
                 raise ValueError("a fault on purpose")
             os._exit(77)
-        return super().run_blocks(state, step, branch, hidden)
+        return super().run_blocks(state, step, states, text)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,8 @@ WAYS = ("layers", "rows", "tail", "tiled")
 def job(number: int, steps: int = 3, branches: int = 2, texts: bool = False, chunks: int = 0) -> Job:
     """A request of which only this counts."""
     sizes = {"height": 1, "width": 1, "num_frames": 1, "fps": 1, "seed": 0, "has_image": False}
-    scales = {"guidance_scale": float(branches), "guidance_scale_2": None, "flow_shift": None, "boundary_ratio": None}
     counts = {"steps": steps, "branches": branches, "texts": branches * texts, "chunks": chunks}
-    return Job(id=number, prompt="", negative_prompt="", **counts, **scales, **sizes)
+    return Job(id=number, prompt="", negative_prompt="", guidance_scale=float(branches), **counts, **sizes)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -15,7 +13,6 @@ from toy_reference import toy_reference
 from cineline import ParallelConfig, VideoRequest
 from cineline.core.request import Group, Kind
 from cineline.families.pipeline_parallel import RequestState
-from cineline.transport.channel import TensorSpec
 
 SPEC = ToySpec()
 
@@ -25,15 +22,6 @@ class SplitToyStages(ToyStages):
 
     def expert(self, state: RequestState, step: int) -> int:
         return int(step >= state.job.seed % (state.job.steps + 1))
-
-    def history_specs(self, state: RequestState) -> tuple[TensorSpec, ...]:
-        return self.latents_spec(state), self.latents_spec(state)
-
-    def history(self, state: RequestState) -> list[torch.Tensor]:
-        return [state.before]
-
-    def take_history(self, state: RequestState, tensors: Sequence[torch.Tensor]) -> None:
-        state.latents, state.before = (tensor.clone() for tensor in tensors)
 
 
 decode_ways = st.sampled_from(["layers", "tail"])

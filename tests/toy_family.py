@@ -4,19 +4,20 @@ channels. Two tensors travel with a forward; the solver has a history; text enco
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import toy_arithmetic as toy
 from PIL import Image
-from toy_arithmetic import C
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, stages_alone
-from cineline.core.request import Branch, Job, VideoRequest
+from cineline.core.request import Job, Kind, VideoRequest, WorkItem
+from cineline.families import snapshot
+from cineline.families.guidance import combine
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
-from cineline.families.wan.denoise import combine
+from cineline.schedule.words import Value
 from cineline.transport.channel import TensorSpec
 
 
@@ -31,69 +32,68 @@ class ToySpec:
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
         steps, frames, scale = request.num_inference_steps or 4, request.num_frames or 5, request.guidance_scale or 1.0
-        sizes = dict.fromkeys(("height", "width"), 1) | dict.fromkeys(("branches", "texts"), 2 if scale > 1 else 1)
-        rest = {"guidance_scale_2": None, "flow_shift": None, "boundary_ratio": None, "fps": 1, "has_image": False}
+        ones, branches = dict.fromkeys(("height", "width", "fps"), 1), 2 if scale > 1 else 1
         given = request.model_dump(include={"prompt", "negative_prompt", "seed"})
         made = {"num_frames": frames, "chunks": frames * request.decode, "steps": steps, "guidance_scale": scale}
-        return Job(id=number, **made, **given, **sizes, **rest)
+        return Job(id=number, has_image=False, branches=branches, texts=branches, **made, **given, **ones)
 
 
-class ToyStages(PipelineParallelMixin[RequestState]):
-    def __init__(self, spec: ToySpec) -> None:
-        self.spec = spec
+@dataclass
+class ToyState(RequestState):
+    before: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
+
+class ToyStages(PipelineParallelMixin[ToyState]):
     def load(self, part: StagePart) -> int:
         self.part = part
         return 0  # bytes of weights
 
-    def admit(self, job: Job, image: Image.Image | None) -> RequestState:
-        return RequestState(job, latents=torch.randn(job.num_frames, C, generator=toy.seeded(job.seed)))
+    def admit(self, job: Job, image: Image.Image | None) -> ToyState:
+        return ToyState(job, latents=torch.randn(job.num_frames, toy.C, generator=toy.seeded(job.seed)))
 
-    def embedding_spec(self, state: RequestState) -> TensorSpec:
-        return TensorSpec((C,), torch.float32)
+    def specs(self, state: ToyState, value: Value, item: WorkItem) -> tuple[TensorSpec, ...]:
+        one, all_frames = TensorSpec((toy.C,), torch.float32), TensorSpec((state.job.num_frames, toy.C), torch.float32)
+        several = {
+            Value.HIDDEN: (all_frames, TensorSpec((1,), torch.int64)),
+            Value.HISTORY: (snapshot.spec_of(2 * all_frames.nbytes),),
+            Value.CONDITIONING: (one,) * len(self.part.branches(state.job)),
+        }
+        return several.get(value, (all_frames if value in (Value.PREDICTION, Value.LATENTS) else one,))
 
-    def encode_text(self, state, branch, hidden):
-        (text,) = hidden or (toy.text_of(state.job.prompt if branch is Branch.COND else state.job.negative_prompt),)
-        return (reduce(toy.text_layer, self.part.cut.text, text),)
+    def compute(self, state: ToyState, item: WorkItem, starts: bool, ends: bool) -> None:
+        came, job, branch = state.take_hidden(), state.job, item.branch
+        if item.kind is Kind.TEXT:
+            (text,) = came or (toy.text_of((job.prompt, job.negative_prompt)[branch]),)
+            state.hidden = (reduce(toy.text_layer, self.part.cut.text, text),)
+        elif item.kind is Kind.ENCODE and starts:
+            state.conditioning = tuple(state.texts[branch].clone() for branch in self.part.branches(job))
+        elif item.kind is Kind.DENOISE:
+            states, count = came or (state.latents + item.number, torch.zeros(1, dtype=torch.int64))
+            text = state.conditioning[self.part.branches(job).index(branch)]
+            state.hidden = self.run_blocks(state, item.number, states, text), count + len(self.part.cut.blocks)
+            if ends:
+                state.predictions[branch], count = state.take_hidden()
+                assert count == self.spec.layers
+        elif item.kind is Kind.DECODE:
+            (pixel,) = came or (state.latents[item.number],)
+            pixel = reduce(toy.decoder_unit, self.part.cut.decoder, pixel)
+            state.hidden = (toy.quantise(pixel) if ends else pixel,)
 
-    def encode(self, state: RequestState) -> Mapping[str, torch.Tensor]:
-        return {branch.name: text.clone() for branch, text in state.texts.items()}
+    def run_blocks(self, state: ToyState, step: int, states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return reduce(lambda hidden, layer: toy.block(layer, hidden, text), self.part.cut.blocks, states)
 
-    def conditioning_specs(self, state: RequestState) -> Mapping[str, TensorSpec]:
-        return {branch.name: TensorSpec((C,), torch.float32) for branch in self.part.branches(state.job)}
-
-    def hidden_specs(self, state: RequestState) -> tuple[TensorSpec, ...]:
-        return TensorSpec((state.job.num_frames, C), torch.float32), TensorSpec((1,), torch.int64)
-
-    def latents_spec(self, state: RequestState) -> TensorSpec:
-        return TensorSpec((state.job.num_frames, C), torch.float32)
-
-    def embed(self, state: RequestState, step: int, branch: Branch) -> tuple[torch.Tensor, ...]:
-        return state.latents + step, torch.zeros(1, dtype=torch.int64)
-
-    def run_blocks(self, state, step, branch, hidden):
-        states, count = hidden
-        for layer in self.part.cut.blocks:
-            states = toy.block(layer, states, state.conditioning[branch.name])
-        return states, count + len(self.part.cut.blocks)
-
-    def predict(self, state, step, branch, hidden) -> torch.Tensor:
-        assert hidden[1] == self.spec.layers
-        return hidden[0]
-
-    def advance(self, state: RequestState, step: int) -> torch.Tensor:
+    def finish(self, state: ToyState, item: WorkItem) -> None:
         prediction = combine(state.predictions, state.job.guidance_scale)
-        latents = toy.step_of(state.latents, prediction, getattr(state, "before", torch.zeros(())))
-        state.latents, state.before = latents, prediction
-        return latents
+        state.latents, state.before = toy.step_of(state.latents, prediction, state.before), prediction
+        state.predictions.clear()
 
-    def final_latents(self, state: RequestState) -> torch.Tensor:
-        return state.latents.view(1, -1, C, 1)
+    def answer(self, state: ToyState, item: WorkItem) -> torch.Tensor | None:
+        if item.kind is Kind.DECODE:
+            return state.take_hidden()[0]
+        return state.latents.view(1, -1, toy.C, 1) if state.job.ends_denoising(item) else None
 
-    def decode_specs(self, state: RequestState, chunk: int) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((C,), torch.float32),)
+    def export(self, state: ToyState) -> dict[str, Any]:
+        return {"latents": state.latents.clone(), "before": state.before.clone()}
 
-    def decode(self, state, chunk, hidden):
-        (pixel,) = hidden or (state.latents[chunk],)
-        pixel = reduce(toy.decoder_unit, self.part.cut.decoder, pixel)
-        return (toy.quantise(pixel),) if self.part.is_tail else (pixel,)
+    def restore(self, state: ToyState, exported: Mapping[str, Any]) -> None:
+        state.latents, state.before = exported["latents"], exported["before"]

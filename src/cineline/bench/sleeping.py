@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, stages_alone
-from cineline.core.request import Branch, Job, VideoRequest
+from cineline.core.request import Job, Kind, VideoRequest, WorkItem
 from cineline.errors import InvalidRequest
-from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
-from cineline.families.wan.denoise import combine
+from cineline.families import snapshot
+from cineline.families.guidance import combine
+from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
+from cineline.schedule.words import Value
 from cineline.transport.channel import TensorSpec
 
 LATENTS = TensorSpec((16, 6, 32, 32), torch.float32)
@@ -66,9 +68,6 @@ class SleepingSpec:
             texts=0,
             chunks=0,
             guidance_scale=request.guidance_scale,
-            guidance_scale_2=None,
-            flow_shift=None,
-            boundary_ratio=None,
             seed=request.seed,
             fps=1,
             has_image=False,
@@ -78,58 +77,40 @@ class SleepingSpec:
 class SleepingStages(PipelineParallelMixin[RequestState]):
     """One stage of it. What travels is made once and never written to."""
 
-    def __init__(self, spec: SleepingSpec) -> None:
-        self._spec = spec
-
     def load(self, part: StagePart) -> int:
-        self._sleep_s = self._spec.block_s * len(part.cut.blocks)
-        self._hidden = torch.zeros(self._spec.hidden_bytes, dtype=torch.uint8)
+        self._sleep_s = self.spec.block_s * len(part.cut.blocks)
+        self._hidden = torch.zeros(self.spec.hidden_bytes, dtype=torch.uint8)
         return 0
 
     def admit(self, job: Job, image: Image.Image | None) -> RequestState:
         return RequestState(job, latents=torch.zeros(LATENTS.shape))
 
-    def encode(self, state: RequestState) -> Mapping[str, torch.Tensor]:
-        return {}
-
-    def conditioning_specs(self, state: RequestState) -> Mapping[str, TensorSpec]:
-        return {}
-
-    def hidden_specs(self, state: RequestState) -> tuple[TensorSpec, ...]:
-        return (TensorSpec((self._spec.hidden_bytes,), torch.uint8),)
-
-    def latents_spec(self, state: RequestState) -> TensorSpec:
-        return LATENTS
-
     def expert(self, state: RequestState, step: int) -> int:
-        return int(step >= self._spec.high_steps > 0)
+        return int(step >= self.spec.high_steps > 0)
 
-    def history_specs(self, state: RequestState) -> tuple[TensorSpec, ...]:
-        return (LATENTS,)
+    def specs(self, state: RequestState, value: Value, item: WorkItem) -> tuple[TensorSpec, ...]:
+        if value is Value.CONDITIONING:
+            return ()
+        if value is Value.HISTORY:
+            return (snapshot.spec_of(LATENTS.nbytes),)
+        return (TensorSpec((self.spec.hidden_bytes,), torch.uint8),) if value is Value.HIDDEN else (LATENTS,)
 
-    def history(self, state: RequestState) -> Sequence[torch.Tensor]:
-        return ()
+    def compute(self, state: RequestState, item: WorkItem, starts: bool, ends: bool) -> None:
+        if item.kind is Kind.DENOISE:
+            time.sleep(self._sleep_s)
+            state.hidden = () if ends else (self._hidden,)
+        if item.kind is Kind.DENOISE and ends:
+            state.predictions[item.branch] = torch.zeros(LATENTS.shape)
 
-    def take_history(self, state: RequestState, tensors: Sequence[torch.Tensor]) -> None:
-        state.latents = tensors[0].clone()
-
-    def embed(self, state: RequestState, step: int, branch: Branch) -> Hidden:
-        return (self._hidden,)
-
-    def run_blocks(self, state: RequestState, step: int, branch: Branch, hidden: Hidden) -> Hidden:
-        time.sleep(self._sleep_s)
-        return (self._hidden,)
-
-    def predict(self, state: RequestState, step: int, branch: Branch, hidden: Hidden) -> torch.Tensor:
-        return torch.zeros(LATENTS.shape)
-
-    def advance(self, state: RequestState, step: int) -> torch.Tensor:
+    def finish(self, state: RequestState, item: WorkItem) -> None:
         state.latents = combine(state.predictions, state.job.guidance_scale)
-        return state.latents
+        state.predictions.clear()
 
-    def final_latents(self, state: RequestState) -> torch.Tensor:
-        assert state.latents is not None
-        return state.latents
+    def answer(self, state: RequestState, item: WorkItem) -> torch.Tensor | None:
+        return state.latents if state.job.ends_denoising(item) else None
 
-    def decode(self, state: RequestState, chunk: int, hidden: Hidden) -> Hidden:
-        raise NotImplementedError("a sleeping model has no frames: ask with decode=False")
+    def export(self, state: RequestState) -> Mapping[str, Any]:
+        return {"latents": state.latents}
+
+    def restore(self, state: RequestState, exported: Mapping[str, Any]) -> None:
+        state.latents = exported["latents"]

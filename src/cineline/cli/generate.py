@@ -206,13 +206,10 @@ def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, console: Console) -
 
 def _describe(job: Job) -> str:
     """The settings that the request runs with, given or not."""
-    guidance = f"guidance {job.guidance_scale:g}"
-    if job.guidance_scale_2 is not None:
-        guidance += f" / {job.guidance_scale_2:g}"
-    shift = "" if job.flow_shift is None else f", flow shift {job.flow_shift:g}"
+    own = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in job.own_settings.items())
     return (
-        f"{job.width}x{job.height}, {job.num_frames} frames at {job.fps} fps, {job.steps} steps, {guidance}{shift}, "
-        f"seed {job.seed}"
+        f"{job.width}x{job.height}, {job.num_frames} frames at {job.fps} fps, {job.steps} steps, "
+        f"guidance {job.guidance_scale:g}{own}, seed {job.seed}"
     )
 
 

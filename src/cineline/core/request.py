@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -100,7 +100,8 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A request with nothing left open: what every stage is told at admission.
+    """A request with nothing left open: what every stage is told at admission. A family may subclass it, with settings
+    of its own.
 
     Attributes:
         id: unique in its engine.
@@ -108,7 +109,7 @@ class Job:
         texts: prompts that go through the stages' text encoder, one a branch; 0 where the family has none.
         chunks: decode items, one a latent frame; 0 when the request stops at the latents.
         has_image: whether the head is handed a first frame.
-        The other fields are `VideoRequest`'s, resolved; a scale that a model does not use is None.
+        The other fields are `VideoRequest`'s, resolved.
     """
 
     id: int
@@ -122,9 +123,6 @@ class Job:
     texts: int
     chunks: int
     guidance_scale: float
-    guidance_scale_2: float | None
-    flow_shift: float | None
-    boundary_ratio: float | None
     seed: int
     fps: int
     has_image: bool
@@ -132,6 +130,17 @@ class Job:
     @property
     def shape(self) -> Shape:
         return Shape(self.steps, self.branches, self.texts > 0, self.chunks)
+
+    def ends_denoising(self, item: WorkItem) -> bool:
+        """Whether the item belongs to the last step."""
+        return item.kind is Kind.DENOISE and item.number + 1 == self.steps
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The family's own, without those that the model does not use."""
+        common = {field.name for field in fields(Job)}
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
+        return {name: value for name, value in own.items() if value is not None}
 
 
 class Kind(enum.IntEnum):

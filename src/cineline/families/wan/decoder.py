@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T, WanCausalC
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
+from cineline.families.snapshot import copied
 from cineline.families.wan.constants import TILE, TILE_STRIDE
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.vae import DECODER, build_vae, load_half, statistics
@@ -39,6 +40,14 @@ class Decoder(Protocol):
 
     def run(self, state: Any, chunk: int, received: Tensors = ()) -> Tensors:
         """Latent frame `chunk`, in order, with what the slice before made of it; from the end frames, uint8."""
+        ...
+
+    def export(self, state: Any) -> Any:
+        """A copy of the state, with which `restore` can go on."""
+        ...
+
+    def restore(self, exported: Any) -> Any:
+        """The state that was exported."""
         ...
 
 
@@ -136,6 +145,12 @@ class DecoderSlice:
                 shortcut = None
         return (hidden,) if shortcut is None else (hidden, shortcut)
 
+    def export(self, state: SliceState) -> Any:
+        return copied({"latents": state.latents, "caches": state.caches})
+
+    def restore(self, exported: Any) -> SliceState:
+        return SliceState(**exported)
+
     def _run_unit(self, unit: str, hidden: Tensor, caches: list[Tensor | str | None], place: list[int]) -> Tensor:
         """A unit; `place` is that of its first convolution in the caches, moved on to behind its last one."""
         if unit == "head":
@@ -213,3 +228,9 @@ class TiledDecoder:
         if chunk + 1 < frames:
             return (torch.empty(0, height * scale, width * scale, 3, dtype=torch.uint8),)
         return (quantise(self._processor, self._vae.decode(state, return_dict=False)[0]),)
+
+    def export(self, state: Tensor) -> Any:
+        return state.clone()
+
+    def restore(self, exported: Tensor) -> Tensor:
+        return exported

@@ -1,4 +1,4 @@
-"""Denoising as pure functions of a request: timesteps, expert choice, guidance.
+"""Denoising as pure functions of a request: timesteps, expert choice, what a solver keeps.
 
 The solver is diffusers' own scheduler object, one a request: a multistep solver keeps a history.
 """
@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from cineline.core.request import Branch, Job
 from cineline.errors import CheckpointError
+from cineline.families.snapshot import copied
+from cineline.families.wan.job import WanJob
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Step:
     guidance: float
 
 
-def make_solver(class_name: str, config: Mapping[str, Any], job: Job, device: torch.device) -> Any:
+def make_solver(class_name: str, config: Mapping[str, Any], job: WanJob, device: torch.device) -> Any:
     """A diffusers scheduler, ready for the job's first step.
 
     `flow_shift` replaces the parameter of that meaning: `shift` of Euler, `flow_shift` of the others.
@@ -57,7 +59,7 @@ def make_solver(class_name: str, config: Mapping[str, Any], job: Job, device: to
     return solver
 
 
-def make_steps(solver: Any, job: Job) -> list[Step]:
+def make_steps(solver: Any, job: WanJob) -> list[Step]:
     """Timestep, expert and guidance of every step (as in diffusers' `WanPipeline.__call__`)."""
     boundary = None if job.boundary_ratio is None else job.boundary_ratio * solver.config.num_train_timesteps
     steps = []
@@ -69,28 +71,31 @@ def make_steps(solver: Any, job: Job) -> list[Step]:
     return steps
 
 
-def history_of(solver: Any) -> list[torch.Tensor]:
-    """The tensors of latents' shape that a diffusers scheduler keeps between steps, in a fixed order."""
-    kept: list[torch.Tensor] = []
-    for _, value in sorted(vars(solver).items()):
-        for tensor in value if isinstance(value, list) else [value]:
-            if isinstance(tensor, torch.Tensor) and tensor.ndim > 1:
-                kept.append(tensor)
-    return kept
+def export_solver(solver: Any, fresh: Any) -> dict[str, Any]:
+    """What steps have changed of a solver, against a `fresh` one of the same job: its history, and what it counts."""
+    before = vars(fresh)
+    return {
+        name: copied(value)
+        for name, value in vars(solver).items()
+        if name not in before or not _same(value, before[name])
+    }
 
 
-def rehearse(solver: Any, steps: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Bring a new solver where that many steps of predictions of this dtype bring it; its history's values are
-    not theirs, but it has their shapes, and what it counts is right."""
-    for timestep in solver.timesteps[:steps]:
-        prediction = torch.zeros(shape, device=timestep.device, dtype=dtype)
-        solver.step(prediction, timestep, torch.zeros(shape, device=timestep.device), return_dict=False)
+def restore_solver(solver: Any, exported: Mapping[str, Any]) -> None:
+    """Go on with a new solver where the other one was."""
+    vars(solver).update(copied(dict(exported)))
 
 
-def combine(predictions: Mapping[Branch, torch.Tensor], guidance: float) -> torch.Tensor:
-    """Classifier-free guidance, uncond + g (cond - uncond) (Ho & Salimans 2022, arXiv 2207.12598)."""
-    cond = predictions[Branch.COND]
-    if Branch.UNCOND not in predictions:
-        return cond
-    uncond = predictions[Branch.UNCOND]
-    return uncond + guidance * (cond - uncond)
+def history_bytes(solver: Any, latents: int) -> int:
+    """Of the tensors that a solver keeps between steps at most, for so many bytes of float32 latents: a prediction for
+    each order, and a sample."""
+    return latents * (int(getattr(solver.config, "solver_order", 0)) + 1)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+    if isinstance(one, list):
+        same_length = isinstance(other, list) and len(one) == len(other)
+        return same_length and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return one is other or bool(np.all(one == other))

@@ -24,6 +24,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cineline.families.snapshot import copied
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import DecoderSlice, SliceState, Tensors
 from cineline.transport.axis import Axis
@@ -217,3 +218,12 @@ class RowDecoder:
             self._set(None)
         delivered = state.peers.deliver(own, 1, height // state.shape[3])
         return (nothing if delivered is None else delivered,)
+
+    def export(self, state: RowState) -> Any:
+        own = None if state.slice is None else self._slice.export(state.slice)
+        return {"shape": list(state.shape), "slice": own, "beyond": copied(state.beyond)}
+
+    def restore(self, exported: Any) -> RowState:
+        shape, own = tuple(exported["shape"]), exported["slice"]
+        slice_state = None if own is None else self._slice.restore(own)
+        return RowState(RowPeers(self._axis, shape[3]), shape, slice_state, exported["beyond"])

@@ -19,6 +19,7 @@ from cineline.core.request import Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest
 from cineline.families.wan.costs.line import PlannedLine
 from cineline.families.wan.costs.model import ModelCosts
+from cineline.families.wan.job import WanJob
 from cineline.planning.cut import default_cut
 
 WanKind = Literal["ti2v", "t2v", "i2v"]
@@ -220,6 +221,7 @@ class WanSpec:
 
         With even levels u from 1 to 1 / 1000 before the shift, as diffusers' flow schedulers have them.
         """
+        assert isinstance(job, WanJob)  # `resolve` makes no others
         if job.boundary_ratio is None or len(self.experts) < 2:
             return job.steps
         shift = float(job.flow_shift or self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
@@ -270,7 +272,7 @@ class WanSpec:
         sizes = {name: int(self.defaults[name]) for name in ("height", "width")}
         return VideoRequest(prompt="an example", image=Image.new("RGB", (1, 1)), **{**sizes, **fields})
 
-    def resolve(self, request: VideoRequest, number: int) -> Job:
+    def resolve(self, request: VideoRequest, number: int) -> WanJob:
         """See `FamilySpec.resolve`."""
         if not request.prompt.strip():
             raise InvalidRequest(f"prompt={request.prompt!r} is empty: describe the video in at least one word.")
@@ -299,7 +301,7 @@ class WanSpec:
         shift = self._default(request, "flow_shift")
         if shift is not None and not (math.isfinite(shift) and shift > 0):
             raise InvalidRequest(f"flow_shift={shift} is not a positive number: use 1 to 20.")
-        return Job(
+        return WanJob(
             id=number,
             prompt=request.prompt,
             negative_prompt=self._default(request, "negative_prompt"),

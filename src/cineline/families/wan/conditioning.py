@@ -1,0 +1,161 @@
+"""What the head makes once a request for all stages: projected prompts, time embeddings, the first frame.
+
+Legend: S tokens, D model width, B rows of a product, K distinct rows of a time embedding (1, or with
+`expand_timesteps` as many as `TIME_ROWS` and S allow).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cineline.core.request import Branch
+from cineline.families.pipeline_parallel import StagePart
+from cineline.families.wan.constants import TEXT_TOKENS, TIME_ROWS
+from cineline.families.wan.denoise import Step
+from cineline.families.wan.experts import Experts
+from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.state import FIRST_FRAME, WanState, text_name
+from cineline.families.wan.vae import ImageEncoder
+from cineline.transport.channel import TensorSpec
+
+log = logging.getLogger(__name__)
+
+
+class Conditioner:
+    """Makes it on the head; on all stages it knows the shapes.
+
+    Args:
+        experts: of which the head has the condition embedders.
+        images: the VAE's encoder, on the head's first lane where the model takes images.
+    """
+
+    def __init__(self, spec: WanSpec, part: StagePart, experts: Experts, images: ImageEncoder | None) -> None:
+        self._spec, self._part, self._experts, self._images = spec, part, experts, images
+        self._device, self._dtype = part.device, getattr(torch, part.config.dtype)
+        self._axes = [part.axis(name) for name in ("ring", "ulysses", "tp")]
+
+    @property
+    def embedding(self) -> TensorSpec:
+        """Of a prompt's embedding, [1, 512, text width]."""
+        return TensorSpec((1, TEXT_TOKENS, int(self._spec.text["d_model"])), self._dtype)
+
+    def specs(self, state: WanState) -> dict[str, TensorSpec]:
+        """Names, order, shapes and dtypes of what is made."""
+        width = self._spec.transformer["num_attention_heads"] * self._spec.transformer["attention_head_dim"]
+        rows = min(TIME_ROWS, state.tokens) if self._spec.kind == "ti2v" else 1
+        specs = {}
+        for expert in state.experts:
+            steps = sum(step.expert == expert for step in state.steps)
+            for branch in self._part.branches(state.job):
+                specs[text_name(expert, branch)] = TensorSpec((1, TEXT_TOKENS, width), self._dtype)
+            specs[f"time.{expert}"] = TensorSpec((steps, rows, width), self._dtype)
+            specs[f"modulation.{expert}"] = TensorSpec((steps, rows, 6, width), self._dtype)
+            if self._spec.kind == "ti2v":
+                specs[f"row.{expert}"] = TensorSpec((steps, state.tokens), torch.uint8)
+        _, channels, _, height, width_ = state.latent_shape
+        if state.keeps_first_frame:
+            specs[FIRST_FRAME] = TensorSpec((1, channels, 1, height, width_), torch.float32)
+        if self._spec.kind == "i2v" and len(self._part.parallel.groups) > 1:
+            beside = self._spec.transformer["in_channels"] - channels
+            specs["condition"] = TensorSpec((1, beside, *state.latent_shape[2:]), torch.float32)
+        return specs
+
+    def make(self, state: WanState) -> tuple[Tensor, ...]:
+        """All of it, in the order of `specs`; the prompts' embeddings are used up."""
+        embeddings = {branch: self._embedding(state, branch) for branch in self._part.branches(state.job)}
+        made = {}
+        for expert in state.experts:
+            embedder = self._experts.models[expert].condition_embedder
+            for branch, embedding in embeddings.items():
+                made[text_name(expert, branch)] = embedder.text_embedder(embedding)
+            rows = [self._embed_time(state, expert, step) for step in state.steps if step.expert == expert]
+            for name, stacked in zip(("time", "modulation", "row"), zip(*rows, strict=True), strict=True):
+                made[f"{name}.{expert}"] = torch.stack(stacked)
+        if state.keeps_first_frame:
+            made[FIRST_FRAME] = self._encoded(state, 1)
+        elif state.job.has_image:
+            made["condition"] = state.beside = self._with_mask(self._encoded(state, state.job.num_frames))
+        state.texts.clear()
+        return tuple(made[name] for name in state.names)
+
+    def _embedding(self, state: WanState, branch: Branch) -> Tensor:
+        """A prompt's; the stage's first rank has it and hands it to the others."""
+        if self._part.place.is_first_lane:
+            return self._hand_out(state.texts[branch])
+        return self._hand_out(torch.empty(self.embedding.shape, dtype=self._dtype, device=self._device))
+
+    def _hand_out(self, tensor: Tensor) -> Tensor:
+        """The tensor of the stage's first rank, on all of them."""
+        for axis in self._axes:
+            axis.broadcast(tensor)
+        return tensor
+
+    def _encoded(self, state: WanState, frames: int) -> Tensor:
+        """The image as latents of a clip of so many frames that begins with it."""
+        job = state.job
+        if self._images is not None:
+            assert state.image is not None
+            latents = self._images.encode(state.image, job.height, job.width, frames).contiguous()
+            state.image = None
+        else:
+            batch, channels, all_frames, height, width = state.latent_shape
+            latents = torch.empty(batch, channels, min(frames, all_frames), height, width, device=self._device)
+        return self._hand_out(latents)
+
+    def _with_mask(self, latents: Tensor) -> Tensor:
+        """I2V's channels beside the latents: which frames are given, and the clip."""
+        given = torch.zeros(1, self._spec.vae_frames, *latents.shape[2:], device=self._device)
+        given[:, :, 0] = 1
+        return torch.cat([given, latents], dim=1)
+
+    def _embed_time(self, state: WanState, expert: int, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Time embedding [K, D] and modulation [K, 6, D] of one step, and each token's row in them, [S].
+
+        diffusers embeds one row a forward, or S with `expand_timesteps`, of which at most two timesteps
+        differ. The bits of a row depend on the number of rows and on its place among them, so as many are
+        made here, and the distinct ones are kept.
+        """
+        embed = self._experts.models[expert].condition_embedder
+        if self._spec.kind != "ti2v":
+            time, modulation = _time_rows(embed, step.timestep.reshape(1), self._dtype, per_token=False)
+            return time, modulation, torch.zeros(1, dtype=torch.uint8)
+        times = step.timestep.float().repeat(state.tokens)
+        if state.keeps_first_frame:
+            times[: state.tokens // state.latent_shape[2]] = 0
+        time, modulation = _time_rows(embed, times, self._dtype, per_token=True)
+        first, row = _distinct_rows(torch.cat([time, modulation.flatten(1)], dim=1), min(TIME_ROWS, state.tokens))
+        return time[first], modulation[first], row
+
+
+def _time_rows(embedder: Any, timesteps: Tensor, dtype: torch.dtype, per_token: bool) -> tuple[Tensor, Tensor]:
+    """Time embedding [B, D] and modulation [B, 6, D] of timesteps [B] (`WanTimeTextImageEmbedding.forward`)."""
+    frequencies = embedder.timesteps_proj(timesteps)
+    if per_token:
+        frequencies = frequencies.unsqueeze(0)  # diffusers has a batch dimension here, and products may see it
+    frequencies = frequencies.to(next(embedder.time_embedder.parameters()).dtype)
+    time = embedder.time_embedder(frequencies).to(dtype)
+    modulation = embedder.time_proj(embedder.act_fn(time))
+    return time.flatten(0, -2), modulation.flatten(0, -2).unflatten(1, (6, -1))
+
+
+def _distinct_rows(rows: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The places [slots] of the first rows that differ in any bit, and each row's number among them, uint8 [S]."""
+    rows = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16)
+    number = torch.full(rows.shape[:1], slots, dtype=torch.uint8, device=rows.device)
+    places = torch.zeros(slots, dtype=torch.int64, device=rows.device)
+    for slot in range(slots):
+        left = (number == slots).nonzero()
+        if not len(left):
+            break
+        places[slot] = left[0, 0]
+        alike = (rows == rows[left[0, 0]]).all(dim=1)
+        number[alike & (number == slots)] = slot
+    else:
+        if (number == slots).any():
+            log.warning("The time embedding has more than %d distinct rows: bits may differ from diffusers'.", slots)
+            number[number == slots] = 0
+    return places, number

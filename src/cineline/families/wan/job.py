@@ -1,0 +1,21 @@
+"""A request to a Wan model, with nothing left open (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cineline.core.request import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanJob(Job):
+    """A `Job` with Wan's own settings, `VideoRequest`'s resolved.
+
+    Attributes:
+        guidance_scale_2: of the second expert's steps; None where there is one expert.
+        flow_shift: instead of the checkpoint's. boundary_ratio: the noise level at which the second expert takes over.
+    """
+
+    guidance_scale_2: float | None = None
+    flow_shift: float | None = None
+    boundary_ratio: float | None = None

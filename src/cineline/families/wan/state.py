@@ -1,0 +1,85 @@
+"""One Wan request on one stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from cineline.core.request import Branch
+from cineline.families.pipeline_parallel import RequestState
+from cineline.families.wan.denoise import Step
+from cineline.families.wan.job import WanJob
+
+FIRST_FRAME = "first_frame"
+
+
+@dataclass
+class WanState(RequestState):
+    """One Wan request on one stage.
+
+    Attributes:
+        job: a Wan model's. image: the first frame, on the head alone and until it is encoded.
+        steps: timestep, expert and guidance of every step.
+        latent_shape: [1, C, F', H', W'].
+        tokens: S.
+        shards: this rank's share of them.
+        keeps_first_frame: the first latent frame is given, not denoised (TI2V with an image).
+        names: of the conditioning's tensors, in their order.
+        rotary: cosines and sines of this rank's positions, float32 [1, s, 1, head dim] each.
+        solver: on the tail, diffusers' scheduler with this request's history.
+        beside: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'];
+            with split experts, whose second head needs them too, they are in the conditioning.
+        decoding: the decode under way, as this stage's decoder keeps it.
+        uniform: by expert, for each of its steps whether all tokens have the same time embedding.
+    """
+
+    job: WanJob
+    image: Image.Image | None = None
+    steps: list[Step] = field(default_factory=list)
+    latent_shape: tuple[int, ...] = ()
+    tokens: int = 0
+    shards: Any = None
+    keeps_first_frame: bool = False
+    names: tuple[str, ...] = ()
+    rotary: tuple[torch.Tensor, torch.Tensor] = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
+    solver: Any = None
+    beside: torch.Tensor | None = None
+    decoding: Any = None
+    uniform: dict[int, list[bool]] = field(default_factory=dict)
+
+    def conditioned(self, name: str) -> torch.Tensor:
+        """A tensor of the conditioning."""
+        return self.conditioning[self.names.index(name)]
+
+    @property
+    def experts(self) -> list[int]:
+        """Those that make its steps."""
+        return sorted({step.expert for step in self.steps})
+
+    def position_in_expert(self, step: int) -> int:
+        """The step's number among those of its expert."""
+        return sum(earlier.expert == self.steps[step].expert for earlier in self.steps[:step])
+
+    def with_first_frame(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents with the given first frame put back (diffusers' arithmetic, so that bits agree)."""
+        if not self.keeps_first_frame:
+            return latents
+        mask = torch.ones(1, 1, *latents.shape[2:], device=latents.device)
+        mask[:, :, 0] = 0
+        return (1 - mask) * self.conditioned(FIRST_FRAME) + mask * latents
+
+    def end_denoising(self) -> None:
+        """Free what decoding does not need."""
+        kept = (FIRST_FRAME,) if self.keeps_first_frame and self.conditioning else ()
+        self.conditioning = tuple(self.conditioned(name) for name in kept)
+        self.names = kept
+        self.rotary = torch.empty(0), torch.empty(0)
+        self.beside = None
+
+
+def text_name(expert: int, branch: Branch) -> str:
+    """Of a projected prompt in the conditioning."""
+    return f"text.{expert}.{branch.name.lower()}"
