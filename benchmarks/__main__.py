@@ -15,7 +15,7 @@ from cineline.cli import run
 from cineline.cli.options import DtypeName, InFlight, Json, Runs, axes_of, one_of, teller, whole_numbers
 from cineline.core.config import DeviceConfig, Dtype
 from cineline.errors import InvalidConfig
-from cineline.families.wan.spec import WanKind
+from cineline.families.wan.shapes import WanKind
 
 app = typer.Typer(help="Measure Cineline's own parts.", no_args_is_help=True, add_completion=False)
 

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 
 from cineline.bench.beside import hear, processes
 from cineline.core.config import DeviceConfig
+from cineline.core.hardware import Device, Rates
 from cineline.core.work import Work
-from cineline.families.wan.costs.transformer import TEXT_TOKENS
-from cineline.planning.hardware import Device, Rates
-from cineline.planning.seconds import TimedLine
+from cineline.families.wan.constants import TEXT_TOKENS
+from cineline.families.wan.costs.seconds import TimedLine
 
 REPEATS = 5
 

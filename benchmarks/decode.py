@@ -25,7 +25,7 @@ from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import Decoder, DecoderSlice, boundary_specs
 from cineline.families.wan.random_checkpoint import random_vae
 from cineline.families.wan.rows import RowDecoder
-from cineline.families.wan.spec import WanKind
+from cineline.families.wan.shapes import WanKind
 from cineline.planning.balance import cut_units
 from cineline.schedule.words import RECEIVES_AHEAD, Edge, Value, Way
 from cineline.transport.axis import Axis, Traffic

@@ -18,7 +18,7 @@ from cineline.engine.api import Engine
 from cineline.engine.launch import NURSERY, WORKER
 from cineline.errors import CinelineError
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.families.wan.spec import WanKind
+from cineline.families.wan.shapes import WanKind
 
 FIELDS = {"now": "VmRSS", "most": "VmHWM"}
 """Of /proc/PID/status, in KiB."""

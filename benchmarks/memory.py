@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.footprint import bare_bytes, engine_and_ranks, resident_bytes
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.families.wan.spec import WanKind
+from cineline.families.wan.shapes import WanKind
 
 THIRDS: dict[WanKind, RandomConfig] = {
     "ti2v": RandomConfig(

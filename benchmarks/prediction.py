@@ -14,13 +14,14 @@ from benchmarks.simulator import SimulatorCase, measure_constants
 from cineline.bench.line import time_requests
 from cineline.bench.measure import Run, Summary, others, run_quietly
 from cineline.core.config import DeviceConfig, ParallelConfig, Place
+from cineline.core.hardware import Device, Link
 from cineline.core.request import Job, VideoRequest
+from cineline.families.wan.costs.line import PlannedLine
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.families.wan.spec import WanKind, WanSpec
+from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.spec import WanSpec
 from cineline.planning.cut import default_cut
-from cineline.planning.hardware import Device, Link
-from cineline.planning.line import PlannedLine
 from cineline.schedule.simulator import simulate
 
 HIDDEN_BYTES = 3_000_000

@@ -20,7 +20,7 @@ from cineline.engine.api import Engine
 from cineline.engine.sink import Sink
 from cineline.errors import CinelineError
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.families.wan.spec import WanKind
+from cineline.families.wan.shapes import WanKind
 
 POLL_S = 0.05
 

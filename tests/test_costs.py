@@ -18,9 +18,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 from cineline.core.config import ParallelConfig, Place
 from cineline.core.request import VideoRequest
 from cineline.core.work import Parameters
+from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.costs.text import TextCosts
-from cineline.families.wan.costs.transformer import TEXT_TOKENS, TransformerCosts
+from cineline.families.wan.costs.transformer import TransformerCosts
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.known import KNOWN
 from cineline.planning.cut import default_cut

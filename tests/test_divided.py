@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from cineline import Engine, InvalidConfig, ParallelConfig, Video, VideoRequest
 from cineline.engine.sink import Sink
+from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.random_checkpoint import RandomConfig
-from cineline.families.wan.text import TOKENS, TextSlice, Tokenizer
+from cineline.families.wan.text import TextSlice, Tokenizer
 
 Checkpoint = Callable[[RandomConfig], Path]
 
@@ -39,7 +40,9 @@ def test_text_slices_give_the_encoders_bits(cuts: list[int], dtype: torch.dtype,
         with torch.no_grad():
             for part in slices:
                 states = part.run(states, mask)
-            given = tokenizer([prompt], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+            given = tokenizer(
+                [prompt], padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt"
+            )
             expected = whole(given.input_ids, given.attention_mask).last_hidden_state
         length = int(given.attention_mask.sum())
         assert torch.equal(states[:, :length], expected[:, :length])

@@ -18,7 +18,7 @@ from cineline.core.config import DeviceConfig, Dtype, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.families.wan.spec import WanKind
+from cineline.families.wan.shapes import WanKind
 from cineline.media.result import Video
 
 LIMIT_S = 400.0

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan import experts, stages, text, vae
+from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
-from cineline.families.wan.text import TOKENS
 
 MODELS = {"ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "t2v-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers"}
 
@@ -85,7 +85,9 @@ class RandomTokenizer:
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-        return torch.randint(self._words, (1, TOKENS), generator=generator), torch.ones(1, TOKENS, dtype=torch.int64)
+        return torch.randint(self._words, (1, TEXT_TOKENS), generator=generator), torch.ones(
+            1, TEXT_TOKENS, dtype=torch.int64
+        )
 
 
 class RandomStages(WanStages):

@@ -14,14 +14,15 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from benchmarks.gpu.clock import forget, peak_gb, timed
 from benchmarks.gpu.random_wan import RandomSpec, RandomStages, RandomWeights, random_spec
 from cineline.core.config import DeviceConfig, ParallelConfig, Place
+from cineline.core.hardware import Device
 from cineline.core.request import Branch, Kind, VideoRequest, WorkItem
 from cineline.families.pipeline_parallel import StagePart
+from cineline.families.wan.costs.line import PlannedLine
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.denoise import make_solver
 from cineline.families.wan.job import WanJob
 from cineline.planning.cut import default_cut
-from cineline.planning.hardware import LINKS, Device, device_named
-from cineline.planning.line import PlannedLine
+from cineline.planning.hardware import LINKS, device_named
 
 SIZES = {"ti2v-5b": (704, 1280, 121), "t2v-a14b": (480, 832, 81)}
 SMALL_SIZES = {"ti2v-5b": (64, 96, 9), "t2v-a14b": (32, 48, 9)}

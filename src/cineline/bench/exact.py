@@ -15,9 +15,10 @@ from cineline.bench.reference import reference
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
-from cineline.engine.hub import open_model
+from cineline.engine.hub import folder_of
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
-from cineline.families.wan.spec import WanKind, WanSpec
+from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.spec import WanSpec
 from cineline.media.result import Video
 
 SIZES = [(2, 2, 2), (3, 3, 3), (1, 5, 1)]
@@ -53,9 +54,7 @@ class Equality:
 def folders(model: str | None, temporary: Path) -> list[Path]:
     """That of a model by name, or a random checkpoint of each kind."""
     if model is not None:
-        spec = open_model(model)
-        assert isinstance(spec, WanSpec)
-        return [spec.folder]
+        return [folder_of(model)]
     kinds: tuple[WanKind, ...] = ("ti2v", "t2v", "i2v")
     return [save_random_checkpoint(temporary / kind, RandomConfig(kind)) for kind in kinds]
 

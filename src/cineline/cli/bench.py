@@ -14,7 +14,7 @@ from cineline.cli.options import DtypeName, InFlight, Json, Runs, axes_of, one_o
 from cineline.core.config import DeviceConfig, Dtype
 from cineline.core.extras import need
 from cineline.errors import InvalidConfig
-from cineline.families.wan.spec import WanKind
+from cineline.families.wan.shapes import WanKind
 
 app = typer.Typer(help="Measure the line on this machine.", no_args_is_help=True)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json as json_format
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,16 +14,16 @@ from rich.table import Table
 from cineline.cli.options import Json, one_of
 from cineline.core.config import Dtype
 from cineline.core.extras import need
+from cineline.core.family import plannable
 from cineline.core.output import check_output, whole_file
 from cineline.core.trace import write_trace
 from cineline.engine.hub import open_model
-from cineline.errors import InvalidConfig
 from cineline.families.wan.known import KNOWN
-from cineline.families.wan.spec import WanSpec
 from cineline.planning.hardware import devices_of, link_of
-from cineline.planning.planner import Plan, Planning, Task, planned_job
+from cineline.planning.plan import Plan
+from cineline.planning.planner import Planning, Task, planned_job
 from cineline.planning.planner import plan as compare
-from cineline.planning.report import LIMITS, as_json, exactness, name_of, options_of, stage_rows, verdict
+from cineline.planning.report import LIMITS, as_json, chosen_plans, exactness, name_of, options_of, stage_rows, verdict
 from cineline.schedule.simulator import simulate
 from cineline.schedule.timeline import PICTURE_SUFFIXES, draw_timeline
 
@@ -64,9 +63,7 @@ def plan(
             check_output(file, suffixes)
     if picture is not None:
         need("matplotlib")
-    spec = KNOWN.get(model) or open_model(model)
-    if not isinstance(spec, WanSpec):
-        raise InvalidConfig(f"model={model!r} is not a Wan model: the planner knows no other family.")
+    spec = plannable(KNOWN.get(model) or open_model(model))
     fields = {
         "height": height,
         "width": width,
@@ -140,16 +137,8 @@ def _plans_table(planning: Planning, task: Task) -> Table:
         ["", "axes", "result", "in flight", "s alone", "s a request", f"s for {task.requests}", "GB"]
     ):
         table.add_column(column, justify="right" if number > 2 else "left")
-    chosen: Sequence[tuple[str, Plan | None]] = [
-        ("best", planning.best),
-        ("latency", planning.latency),
-        ("throughput", planning.throughput),
-        ("memory", planning.memory),
-        ("replicas", planning.replicas),
-    ]
-    for name, plan in [*chosen, *(("", other) for other in planning.others[:8])]:
-        if plan is not None:
-            table.add_row(name, *_cells(plan))
+    for plan, names in chosen_plans(planning).items():
+        table.add_row(", ".join(names), *_cells(plan))
     return table
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-from cineline.core.config import Cut, DeviceConfig, ParallelConfig
+from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
+from cineline.core.costs import Costs, LineCosts
+from cineline.core.hardware import Device, Link
 from cineline.core.request import Job, VideoRequest
+from cineline.errors import InvalidConfig
 
 
 class FamilySpec(Protocol):
@@ -41,3 +46,49 @@ class FamilySpec(Protocol):
             InvalidRequest: a field breaks one of the model's rules.
         """
         ...
+
+
+@runtime_checkable
+class PlannedFamily(FamilySpec, Protocol):
+    """A family that says what its models cost, so that the planner can divide them.
+
+    Attributes:
+        folder: the checkpoint's; it names the model.
+    """
+
+    @property
+    def folder(self) -> Path: ...
+
+    def example(self, fields: Mapping[str, int | float]) -> VideoRequest:
+        """A request with these fields, the model's defaults for the others, and an image where it needs one."""
+        ...
+
+    def costs(self, dtype: Dtype, vae_dtype: Dtype) -> Costs:
+        """Of the model's parts, in these dtypes."""
+        ...
+
+    def line(
+        self,
+        parallel: ParallelConfig,
+        devices: Sequence[Device],
+        link: Link,
+        job: Job,
+        dtype: Dtype = "float32",
+        vae_dtype: Dtype = "float32",
+    ) -> LineCosts:
+        """A division that `place` has returned, on a device a stage and one link between them all."""
+        ...
+
+
+def plannable(spec: FamilySpec) -> PlannedFamily:
+    """The spec of a family that can be planned for.
+
+    Raises:
+        InvalidConfig: the family does not say what its models cost.
+    """
+    if not isinstance(spec, PlannedFamily):
+        raise InvalidConfig(
+            f"{type(spec).__name__} does not say what its models cost, so that nothing can be planned for them: "
+            "give a ParallelConfig."
+        )
+    return spec

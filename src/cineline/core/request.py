@@ -181,6 +181,29 @@ class WorkItem(NamedTuple):
     branch: Branch = Branch.COND
 
 
+class Value(enum.Enum):
+    """What travels.
+
+    TEXT, CONDITIONING, HIDDEN, CHUNK: what a stage hands to the next one with a TEXT, ENCODE, DENOISE or DECODE item.
+    EMBEDDING: a prompt's, behind the text encoder. PREDICTION: of the second branch's line. LATENTS: after a solver
+    step. HISTORY: latents and what the solver keeps, to where another rank goes on with them.
+    """
+
+    TEXT = "text"
+    EMBEDDING = "embedding"
+    CONDITIONING = "conditioning"
+    HIDDEN = "hidden"
+    PREDICTION = "prediction"
+    LATENTS = "latents"
+    HISTORY = "history"
+    CHUNK = "chunk"
+
+    @property
+    def stays(self) -> bool:
+        """Whether a request keeps it to its end, in a buffer of its own."""
+        return self is Value.CONDITIONING
+
+
 class Group(NamedTuple):
     """Items that are emitted together: one entry of the ordered stream that all stages execute.
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 from cineline.core.config import DeviceConfig, ParallelConfig
-from cineline.core.family import FamilySpec
+from cineline.core.family import FamilySpec, plannable
+from cineline.core.hardware import Device
 from cineline.errors import InvalidConfig
-from cineline.families.wan.spec import WanSpec
-from cineline.planning.hardware import LINKS, Device, device_named
+from cineline.planning.hardware import LINKS, device_named
 from cineline.planning.planner import Task, plan, planned_job
 from cineline.planning.report import exactness, name_of
 
@@ -24,7 +24,7 @@ def divide(spec: FamilySpec, config: DeviceConfig, in_flight: int | None) -> tup
     On the CPU that is one stage: its cores work together already.
 
     Raises:
-        InvalidConfig: no plan fits, a device is not in the planner's table, or the model is none that it knows.
+        InvalidConfig: no plan fits, a device is not in the planner's table, or the family says nothing of costs.
     """
     if config.device == "cpu":
         return ParallelConfig(), in_flight
@@ -32,20 +32,19 @@ def divide(spec: FamilySpec, config: DeviceConfig, in_flight: int | None) -> tup
         raise InvalidConfig(
             f"parallel='auto' plans for a resident text encoder, not {config.text_encoder!r}: give a ParallelConfig."
         )
-    if not isinstance(spec, WanSpec):
-        raise InvalidConfig("parallel='auto' is for Wan models alone: give a ParallelConfig.")
+    planned = plannable(spec)
     task = Task(
-        spec,
+        planned,
         local_devices(),
         LINKS[LINK],
-        planned_job(spec, {}),
+        planned_job(planned, {}),
         dtype=config.dtype,
         vae_dtype=config.vae_dtype,
         in_flight=in_flight,
     )
     best = plan(task).single
     if best is None:
-        raise InvalidConfig(f"parallel='auto' finds no plan of one engine for {spec.folder}: give a ParallelConfig.")
+        raise InvalidConfig(f"parallel='auto' finds no plan of one engine for {planned.folder}: give a ParallelConfig.")
     log.log(
         logging.INFO if best.exact else logging.WARNING,
         "Divided by the planner: %s, %d in flight, %s.",

@@ -7,19 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cineline.core.config import ParallelConfig, Place
-from cineline.families.wan.costs.model import ModelCosts
+from cineline.core.costs import Costs
 from cineline.planning.balance import fill_evenly, smallest
 
 TARGET = 1.15
 """Times an even share of all weights that the largest stage may hold before the decoder's FLOP give way."""
 
-LATENTS = 1560
-"""H' x W' that the decoder's units are balanced for (480x832 and Wan 2.1's VAE); shares hardly depend on it."""
-
 log = logging.getLogger(__name__)
 
 
-def default_cut(costs: ModelCosts, parallel: ParallelConfig) -> ParallelConfig:
+def default_cut(costs: Costs, parallel: ParallelConfig) -> ParallelConfig:
     """The config with `text_split`, and where the decoder is cut `vae_split`, filled in; blocks as they are.
 
     Decoder units are balanced by FLOP, text layers by weights; where the units' weights alone make the largest
@@ -31,19 +28,19 @@ def default_cut(costs: ModelCosts, parallel: ParallelConfig) -> ParallelConfig:
     Raises:
         InvalidConfig: a given split does not fit the model.
     """
-    parallel.cut(costs.transformer.layers, costs.text.layers, len(costs.vae.decoder))
+    parallel.cut(costs.blocks, costs.text_layers, len(costs.decoder_bytes))
     if parallel.vae_split is None and parallel.vae_decode == "layers":
         parallel = replace(parallel, vae_split=_Stages.of(costs, parallel).decoder_cut())
     if parallel.text_split is None:
         base = _weights(costs, replace(parallel, text_split=(0,) * parallel.pp))
-        layers = fill_evenly(base, costs.text.layer.nbytes(costs.dtype), costs.text.layers)
+        layers = fill_evenly(base, costs.text_layer_bytes, costs.text_layers)
         parallel = replace(parallel, text_split=tuple(layers))
     return parallel
 
 
-def _weights(costs: ModelCosts, parallel: ParallelConfig) -> list[int]:
+def _weights(costs: Costs, parallel: ParallelConfig) -> list[int]:
     """Of each stage's first rank."""
-    return [costs.held(parallel, Place(pp=stage)).total for stage in range(parallel.pp)]
+    return [costs.held_bytes(parallel, Place(pp=stage)) for stage in range(parallel.pp)]
 
 
 @dataclass(frozen=True)
@@ -63,17 +60,16 @@ class _Stages:
     layers: int
 
     @classmethod
-    def of(cls, costs: ModelCosts, parallel: ParallelConfig) -> _Stages:
+    def of(cls, costs: Costs, parallel: ParallelConfig) -> _Stages:
         nothing = (0,) * parallel.pp
         free = parallel.text_split is None
         bare = replace(parallel, vae_split=nothing, text_split=nothing if free else parallel.text_split)
-        units = costs.vae.decoder
         return cls(
             base=_weights(costs, bare),
-            unit_bytes=_sums([unit.parameters.nbytes(costs.vae_dtype) for unit in units]),
-            unit_flop=_sums([unit.flop(LATENTS) for unit in units]),
-            layer=costs.text.layer.nbytes(costs.dtype),
-            layers=costs.text.layers if free else 0,
+            unit_bytes=_sums(costs.decoder_bytes),
+            unit_flop=_sums(costs.decoder_flop),
+            layer=costs.text_layer_bytes,
+            layers=costs.text_layers if free else 0,
         )
 
     @property

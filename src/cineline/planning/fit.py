@@ -7,14 +7,14 @@ text layers, which take hardly any time, fill up the memory that is left.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cineline.core.config import Place, VaeDecode
+from cineline.core.costs import LineCosts
+from cineline.planning.alike import Alike
 from cineline.planning.balance import cut_units, fill_evenly, smallest
-from cineline.planning.forecast import busy_s
-from cineline.planning.line import RECEIVE_BUFFERS, PlannedLine
-from cineline.schedule.words import SENDS_UNDERWAY
+from cineline.planning.bound import busy_s, lined_branches, steps_of
 
 DECODES: tuple[VaeDecode, ...] = ("layers", "tail")
 """Exact ways to decode, tried first."""
@@ -29,7 +29,7 @@ class Fit:
         excess: bytes by which its largest stage is above what it may hold; 0 where it fits.
     """
 
-    line: PlannedLine
+    line: LineCosts
     in_flight: int
     excess: float
 
@@ -38,7 +38,7 @@ class Fit:
         return [self.line.peak_bytes(Place(pp=stage), self.in_flight) for stage in range(self.line.parallel.pp)]
 
 
-def fits(line: PlannedLine, in_flight: int, limits: Sequence[float], ways: Sequence[VaeDecode]) -> Iterator[Fit]:
+def fits(line: LineCosts, in_flight: int, limits: Sequence[float], ways: Sequence[VaeDecode]) -> Iterator[Fit]:
     """A cut for each way to decode, whether it fits or not.
 
     Args:
@@ -50,67 +50,50 @@ def fits(line: PlannedLine, in_flight: int, limits: Sequence[float], ways: Seque
             yield _settle(_with(line, vae_decode=way, vae_split=decoder), in_flight, limits)
 
 
-def _with(line: PlannedLine, **changes: object) -> PlannedLine:
-    return replace(line, parallel=replace(line.parallel, **changes))  # type: ignore[arg-type]
+def _with(line: LineCosts, **changes: object) -> LineCosts:
+    return line.divided(replace(line.parallel, **changes))  # type: ignore[arg-type]
 
 
-def _decoder_cuts(line: PlannedLine, way: VaeDecode, limits: Sequence[float]) -> Iterator[tuple[int, ...] | None]:
-    stages, units = line.parallel.pp, line.costs.vae.decoder
+def _decoder_cuts(line: LineCosts, way: VaeDecode, limits: Sequence[float]) -> Iterator[tuple[int, ...] | None]:
+    stages, units = line.parallel.pp, len(line.costs.decoder_bytes)
     if way != "layers":
         yield None
     elif stages == 1:
-        yield (len(units),)
+        yield (units,)
     else:
-        cells, size = line.cells(line.job), line.vae_itemsize
-        works = [unit.work(cells, False, size) for unit in units]
-        seconds = [[line.rates(stage).seconds(work) for work in works] for stage in range(stages)]
-        by_time = cut_units(stages, len(units), lambda stage, start, stop: sum(seconds[stage][start:stop]))
+        seconds = [line.units_s(stage) for stage in range(stages)]
+        by_time = cut_units(stages, units, lambda stage, start, stop: sum(seconds[stage][start:stop]))
         # Text layers fill up what the decoder leaves, so that its bytes in all count, too.
-        bytes_of = _decoder_bytes(line)
-        by_memory = cut_units(stages, len(units), lambda *share: bytes_of(*share) / limits[share[0]])
-        in_all = cut_units(stages, len(units), bytes_of, both=operator.add)
-        tail = (0,) * (stages - 1) + (len(units),)  # `vae_decode="tail"` does that without a detour
+        held = {
+            (stage, start, stop): line.units_bytes(stage, range(start, stop))
+            for stage in range(stages)
+            for stop in range(units + 1)
+            for start in range(stop + 1)
+        }
+        by_memory = cut_units(stages, units, lambda *share: held[share] / limits[share[0]])
+        in_all = cut_units(stages, units, lambda *share: held[share], both=operator.add)
+        tail = (0,) * (stages - 1) + (units,)  # `vae_decode="tail"` does that without a detour
         yield from (cut for cut in dict.fromkeys(map(tuple, (by_time, by_memory, in_all))) if cut != tail)
 
 
-def _decoder_bytes(line: PlannedLine) -> Callable[[int, int, int], float]:
-    """Of a share of the decoder (stage, first unit, last + 1): weights, caches, and what comes, goes and is held above
-    what blocks take anyway."""
-    vae, cells, size = line.costs.vae, line.cells(line.job), line.vae_itemsize
-    units, last = vae.decoder, line.parallel.pp - 1
-    held = [unit.parameters.nbytes(line.costs.vae_dtype) + unit.cache_bytes(cells, size) for unit in units]
-    block = line.costs.transformer.block_workspace(line.own_tokens(line.job), line.itemsize)
-    working = [max(unit.workspace(cells, False, size) - block, 0) for unit in units]
-    hidden = line.hidden_bytes(line.job)
-    travels = [max(vae.boundary_bytes(unit, cells, False, size) - hidden, 0) for unit in range(len(units) + 1)]
-
-    def cost(stage: int, start: int, stop: int) -> float:
-        coming = RECEIVE_BUFFERS * travels[start] if stage else 0
-        going = SENDS_UNDERWAY * travels[stop] if stage < last else 0
-        return sum(held[start:stop]) + max(working[start:stop], default=0) + coming + going
-
-    return cost
-
-
-def _settle(line: PlannedLine, in_flight: int, limits: Sequence[float]) -> Fit:
+def _settle(line: LineCosts, in_flight: int, limits: Sequence[float]) -> Fit:
     """Blocks and text layers, with the decoder's cut as it is."""
-    stages, layers = line.parallel.pp, line.costs.transformer.layers
+    stages, layers, texts = line.parallel.pp, line.costs.blocks, line.costs.text_layers
     start = _with(line, split=None, text_split=(0,) * stages)
-    shard = line.costs.transformer.block_shard(line.parallel.tp).nbytes(line.costs.dtype)
-    block = [line.costs.experts_on(line.parallel, stage) * shard for stage in range(stages)]
+    costs, job = Alike(start), line.job
+    block = [line.block_bytes(stage) for stage in range(stages)]
     block_s = [_seconds_a_block(start, stage) for stage in range(stages)]
-    more = [blocks - 1 for blocks in start.blocks]  # than one on each stage
+    more = [len(blocks) - 1 for blocks in start.parallel.blocks(layers)]  # than one on each stage
     base = [start.peak_bytes(Place(pp=stage), in_flight) - more[stage] * block[stage] for stage in range(stages)]
-    busy = [busy_s(start, stage, line.job) - more[stage] * block_s[stage] for stage in range(stages)]
-    layer = line.costs.text.layer.nbytes(line.costs.dtype)
+    busy = [busy_s(costs, job, stage) - more[stage] * block_s[stage] for stage in range(stages)]
+    layer = line.costs.text_layer_bytes
     blocks: list[int] = []
     for group in line.parallel.groups:
         span = slice(group.start, group.stop)
         own = _Group(base[span], busy[span], block_s[span], block[span], limits[span])
-        blocks += own.blocks(layers, layer, line.costs.text.layers * len(group) // stages)
+        blocks += own.blocks(layers, layer, texts * len(group) // stages)
     held = [base[stage] + (blocks[stage] - 1) * block[stage] - limits[stage] for stage in range(stages)]
-    texts = fill_evenly(held, layer, line.costs.text.layers)
-    settled = _with(line, split=tuple(blocks), text_split=tuple(texts))
+    settled = _with(line, split=tuple(blocks), text_split=tuple(fill_evenly(held, layer, texts)))
     excess = max(
         settled.peak_bytes(Place(pp=stage), in_flight) - limit
         for stage, limit in zip(range(stages), limits, strict=True)
@@ -118,13 +101,10 @@ def _settle(line: PlannedLine, in_flight: int, limits: Sequence[float]) -> Fit:
     return Fit(settled, in_flight, max(0.0, excess))
 
 
-def _seconds_a_block(line: PlannedLine, stage: int) -> float:
+def _seconds_a_block(line: LineCosts, stage: int) -> float:
     """What one block more costs a stage, for a request."""
-    job, high = line.job, line.spec.high_steps(line.job)
-    steps = job.steps
-    if line.parallel.expert_placement == "split":
-        steps = high if stage in line.parallel.groups[0] else job.steps - high
-    return line.branches(job) * steps * line.block_s(stage, job)
+    steps = sum(number for expert, number in steps_of(line, line.job).items() if stage in line.parallel.route(expert))
+    return lined_branches(line, line.job) * steps * line.block_s(stage, line.job)
 
 
 @dataclass(frozen=True)

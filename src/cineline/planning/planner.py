@@ -1,26 +1,33 @@
-"""Which way to divide a model over given devices: every set of axes, cut, costed and compared (no torch)."""
+"""Which way to divide a model over given devices: every set of axes, cut, costed and compared (no torch).
+
+The simulator says how long a plan takes. Plans are simulated in the order of what they take at least, until the next
+one's bound is above what the best one takes: so the best is the best of all, though most are never simulated.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from PIL import Image
-
 from cineline.core.config import Dtype, ParallelConfig
-from cineline.core.request import Job, VideoRequest
+from cineline.core.costs import LineCosts
+from cineline.core.family import PlannedFamily
+from cineline.core.hardware import Device, Link
+from cineline.core.request import Job
 from cineline.errors import InvalidConfig
-from cineline.families.wan.costs.model import ModelCosts
-from cineline.families.wan.spec import WanSpec
 from cineline.planning.fit import DECODES, Fit, fits
-from cineline.planning.forecast import Forecast, forecast
-from cineline.planning.hardware import Device, Link
-from cineline.planning.line import PlannedLine
+from cineline.planning.plan import Plan
 from cineline.schedule.scheduler import default_in_flight
 
 MOST_LANES = 8
 """Ranks of a stage that are tried."""
+
+WORTH = 0.01
+"""Share by which a period must be shorter to be looked for: how exact the simulated periods are themselves."""
+
+OTHERS = 5
+"""Sets of axes that are shown beside the best plan's."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Task:
         in_flight: requests that denoise at once; None for as many as fill the line and fit.
     """
 
-    spec: WanSpec
+    spec: PlannedFamily
     devices: Sequence[Device]
     link: Link
     job: Job
@@ -50,80 +57,21 @@ class Task:
                 raise InvalidConfig(f"{name}={value} is below 1: give 1 or more.")
 
 
-def planned_job(spec: WanSpec, fields: dict[str, int | float]) -> Job:
-    """The request as a job; an image-to-video model gets an image of one pixel's worth of memory."""
-    if spec.kind == "i2v":
-        defaults = {name: int(spec.defaults[name]) for name in ("height", "width")}
-        return spec.resolve(VideoRequest(prompt="planned", image=Image.new("RGB", (1, 1)), **{**defaults, **fields}), 0)
-    return spec.resolve(VideoRequest(prompt="planned", **fields), 0)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One way to do it.
-
-    Attributes:
-        line: axes, cut and costs of one replica. replicas: engines side by side, each with its own devices.
-        in_flight: M of each. peaks: bytes on each stage. forecast: of one replica, with its share of the requests.
-        short_of: requests in flight that memory does not allow though they would fill the line.
-    """
-
-    line: PlannedLine
-    replicas: int
-    in_flight: int
-    peaks: tuple[int, ...]
-    forecast: Forecast
-    short_of: int
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        return self.line.parallel
-
-    @property
-    def latency(self) -> float:
-        """Seconds of one request alone."""
-        return self.forecast.latency
-
-    @property
-    def period(self) -> float:
-        """Seconds between results, of all replicas together."""
-        return self.forecast.period / self.replicas
-
-    @property
-    def total(self) -> float:
-        """Seconds until all waiting requests are done."""
-        return self.forecast.total
-
-    @property
-    def peak(self) -> int:
-        """Bytes of the fullest device."""
-        return max(self.peaks)
-
-    @property
-    def exact(self) -> bool:
-        """Whether its results are, bit for bit, one device's (where products keep their bits)."""
-        axes = self.parallel
-        decodes = self.parallel.vae_decode in DECODES or (axes.vae_decode == "rows" and axes.pp == 1)
-        return axes.ring == axes.tp == 1 and decodes
-
-    @property
-    def limit(self) -> str:
-        """What keeps it from being faster."""
-        if self.short_of:
-            return "memory"
-        return self.forecast.limit
+def planned_job(spec: PlannedFamily, fields: Mapping[str, int | float]) -> Job:
+    """The model's example with these fields, as a job."""
+    return spec.resolve(spec.example(fields), 0)
 
 
 @dataclass(frozen=True)
 class Planning:
-    """All plans that fit, and the chosen ones.
+    """The chosen ones of the plans that fit.
 
     Attributes:
         best: soonest done with all requests; exact if any exact one fits.
         latency, throughput, memory: best at one of these.
         single: soonest of those that are one engine, which `Engine(parallel="auto")` can be.
         replicas: of whole models, a device each, where one device has room.
-        others: the best of every other set of axes.
+        others: the soonest of each other set of axes, of which the first few.
     """
 
     best: Plan
@@ -141,37 +89,67 @@ def plan(task: Task) -> Planning:
     Raises:
         InvalidConfig: nothing fits; says what is missing.
     """
+    found = plans_of(task)
+    exact = [each for each in found if each.exact] or found
+    best = soonest(exact)
+    assert best is not None
+    return Planning(
+        best=best,
+        latency=_first(exact, lambda each: each.bound.latency, lambda each: each.latency),
+        throughput=_first(exact, lambda each: each.least_period, lambda each: each.period, WORTH),
+        memory=_least_memory(task, exact),
+        single=soonest([each for each in exact if each.replicas == 1]),
+        replicas=soonest([each for each in exact if each.replicas == len(task.devices) > 1]),
+        others=_best_of_others(found, best),
+    )
+
+
+def plans_of(task: Task) -> list[Plan]:
+    """All plans that fit.
+
+    Raises:
+        InvalidConfig: nothing fits; says what is missing.
+    """
     tried = [attempt for parallel, replicas in axes_of(task) for attempt in _attempts(task, parallel, replicas)]
     found = [attempt for attempt in tried if isinstance(attempt, Plan)]
     if not found:
         raise InvalidConfig(_shortage(task, [attempt for attempt in tried if isinstance(attempt, Fit)]))
-    exact = [each for each in found if each.exact] or found
-    best = min(exact, key=lambda each: (round(each.total, 3), each.peak))
-    whole = [each for each in exact if each.replicas == len(task.devices) > 1]
-    return Planning(
-        best=best,
-        latency=min(exact, key=lambda each: (round(each.latency, 3), each.peak)),
-        throughput=min(exact, key=lambda each: (round(each.period, 3), each.peak)),
-        memory=_least_memory(task, exact),
-        single=min((each for each in exact if each.replicas == 1), key=lambda each: each.total, default=None),
-        replicas=min(whole, key=lambda each: each.total, default=None),
-        others=_best_of_each(found),
-    )
+    return found
 
 
-def _best_of_each(found: Sequence[Plan]) -> list[Plan]:
-    """Of each set of axes the soonest, in order."""
+def soonest(plans: Sequence[Plan]) -> Plan | None:
+    """The plan that is first done with all requests; of equals the one that takes less memory."""
+    return _first(plans, lambda each: each.least_total, lambda each: each.total) if plans else None
+
+
+def _first(
+    plans: Sequence[Plan], bound: Callable[[Plan], float], seconds: Callable[[Plan], float], worth: float = 0.0
+) -> Plan:
+    """The plan of the fewest seconds, of which only so many are asked as may be better by more than a share `worth`."""
+    best, *others = sorted(plans, key=bound)
+    for each in others:
+        if round(bound(each), 3) > round((1 - worth) * seconds(best), 3):
+            break
+        best = min(best, each, key=lambda one: (round(seconds(one), 3), one.peak))
+    return best
+
+
+def _best_of_others(plans: Sequence[Plan], best: Plan) -> list[Plan]:
+    """Of each set of axes beside the best plan's the soonest plan, in order; the first of them only."""
     chosen: dict[tuple[int, str], Plan] = {}
-    for each in found:
-        key = each.replicas, axes_text(each.parallel)
-        if key not in chosen or each.total < chosen[key].total:
-            chosen[key] = each
-    return sorted(chosen.values(), key=lambda each: each.total)
+    for each in sorted(plans, key=lambda each: each.least_total):
+        in_order = sorted(chosen.values(), key=lambda each: each.total)
+        if len(in_order) >= OTHERS and each.least_total > in_order[OTHERS - 1].total:
+            break
+        axes = axes_of_plan(each)
+        if axes != axes_of_plan(best) and (axes not in chosen or each.total < chosen[axes].total):
+            chosen[axes] = each
+    return sorted(chosen.values(), key=lambda each: each.total)[:OTHERS]
 
 
-def axes_text(parallel: ParallelConfig) -> str:
-    """The axes without the cut."""
-    return str(parallel)
+def axes_of_plan(plan: Plan) -> tuple[int, str]:
+    """Replicas, and axes without the cut."""
+    return plan.replicas, str(plan.parallel)
 
 
 def axes_of(task: Task) -> Iterator[tuple[ParallelConfig, int]]:
@@ -206,13 +184,13 @@ def _placements(task: Task, cfg: int, lanes: dict[str, Any], ranks: int) -> Iter
         stages //= size
     ulysses, ring, tp = (lanes.get(axis, 1) for axis in ("ulysses", "ring", "tp"))
     bases = [ParallelConfig(pp=stages, cfg=cfg, ulysses=ulysses, ring=ring, tp=tp)]
-    if len(task.spec.experts) == 2 and stages > 1:
+    if stages > 1:
         split = replace(bases[0], expert_placement="split")
         bases += [replace(split, high_stages=high) for high in range(1, stages)]
     for base in bases:
         try:
             placed = task.spec.place(base)
-            placed.blocks(task.spec.layers)
+            placed.blocks(task.spec.costs(task.dtype, task.vae_dtype).blocks)
         except InvalidConfig:
             continue
         yield replace(placed, split=None, text_split=None, vae_split=None)
@@ -252,16 +230,14 @@ def wanted_in_flight(task: Task, parallel: ParallelConfig) -> int:
     return task.in_flight or sum(default_in_flight(len(group), branches) for group in parallel.groups)
 
 
-def _line(task: Task, parallel: ParallelConfig) -> PlannedLine:
-    costs = ModelCosts.of(task.spec, task.dtype, task.vae_dtype)
+def _line(task: Task, parallel: ParallelConfig) -> LineCosts:
     whole = len(task.devices) == parallel.pp
-    devices = tuple(task.devices if whole else [task.devices[0]] * parallel.pp)
-    return PlannedLine(task.spec, costs, parallel, devices, task.link, task.job)
+    devices = task.devices if whole else [task.devices[0]] * parallel.pp
+    return task.spec.line(parallel, devices, task.link, task.job, task.dtype, task.vae_dtype)
 
 
 def _plan(fit: Fit, replicas: int, requests: int, short_of: int) -> Plan:
-    made = forecast(fit.line, fit.in_flight, requests)
-    return Plan(fit.line, replicas, fit.in_flight, tuple(fit.peaks()), made, short_of)
+    return Plan(fit.line, replicas, fit.in_flight, requests, tuple(fit.peaks()), short_of)
 
 
 def _least_memory(task: Task, found: Sequence[Plan]) -> Plan:

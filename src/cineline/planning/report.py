@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from cineline.core.config import Place
-from cineline.planning.planner import Plan, Planning, Task
+from cineline.planning.plan import Plan
+from cineline.planning.planner import Planning, Task
 
 LIMITS = {
     "compute": "compute: the busiest stage always has work",
@@ -14,6 +15,19 @@ LIMITS = {
     "requests": "too few requests: stages wait for the latents' way back",
     "memory": "memory: fewer requests fit than would fill the stages",
 }
+
+
+CHOSEN = ("best", "latency", "throughput", "memory", "replicas")
+"""Names of plans that are chosen for something."""
+
+
+def chosen_plans(planning: Planning) -> dict[Plan, list[str]]:
+    """Each plan once, with the names of what it is chosen for; others have none."""
+    found: dict[Plan, list[str]] = {}
+    for name in CHOSEN:
+        if (plan := getattr(planning, name)) is not None:
+            found.setdefault(plan, []).append(name)
+    return found | {plan: [] for plan in planning.others if plan not in found}
 
 
 def options_of(plan: Plan, task: Task) -> str:
@@ -72,20 +86,19 @@ def exactness(plan: Plan) -> str:
 
 def stage_rows(plan: Plan) -> list[dict[str, Any]]:
     """Each stage's share and what it holds, in GB of 10^9 bytes."""
-    line, axes = plan.line, plan.parallel
+    line, costs, axes = plan.line, plan.line.costs, plan.parallel
     rows = []
-    for stage in range(axes.pp):
-        held = line.costs.held(axes, Place(pp=stage))
+    for stage, cut in enumerate(axes.cut(costs.blocks, costs.text_layers, len(costs.decoder_bytes))):
         rows.append(
             {
                 "stage": stage,
                 "device": line.devices[stage].name,
-                "blocks": line.blocks[stage],
-                "text_layers": axes.text_split[stage] if axes.text_split else 0,
-                "decoder_units": len(line.costs.units_on(axes, stage)),
-                "weights_gb": held.total / 1e9,
+                "blocks": len(cut.blocks),
+                "text_layers": len(cut.text),
+                "decoder_units": len(cut.decoder),
+                "weights_gb": costs.held_bytes(axes, Place(pp=stage)) / 1e9,
                 "peak_gb": plan.peaks[stage] / 1e9,
-                "busy": plan.forecast.busy[stage] / max(plan.forecast.period, 1e-12),
+                "busy": plan.busy[stage],
             }
         )
     return rows
@@ -93,7 +106,7 @@ def stage_rows(plan: Plan) -> list[dict[str, Any]]:
 
 def as_json(planning: Planning, task: Task) -> dict[str, Any]:
     """Everything, for programs."""
-    chosen = {name: getattr(planning, name) for name in ("best", "latency", "throughput", "memory", "replicas")}
+    chosen = {name: getattr(planning, name) for name in CHOSEN}
     return {
         "model": str(task.spec.folder),
         "devices": [device.name for device in task.devices],

@@ -14,10 +14,10 @@ from functools import partial
 from typing import NamedTuple
 
 from cineline.core.config import Place
+from cineline.core.costs import Profile as Profile
 from cineline.core.request import Group, Job, WorkItem
 from cineline.core.trace import Slice, slice_name
 from cineline.errors import Deadlock
-from cineline.schedule.profile import Profile as Profile
 from cineline.schedule.rule import Rule, Scripts, scripts_of
 from cineline.schedule.scheduler import Scheduler
 from cineline.schedule.wire import Clock, Wire
@@ -99,6 +99,7 @@ class _Rank:
     asked: float = 0.0
     start: float = 0.0
     busy_s: float = 0.0
+    held_bytes: int = 0
     peak_bytes: int = 0
     done: list[Deed] = field(default_factory=list)
 
@@ -127,6 +128,7 @@ class _Line:
 
     def run(self) -> Simulation:
         for rank in self._ranks.values():
+            rank.held_bytes = self._profile.resident_bytes(rank.place)
             self._weigh(rank)
         for job in self._jobs.values():
             self._scheduler.submit(job)
@@ -205,11 +207,11 @@ class _Line:
         experts = tuple(self._profile.expert(message, step) for step in range(message.steps))
         if scripts := scripts_of(Rule(self._profile.parallel, message.shape, experts, rank.place)):
             rank.scripts[message.id] = scripts
+            rank.held_bytes += self._profile.admitted_bytes(rank.place, message)
             self._weigh(rank)
 
     def _weigh(self, rank: _Rank, working: int = 0) -> None:
-        admitted = sum(self._profile.admitted_bytes(rank.place, self._jobs[number]) for number in rank.scripts)
-        rank.peak_bytes = max(rank.peak_bytes, self._profile.resident_bytes(rank.place) + admitted + working)
+        rank.peak_bytes = max(rank.peak_bytes, rank.held_bytes + working)
 
     def _act(self, rank: _Rank, deed: Deed) -> bool:
         """Do it, or begin to; whether the rank can go on to the next."""
@@ -226,6 +228,7 @@ class _Line:
             return self._compute(rank, self._profile.compute_s(rank.place, script.item, job))
         elif action is Do.FORGET:
             del rank.scripts[job.id]
+            rank.held_bytes -= self._profile.admitted_bytes(rank.place, job)
         elif action in (Do.BEGUN, Do.DONE, Do.MOVES):
             self._hear(group, action)
         return True
@@ -249,7 +252,8 @@ class _Line:
     def _deal(self, rank: _Rank, message: Message, request: int) -> bool:
         if isinstance(message, Keep | Free):
             return True
-        wire, item = self._wire(message.edge), message.item._replace(request=request)
+        (kind, _, step, branch), wire = message.item, self._wire(message.edge)
+        item = WorkItem(kind, request, step, branch)
         if isinstance(message, Wait):
             return wire.take(item, message.value)
         if isinstance(message, Post):
@@ -261,10 +265,11 @@ class _Line:
         return wire.underway <= self._underway_limit
 
     def _wire(self, edge: Edge) -> Wire:
-        if edge not in self._wires:
+        wire = self._wires.get(edge)
+        if wire is None:
             ends = [self._ranks[edge.source], self._ranks[edge.target]]
-            self._wires[edge] = Wire(edge, self._clock, partial(self._awake.extend, ends))
-        return self._wires[edge]
+            wire = self._wires[edge] = Wire(edge, self._clock, partial(self._awake.extend, ends))
+        return wire
 
     def _who_waits(self) -> str:
         waits = [

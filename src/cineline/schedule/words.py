@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from cineline.core.request import Value as Value
 from cineline.core.request import WorkItem
 
 RECEIVES_AHEAD = 2
@@ -13,29 +14,6 @@ RECEIVES_AHEAD = 2
 
 SENDS_UNDERWAY = 2
 """Sends that may be unfinished on an edge before the sender waits for the oldest one; each keeps its tensors alive."""
-
-
-class Value(enum.Enum):
-    """What travels.
-
-    TEXT, CONDITIONING, HIDDEN, CHUNK: what a stage hands to the next one with a TEXT, ENCODE, DENOISE or DECODE item.
-    EMBEDDING: a prompt's, behind the text encoder. PREDICTION: of the second branch's line. LATENTS: after a solver
-    step. HISTORY: latents and what the solver keeps, to where another rank goes on with them.
-    """
-
-    TEXT = "text"
-    EMBEDDING = "embedding"
-    CONDITIONING = "conditioning"
-    HIDDEN = "hidden"
-    PREDICTION = "prediction"
-    LATENTS = "latents"
-    HISTORY = "history"
-    CHUNK = "chunk"
-
-    @property
-    def stays(self) -> bool:
-        """Whether a request keeps it to its end, in a buffer of its own."""
-        return self is Value.CONDITIONING
 
 
 class Way(enum.Enum):

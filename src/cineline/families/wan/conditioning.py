@@ -1,7 +1,7 @@
 """What the head makes once a request for all stages: projected prompts, time embeddings, the first frame.
 
 Legend: S tokens, D model width, B rows of a product, K distinct rows of a time embedding (1, or with
-`expand_timesteps` as many as `SLOTS` and S allow).
+`expand_timesteps` as many as `TIME_ROWS` and S allow).
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ from torch import Tensor
 
 from cineline.core.request import Branch
 from cineline.families.pipeline_parallel import StagePart
+from cineline.families.wan.constants import TEXT_TOKENS, TIME_ROWS
 from cineline.families.wan.denoise import Step
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import FIRST_FRAME, WanState, text_name
-from cineline.families.wan.text import TOKENS
 from cineline.families.wan.vae import ImageEncoder
 from cineline.transport.channel import TensorSpec
-
-SLOTS = 16
-"""Distinct rows of a time embedding that travel, of S. Two timesteps at most make rows that differ, and the last
-elements of a tensor (of each thread's share) go through scalar code, whose SiLU has other bits."""
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +41,17 @@ class Conditioner:
     @property
     def embedding(self) -> TensorSpec:
         """Of a prompt's embedding, [1, 512, text width]."""
-        return TensorSpec((1, TOKENS, int(self._spec.text["d_model"])), self._dtype)
+        return TensorSpec((1, TEXT_TOKENS, int(self._spec.text["d_model"])), self._dtype)
 
     def specs(self, state: WanState) -> dict[str, TensorSpec]:
         """Names, order, shapes and dtypes of what is made."""
         width = self._spec.transformer["num_attention_heads"] * self._spec.transformer["attention_head_dim"]
-        rows = min(SLOTS, state.tokens) if self._spec.kind == "ti2v" else 1
+        rows = min(TIME_ROWS, state.tokens) if self._spec.kind == "ti2v" else 1
         specs = {}
         for expert in state.experts:
             steps = sum(step.expert == expert for step in state.steps)
             for branch in self._part.branches(state.job):
-                specs[text_name(expert, branch)] = TensorSpec((1, TOKENS, width), self._dtype)
+                specs[text_name(expert, branch)] = TensorSpec((1, TEXT_TOKENS, width), self._dtype)
             specs[f"time.{expert}"] = TensorSpec((steps, rows, width), self._dtype)
             specs[f"modulation.{expert}"] = TensorSpec((steps, rows, 6, width), self._dtype)
             if self._spec.kind == "ti2v":
@@ -131,7 +127,7 @@ class Conditioner:
         if state.keeps_first_frame:
             times[: state.tokens // state.latent_shape[2]] = 0
         time, modulation = _time_rows(embed, times, self._dtype, per_token=True)
-        first, row = _distinct_rows(torch.cat([time, modulation.flatten(1)], dim=1), min(SLOTS, state.tokens))
+        first, row = _distinct_rows(torch.cat([time, modulation.flatten(1)], dim=1), min(TIME_ROWS, state.tokens))
         return time[first], modulation[first], row
 
 

@@ -17,6 +17,7 @@ from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
 from cineline.families.snapshot import copied
+from cineline.families.wan.constants import TILE, TILE_STRIDE
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.vae import DECODER, build_vae, load_half, statistics
 from cineline.transport.channel import TensorSpec
@@ -210,7 +211,7 @@ class TiledDecoder:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._vae, self.bytes_read = load_half(folder, DECODER, dtype, device)
-        self._vae.enable_tiling()
+        self._vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
         self._dtype = dtype
         self._device = device
         self._processor = VideoProcessor(vae_scale_factor=self._vae.config.scale_factor_spatial)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cineline.families.wan.spec import WAN_DEFAULTS, WanKind, WanSpec
+from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.spec import WAN_DEFAULTS, WanSpec
 
 _TRANSFORMER: Mapping[str, Any] = {
     "patch_size": [1, 2, 2],

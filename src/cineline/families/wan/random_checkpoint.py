@@ -21,7 +21,7 @@ from diffusers import (
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from cineline.families.wan.spec import WanKind
+from cineline.families.wan.shapes import WanKind
 
 
 @dataclass(frozen=True)

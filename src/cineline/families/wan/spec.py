@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from PIL import Image
 
-from cineline.core.config import Cut, DeviceConfig, ParallelConfig
-from cineline.core.image import load_image
+from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
+from cineline.core.hardware import Device, Link
 from cineline.core.request import Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest
 from cineline.families.configs import read_json
+from cineline.families.wan.costs.line import PlannedLine
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.job import WanJob
+from cineline.families.wan.rules import Rules
+from cineline.families.wan.shapes import WanKind, WanShapes
 from cineline.planning.cut import default_cut
-
-WanKind = Literal["ti2v", "t2v", "i2v"]
 
 Defaults = Mapping[str, float]
 
@@ -58,9 +58,6 @@ DEFAULTS_FILE = "cineline.json"
 NO_DEFAULTS = ("prompt", "image", "decode")
 """Request fields that a checkpoint cannot have defaults for."""
 
-MOST = {"num_inference_steps": 10_000, "fps": 1_000}
-"""Largest values that are not taken for a slip of the hand."""
-
 SOLVERS = (
     "UniPCMultistepScheduler",
     "FlowMatchEulerDiscreteScheduler",
@@ -72,29 +69,8 @@ SOLVERS = (
 
 
 @dataclass(frozen=True)
-class WanSpec:
-    """A Wan 2.2 checkpoint in diffusers format.
-
-    Attributes:
-        folder: holds `model_index.json` and a folder for each component.
-        kind: ti2v (text, or text and image), t2v (text), i2v (text and image).
-        transformer: config of the (high-noise) expert. Both experts have the same.
-        experts: component names, high noise first.
-        text, vae, scheduler: their configs; scheduler_class names a diffusers scheduler.
-        boundary_ratio: share of the training timesteps where the low-noise expert takes over, if any.
-        defaults: default request, the kind's row updated by the folder's `cineline.json`.
-    """
-
-    folder: Path
-    kind: WanKind
-    transformer: Mapping[str, Any]
-    experts: tuple[str, ...]
-    text: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    scheduler: Mapping[str, Any]
-    scheduler_class: str
-    boundary_ratio: float | None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+class WanSpec(WanShapes):
+    """A Wan 2.2 checkpoint in diffusers format: what `FamilySpec` and `PlannedFamily` ask for."""
 
     stages_class: ClassVar[str] = "cineline.families.wan.stages:WanStages"
 
@@ -169,60 +145,6 @@ class WanSpec:
             "use the components of one checkpoint."
         )
 
-    @property
-    def layers(self) -> int:
-        """Transformer blocks of an expert."""
-        return int(self.transformer["num_layers"])
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
-        """Latent frames, rows and columns of one token."""
-        frames, rows, columns = self.transformer["patch_size"]
-        return frames, rows, columns
-
-    @property
-    def vae_scale(self) -> int:
-        """Pixels a side of one latent."""
-        return int(self.vae.get("scale_factor_spatial", 8))
-
-    @property
-    def vae_frames(self) -> int:
-        """Frames of one latent frame (the first one holds a single frame)."""
-        return int(self.vae.get("scale_factor_temporal", 4))
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width must be multiples of these."""
-        return self.vae_scale * self.patch[1], self.vae_scale * self.patch[2]
-
-    def latent_shape(self, job: Job) -> tuple[int, int, int, int, int]:
-        """Shape [1, C, F', H', W'] of a job's latents."""
-        frames = (job.num_frames - 1) // self.vae_frames + 1
-        return 1, int(self.vae["z_dim"]), frames, job.height // self.vae_scale, job.width // self.vae_scale
-
-    @property
-    def high_share(self) -> float:
-        """Share of the steps that are the high-noise expert's, by the checkpoint's flow shift and boundary.
-
-        A step at share u of the way has the noise level f u / (1 + (f - 1) u) with flow shift f (Esser et al. 2024,
-        arXiv 2403.03206); those at or above the boundary are the high-noise expert's.
-        """
-        shift = float(self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
-        boundary = self.boundary_ratio or 0.0
-        return 1 - boundary / (shift - (shift - 1) * boundary)
-
-    def high_steps(self, job: Job) -> int:
-        """Steps of a job that are the high-noise expert's: those whose noise level is at or above the boundary.
-
-        With even levels u from 1 to 1 / 1000 before the shift, as diffusers' flow schedulers have them.
-        """
-        assert isinstance(job, WanJob)  # `resolve` makes no others
-        if job.boundary_ratio is None or len(self.experts) < 2:
-            return job.steps
-        shift = float(job.flow_shift or self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
-        levels = [1 - 0.999 * step / job.steps for step in range(job.steps)]
-        return sum(shift * u / (1 + (shift - 1) * u) >= job.boundary_ratio for u in levels)
-
     def place(self, parallel: ParallelConfig) -> ParallelConfig:
         """See `FamilySpec.place`."""
         if parallel.expert_placement == "split" and len(self.experts) < 2:
@@ -241,130 +163,36 @@ class WanSpec:
 
     def cut(self, parallel: ParallelConfig, config: DeviceConfig) -> tuple[Cut, ...]:
         """See `FamilySpec.cut`."""
-        costs = ModelCosts.of(self, config.dtype, config.vae_dtype)
+        costs = self.costs(config.dtype, config.vae_dtype)
         filled = default_cut(costs, parallel)
-        return filled.cut(self.layers, costs.text.layers, len(costs.vae.decoder))
+        return filled.cut(self.layers, costs.text_layers, len(costs.decoder_bytes))
+
+    def costs(self, dtype: Dtype, vae_dtype: Dtype) -> ModelCosts:
+        """See `PlannedFamily.costs`."""
+        return ModelCosts.of(self, dtype, vae_dtype)
+
+    def line(
+        self,
+        parallel: ParallelConfig,
+        devices: Sequence[Device],
+        link: Link,
+        job: Job,
+        dtype: Dtype = "float32",
+        vae_dtype: Dtype = "float32",
+    ) -> PlannedLine:
+        """See `PlannedFamily.line`."""
+        return PlannedLine(self, self.costs(dtype, vae_dtype), parallel, tuple(devices), link, job)
+
+    def example(self, fields: Mapping[str, int | float]) -> VideoRequest:
+        """See `PlannedFamily.example`: an image of one pixel, the video's size being given."""
+        if self.kind != "i2v":
+            return VideoRequest(prompt="an example", **fields)
+        sizes = {name: int(self.defaults[name]) for name in ("height", "width")}
+        return VideoRequest(prompt="an example", image=Image.new("RGB", (1, 1)), **{**sizes, **fields})
 
     def resolve(self, request: VideoRequest, number: int) -> WanJob:
         """See `FamilySpec.resolve`."""
-        if not request.prompt.strip():
-            raise InvalidRequest(f"prompt={request.prompt!r} is empty: describe the video in at least one word.")
-        self._check_image(request)
-        height, width = self._size(request)
-        value = {name: self._default(request, name) for name in ("num_frames", "num_inference_steps", "fps")}
-        for name in ("num_inference_steps", "fps"):
-            if value[name] < 1:
-                raise InvalidRequest(f"{name}={value[name]} is below 1: give 1 or more.")
-            if value[name] > MOST[name]:
-                raise InvalidRequest(f"{name}={value[name]} is above {MOST[name]}: give less.")
-        frames = value["num_frames"]
-        if frames < 1 or frames % self.vae_frames != 1 % self.vae_frames:
-            below = max(1, (frames - 1) // self.vae_frames * self.vae_frames + 1)
-            raise InvalidRequest(
-                f"num_frames={frames} is not {self.vae_frames}k+1: use {below} or {below + self.vae_frames}."
-            )
-        self._check_length("num_frames", frames, (frames - 1) // self.vae_frames + 1)
-        seed = self._default(request, "seed")
-        if not 0 <= seed < 2**63:
-            raise InvalidRequest(f"seed={seed} is out of range: use 0 to 2**63 - 1.")
-        scale = self._scale(request, "guidance_scale")
-        assert scale is not None
-        boundary = self._boundary(request)
-        scale_2 = self._second_scale(request, boundary, scale)
-        shift = self._default(request, "flow_shift")
-        if shift is not None and not (math.isfinite(shift) and shift > 0):
-            raise InvalidRequest(f"flow_shift={shift} is not a positive number: use 1 to 20.")
-        return WanJob(
-            id=number,
-            prompt=request.prompt,
-            negative_prompt=self._default(request, "negative_prompt"),
-            height=height,
-            width=width,
-            num_frames=frames,
-            steps=value["num_inference_steps"],
-            branches=2 if scale > 1 else 1,
-            texts=2 if scale > 1 else 1,
-            chunks=(frames - 1) // self.vae_frames + 1 if request.decode else 0,
-            guidance_scale=scale,
-            guidance_scale_2=scale_2,
-            flow_shift=shift,
-            boundary_ratio=boundary,
-            seed=seed,
-            fps=value["fps"],
-            has_image=request.image is not None,
-        )
-
-    def _default(self, request: VideoRequest, name: str) -> Any:
-        value = getattr(request, name)
-        given = name in request.model_fields_set and value is not None
-        return value if given else self.defaults.get(name, value)
-
-    def _check_image(self, request: VideoRequest) -> None:
-        if self.kind == "t2v" and request.image is not None:
-            raise InvalidRequest(
-                f"{self.folder} is a text-to-video model and takes no image: leave it out, or use a TI2V or I2V model."
-            )
-        if self.kind == "i2v" and request.image is None:
-            raise InvalidRequest(f"{self.folder} is an image-to-video model and needs an image: give one.")
-
-    def _size(self, request: VideoRequest) -> tuple[int, int]:
-        if request.image is not None and request.height is None and request.width is None:
-            return self._size_like(load_image(request.image))
-        size = self._default(request, "height"), self._default(request, "width")
-        for name, pixels, step, scale in zip(("height", "width"), size, self.grid, self.patch[1:], strict=True):
-            if pixels < 1 or pixels % step:
-                below = max(1, pixels // step) * step
-                raise InvalidRequest(
-                    f"{name}={pixels} is not a positive multiple of {step} (VAE {self.vae_scale} x patch {scale}): "
-                    f"use {below} or {below + step}."
-                )
-            self._check_length(name, pixels, pixels // step)
-        return size
-
-    def _size_like(self, image: Image.Image) -> tuple[int, int]:
-        """The image's aspect ratio at the default area, on the grid."""
-        aspect = image.height / image.width
-        area = self.defaults["height"] * self.defaults["width"]
-        rows, columns = self.grid
-        height = max(1, round(math.sqrt(area * aspect) / rows)) * rows
-        width = max(1, round(math.sqrt(area / aspect) / columns)) * columns
-        self._check_length("height", height, height // rows)
-        self._check_length("width", width, width // columns)
-        return height, width
-
-    def _check_length(self, name: str, value: int, tokens: int) -> None:
-        limit = int(self.transformer.get("rope_max_seq_len", 1024))
-        if tokens > limit:
-            raise InvalidRequest(f"{name}={value} makes {tokens} tokens, more than the model's {limit}: use less.")
-
-    def _scale(self, request: VideoRequest, name: str) -> float | None:
-        scale = self._default(request, name)
-        if scale is not None and not math.isfinite(scale):
-            raise InvalidRequest(f"{name}={scale} is not a finite number: use 1 for no guidance, or up to 20.")
-        return None if scale is None else float(scale)
-
-    def _boundary(self, request: VideoRequest) -> float | None:
-        boundary: float | None = self._default(request, "boundary_ratio")
-        if boundary is None:
-            return self.boundary_ratio
-        if len(self.experts) == 1:
-            raise InvalidRequest(
-                f"boundary_ratio={boundary} needs a model with two experts, {self.folder} has one: leave it out."
-            )
-        if not 0 <= boundary <= 1:
-            raise InvalidRequest(f"boundary_ratio={boundary} is outside 0 to 1: use a share such as 0.875.")
-        return boundary
-
-    def _second_scale(self, request: VideoRequest, boundary: float | None, scale: float) -> float | None:
-        if boundary is None:
-            if request.guidance_scale_2 is not None:
-                raise InvalidRequest(
-                    f"guidance_scale_2={request.guidance_scale_2} needs a model with two experts and a boundary_ratio: "
-                    "leave it out."
-                )
-            return None
-        second = self._scale(request, "guidance_scale_2")
-        return scale if second is None else second
+        return Rules(self).resolve(request, number)
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:

@@ -19,6 +19,7 @@ from cineline.families import snapshot
 from cineline.families.guidance import combine
 from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
 from cineline.families.wan.conditioning import Conditioner
+from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import Decoder, DecoderSlice, TiledDecoder, boundary_specs
 from cineline.families.wan.denoise import (
@@ -34,7 +35,7 @@ from cineline.families.wan.rows import RowDecoder
 from cineline.families.wan.sequence_parallel import TokenShards
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import WanState
-from cineline.families.wan.text import TOKENS, TextSlice, Tokenizer
+from cineline.families.wan.text import TextSlice, Tokenizer
 from cineline.families.wan.vae import ImageEncoder
 from cineline.schedule.words import Value
 from cineline.transport.channel import TensorSpec
@@ -106,7 +107,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         latents = TensorSpec(state.latent_shape, torch.float32)
         match value:
             case Value.TEXT:
-                return self._conditioner.embedding, TensorSpec((1, TOKENS), torch.int64)
+                return self._conditioner.embedding, TensorSpec((1, TEXT_TOKENS), torch.int64)
             case Value.EMBEDDING:
                 return (self._conditioner.embedding,)
             case Value.CONDITIONING:

@@ -16,12 +16,10 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from cineline.core.config import TextEncoder
 from cineline.errors import CheckpointError
+from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.weights.files import Weights
 
 log = logging.getLogger(__name__)
-
-TOKENS = 512
-"""Rows of a prompt's embedding; shorter prompts are padded with zeros, longer ones cut off."""
 
 
 class Tokenizer:
@@ -41,12 +39,12 @@ class Tokenizer:
         """Token numbers int64 [1, 512] of one prompt, and its mask: 1 up to its last token, 0 behind."""
         cleaned = prompt_clean(prompt)
         count = len(self._tokenizer(cleaned).input_ids)
-        if count > TOKENS:
-            log.warning("A prompt of %d tokens is cut off after %d: %r...", count, TOKENS, cleaned[:40])
+        if count > TEXT_TOKENS:
+            log.warning("A prompt of %d tokens is cut off after %d: %r...", count, TEXT_TOKENS, cleaned[:40])
         tokens = self._tokenizer(
             [cleaned],
             padding="max_length",
-            max_length=TOKENS,
+            max_length=TEXT_TOKENS,
             truncation=True,
             add_special_tokens=True,
             return_attention_mask=True,

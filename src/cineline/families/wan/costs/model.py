@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cineline.core.config import Dtype, ParallelConfig, Place
+from cineline.core.request import Job
 from cineline.families.wan.costs.text import TextCosts
 from cineline.families.wan.costs.transformer import TransformerCosts
 from cineline.families.wan.costs.vae import VaeCosts
 
 
 class Shapes(Protocol):
-    """A model's configs; a `WanSpec` has them."""
+    """A model's configs, and what follows from them for a job; a `WanSpec` has them."""
 
     @property
     def kind(self) -> str: ...
@@ -25,6 +26,15 @@ class Shapes(Protocol):
     def text(self) -> Mapping[str, Any]: ...
     @property
     def vae(self) -> Mapping[str, Any]: ...
+    @property
+    def vae_scale(self) -> int: ...
+
+    def latent_shape(self, job: Job) -> tuple[int, int, int, int, int]: ...
+    def high_steps(self, job: Job) -> int: ...
+
+
+LATENTS = 1560
+"""H' x W' that the decoder's units are compared for (480x832 and Wan 2.1's VAE); shares hardly depend on it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class Held:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """The costs of a model's components.
+    """The costs of a model's components (`core.costs.Costs`).
 
     Attributes:
         kind: ti2v, t2v or i2v; only t2v has no use for the VAE's encoder.
@@ -76,6 +86,26 @@ class ModelCosts:
         )
 
     @property
+    def blocks(self) -> int:
+        return self.transformer.layers
+
+    @property
+    def text_layers(self) -> int:
+        return self.text.layers
+
+    @property
+    def text_layer_bytes(self) -> int:
+        return self.text.layer.nbytes(self.dtype)
+
+    @property
+    def decoder_bytes(self) -> Sequence[int]:
+        return [unit.parameters.nbytes(self.vae_dtype) for unit in self.vae.decoder]
+
+    @property
+    def decoder_flop(self) -> Sequence[int]:
+        return [unit.flop(LATENTS) for unit in self.vae.decoder]
+
+    @property
     def encodes_images(self) -> bool:
         return self.kind != "t2v"
 
@@ -83,7 +113,7 @@ class ModelCosts:
     def whole(self) -> Held:
         """All that one rank alone holds."""
         transformer = self.transformer.whole.nbytes(self.dtype) * self.experts
-        vae = sum(unit.parameters.nbytes(self.vae_dtype) for unit in self.vae.decoder) + self._ends_of_vae()
+        vae = sum(self.decoder_bytes) + self._ends_of_vae()
         return Held(transformer, self.text.whole.nbytes(self.dtype), vae)
 
     def _ends_of_vae(self) -> int:
@@ -97,6 +127,10 @@ class ModelCosts:
             self._held_of_text(parallel, place),
             self._held_of_vae(parallel, place),
         )
+
+    def held_bytes(self, parallel: ParallelConfig, place: Place) -> int:
+        """See `core.costs.Costs`."""
+        return self.held(parallel, place).total
 
     def experts_on(self, parallel: ParallelConfig, stage: int) -> int:
         """Experts of which the stage has blocks."""

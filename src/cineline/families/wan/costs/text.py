@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cineline.core.work import Parameters, Work
-from cineline.families.wan.costs.transformer import TEXT_TOKENS
+from cineline.families.wan.constants import TEXT_TOKENS
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cineline.core.work import Parameters, Work
-
-TEXT_TOKENS = 512
+from cineline.families.wan.constants import TEXT_TOKENS
 
 FLOAT = 4
 """Bytes of the numbers that norms, gates and rope are computed in."""

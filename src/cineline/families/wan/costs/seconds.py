@@ -11,25 +11,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cineline.core.config import ParallelConfig, Place
-from cineline.core.request import Job, Kind, WorkItem
+from cineline.core.hardware import Device, Link, Rates
+from cineline.core.request import Job, Kind, Value, WorkItem
 from cineline.core.work import ITEMSIZE, Work
-from cineline.families.wan.costs.model import ModelCosts
-from cineline.families.wan.costs.transformer import TEXT_TOKENS
-from cineline.families.wan.spec import WanSpec
-from cineline.planning.hardware import Device, Link, Rates
-from cineline.schedule.words import Value
-
-TIME_ROWS = 16
-"""Rows of a time embedding that travel, with a timestep a token (`models.wan.SLOTS`)."""
+from cineline.families.wan.constants import TEXT_TOKENS, TILE, TILE_STRIDE, TIME_ROWS
+from cineline.families.wan.costs.model import ModelCosts, Shapes
 
 HISTORY = 4
 """Latents that a multistep solver keeps (UniPC: two predictions, the sample, the corrector's)."""
 
-TILE = 256
-"""Pixels a side of a tile (diffusers' default)."""
-
-TILE_OVERLAP = (TILE / 192) ** 2
-"""Times the picture that tiles at diffusers' stride of 192 cover."""
+TILE_OVERLAP = (TILE / TILE_STRIDE) ** 2
+"""Times the picture that the tiles cover."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,7 @@ class TimedLine:
         job: the request that buffers and caches are made for.
     """
 
-    spec: WanSpec
+    spec: Shapes
     costs: ModelCosts
     parallel: ParallelConfig
     devices: Sequence[Device]

@@ -1,12 +1,16 @@
-"""One division of one Wan model on given devices: what each item costs there (the simulator's `Profile`; no torch)."""
+"""One division of one Wan model on given devices: what each item costs there (`core.costs.LineCosts`; no torch)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Self
 
-from cineline.core.config import Place
+from cineline.core.config import ParallelConfig, Place
 from cineline.core.request import Job, Kind, WorkItem
-from cineline.planning.seconds import HISTORY, TILE, TimedLine
+from cineline.families.wan.constants import TILE
+from cineline.families.wan.costs.seconds import HISTORY, TimedLine
 from cineline.schedule.words import RECEIVES_AHEAD, SENDS_UNDERWAY
 
 RECEIVE_BUFFERS = RECEIVES_AHEAD + 1
@@ -89,3 +93,47 @@ class PlannedLine(TimedLine):
         working = max(self.working_bytes(place, item, job) for item in items)
         requests = in_flight + (1 if job.chunks else 0)
         return self.resident_bytes(place) + requests * self.admitted_bytes(place, job) + working
+
+    # What a cut is chosen by.
+
+    def divided(self, parallel: ParallelConfig) -> Self:
+        """See `LineCosts.divided`."""
+        return replace(self, parallel=parallel)
+
+    def block_bytes(self, stage: int) -> int:
+        """Of one rank."""
+        shard = self.costs.transformer.block_shard(self.parallel.tp).nbytes(self.costs.dtype)
+        return self.costs.experts_on(self.parallel, stage) * shard
+
+    def units_s(self, stage: int) -> Sequence[float]:
+        """For a chunk that is not the first."""
+        rates, cells = self.rates(stage), self.cells(self.job)
+        return [rates.seconds(unit.work(cells, False, self.vae_itemsize)) for unit in self.costs.vae.decoder]
+
+    def units_bytes(self, stage: int, units: range) -> int:
+        """Weights, caches, and what comes, goes and is held above what blocks take anyway."""
+        own = [self._decoder_bytes[unit] for unit in units]
+        coming = RECEIVE_BUFFERS * self._beyond_hidden[units.start] if stage else 0
+        going = SENDS_UNDERWAY * self._beyond_hidden[units.stop] if stage < self.parallel.pp - 1 else 0
+        held, working = sum(held for held, _ in own), max((working for _, working in own), default=0)
+        return held + working + coming + going
+
+    @cached_property
+    def _decoder_bytes(self) -> list[tuple[int, int]]:
+        """Of each unit: what it always holds, and what it holds while it runs beyond what a block does."""
+        cells, size = self.cells(self.job), self.vae_itemsize
+        block = self.costs.transformer.block_workspace(self.own_tokens(self.job), self.itemsize)
+        return [
+            (
+                unit.parameters.nbytes(self.costs.vae_dtype) + unit.cache_bytes(cells, size),
+                max(unit.workspace(cells, False, size) - block, 0),
+            )
+            for unit in self.costs.vae.decoder
+        ]
+
+    @cached_property
+    def _beyond_hidden(self) -> list[int]:
+        """Bytes that travel in front of each unit, and behind the last one, beyond those of hidden states."""
+        vae, cells, size = self.costs.vae, self.cells(self.job), self.vae_itemsize
+        travel = [vae.boundary_bytes(unit, cells, False, size) for unit in range(len(vae.decoder) + 1)]
+        return [max(nbytes - self.hidden_bytes(self.job), 0) for nbytes in travel]

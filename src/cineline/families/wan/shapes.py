@@ -1,0 +1,100 @@
+"""A Wan 2.2 model's configs, and what follows from them alone (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from cineline.core.request import Job
+from cineline.families.wan.job import WanJob
+
+WanKind = Literal["ti2v", "t2v", "i2v"]
+
+
+@dataclass(frozen=True)
+class WanShapes:
+    """A Wan 2.2 checkpoint's configs.
+
+    Attributes:
+        folder: holds `model_index.json` and a folder for each component.
+        kind: ti2v (text, or text and image), t2v (text), i2v (text and image).
+        transformer: config of the (high-noise) expert. Both experts have the same.
+        experts: component names, high noise first.
+        text, vae, scheduler: their configs; scheduler_class names a diffusers scheduler.
+        boundary_ratio: share of the training timesteps where the low-noise expert takes over, if any.
+        defaults: default request, the kind's row updated by the folder's `cineline.json`.
+    """
+
+    folder: Path
+    kind: WanKind
+    transformer: Mapping[str, Any]
+    experts: tuple[str, ...]
+    text: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    scheduler_class: str
+    boundary_ratio: float | None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """Transformer blocks of an expert."""
+        return int(self.transformer["num_layers"])
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of one token."""
+        frames, rows, columns = self.transformer["patch_size"]
+        return frames, rows, columns
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a side of one latent."""
+        return int(self.vae.get("scale_factor_spatial", 8))
+
+    @property
+    def vae_frames(self) -> int:
+        """Frames of one latent frame (the first one holds a single frame)."""
+        return int(self.vae.get("scale_factor_temporal", 4))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width must be multiples of these."""
+        return self.vae_scale * self.patch[1], self.vae_scale * self.patch[2]
+
+    def latent_shape(self, job: Job) -> tuple[int, int, int, int, int]:
+        """Shape [1, C, F', H', W'] of a job's latents."""
+        frames = (job.num_frames - 1) // self.vae_frames + 1
+        return 1, int(self.vae["z_dim"]), frames, job.height // self.vae_scale, job.width // self.vae_scale
+
+    @property
+    def high_share(self) -> float:
+        """Share of the steps that are the high-noise expert's, by the checkpoint's flow shift and boundary.
+
+        A step at share u of the way has the noise level f u / (1 + (f - 1) u) with flow shift f (Esser et al. 2024,
+        arXiv 2403.03206); those at or above the boundary are the high-noise expert's.
+        """
+        shift = float(self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
+        boundary = self.boundary_ratio or 0.0
+        return 1 - boundary / (shift - (shift - 1) * boundary)
+
+    def high_steps(self, job: Job) -> int:
+        """Steps of a job that are the high-noise expert's: those whose noise level is at or above the boundary.
+
+        With even levels u from 1 to 1 / 1000 before the shift, as diffusers' flow schedulers have them.
+        """
+        assert isinstance(job, WanJob)  # `resolve` makes no others
+        if job.boundary_ratio is None or len(self.experts) < 2:
+            return job.steps
+        shift = float(job.flow_shift or self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
+        return _steps_above(job.boundary_ratio, shift, job.steps)
+
+
+@cache
+def _steps_above(boundary: float, shift: float, steps: int) -> int:
+    """Of so many steps, those whose noise level is at or above the boundary."""
+    levels = [1 - 0.999 * step / steps for step in range(steps)]
+    return sum(shift * u / (1 + (shift - 1) * u) >= boundary for u in levels)
