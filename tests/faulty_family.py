@@ -6,7 +6,10 @@ import os
 import time
 from dataclasses import dataclass
 
-from toy_family import ToySpec, ToyStages
+from toy_family import ToySpec, ToyStages, ToyState
+
+from cineline.core.request import Branch
+from cineline.families.pipeline_parallel import Hidden
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class FaultySpec(ToySpec):
 
 
 class FaultyStages(ToyStages):
-    def run_blocks(self, state, step, branch, hidden):
+    def run_blocks(self, state: ToyState, step: int, branch: Branch, hidden: Hidden) -> Hidden:
         words = state.job.prompt.split()
         if words[0] == "slow":
             time.sleep(0.02)

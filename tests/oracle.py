@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 
 from cineline import Video, VideoRequest
+from cineline.families.wan.random_checkpoint import RandomConfig
+
+Checkpoint = Callable[[RandomConfig], Path]
+"""The fixture of that name: where a random checkpoint of a config is."""
 
 FIELDS = (
     *("negative_prompt", "image", "height", "width", "num_frames"),

@@ -26,6 +26,7 @@ from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import DecoderSlice, TiledDecoder, boundary_specs
 from cineline.families.wan.random_checkpoint import random_vae
 from cineline.families.wan.rows import RowDecoder
+from cineline.families.wan.spec import WanKind
 from cineline.planning.balance import cut_units
 from cineline.transport.axis import Axis, Traffic
 
@@ -40,10 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> VaeFolder:
     """A checkpoint's folder with a random VAE in it, and nothing else."""
 
     @cache
-    def make(kind: str, **changes: Any) -> Path:
+    def make(kind: WanKind, **changes: Any) -> Path:
         path = tmp_path_factory.mktemp("vae")
         torch.manual_seed(0)
-        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
+        values = (list(value) if isinstance(value, tuple) else value for value in changes.values())
+        lists: dict[str, Any] = dict(zip(changes, values, strict=True))
         random_vae(kind, **lists).save_pretrained(path / "vae")
         return path
 
@@ -51,7 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> VaeFolder:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "vae" / "config.json").read_text())
+    config: dict[str, Any] = json.loads((folder / "vae" / "config.json").read_text())
+    return config
 
 
 def random_latents(frames: int, height: int, width: int) -> Tensor:
@@ -136,7 +139,7 @@ def assert_close(frames: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_cut_has_diffusers_bits(kind: str, dtype: torch.dtype, folder: VaeFolder) -> None:
+def test_any_cut_has_diffusers_bits(kind: WanKind, dtype: torch.dtype, folder: VaeFolder) -> None:
     path = folder(kind)
     count = len(VaeCosts.of(config_of(path)).decoder)
     latents = random_latents(4, 2, 3)
@@ -147,7 +150,7 @@ def test_any_cut_has_diffusers_bits(kind: str, dtype: torch.dtype, folder: VaeFo
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 2), (3, 5, 3), (6, 2, 2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_three_and_four_slices_some_of_them_empty(kind: str, size: tuple[int, int, int], folder: VaeFolder) -> None:
+def test_three_and_four_slices_some_of_them_empty(kind: WanKind, size: tuple[int, int, int], folder: VaeFolder) -> None:
     path = folder(kind)
     count = len(VaeCosts.of(config_of(path)).decoder)
     latents = random_latents(*size)
@@ -165,7 +168,7 @@ def test_three_and_four_slices_some_of_them_empty(kind: str, size: tuple[int, in
         ("ti2v", {"num_res_blocks": 2, "dim_mult": (1, 2, 2), "temperal_downsample": (False, True)}),
     ],
 )
-def test_other_shapes_of_decoder(kind: str, changes: dict, folder: VaeFolder) -> None:
+def test_other_shapes_of_decoder(kind: WanKind, changes: dict[str, Any], folder: VaeFolder) -> None:
     path = folder(kind, **changes)
     count = len(VaeCosts.of(config_of(path)).decoder)
     latents = random_latents(3, 2, 2)
@@ -175,7 +178,7 @@ def test_other_shapes_of_decoder(kind: str, changes: dict, folder: VaeFolder) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_slices_read_their_own_weights_and_the_layout_counts_them(kind: str, folder: VaeFolder) -> None:
+def test_slices_read_their_own_weights_and_the_layout_counts_them(kind: WanKind, folder: VaeFolder) -> None:
     path = folder(kind)
     units = VaeCosts.of(config_of(path)).decoder
     stops = list(range(1, len(units) + 1))
@@ -209,7 +212,7 @@ def test_units_are_cut_so_that_the_dearest_part_costs_least() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_close_to_diffusers(kind: str, ranks: int, folder: VaeFolder) -> None:
+def test_rows_are_close_to_diffusers(kind: WanKind, ranks: int, folder: VaeFolder) -> None:
     path = folder(kind, base_dim=16)
     for size in [(4, 5, 3), (2, 2, 2), (1, 1, 3)]:
         latents = random_latents(*size)
@@ -217,7 +220,7 @@ def test_rows_are_close_to_diffusers(kind: str, ranks: int, folder: VaeFolder) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tiles_are_diffusers_tiles(kind: str, folder: VaeFolder) -> None:
+def test_tiles_are_diffusers_tiles(kind: WanKind, folder: VaeFolder) -> None:
     path = folder(kind)
     latents = random_latents(2, 2, 40 if kind == "t2v" else 20)
     tiles = by_one_rank(TiledDecoder(path, torch.float32, CPU), latents)

@@ -13,6 +13,7 @@ from oracle import Oracle, assert_equal
 from PIL import Image
 
 from cineline import Engine, ParallelConfig, VideoRequest
+from cineline.core.config import Dtype
 from cineline.engine.hub import MINIS, open_model
 from cineline.evaluation.judge import judge
 from cineline.evaluation.scenes import Scene, first_frame, held_out_scenes
@@ -29,7 +30,7 @@ def folder_of(name: str | None) -> Path:
     return spec.folder
 
 
-def test_minis_go_by_name_and_the_first_is_the_default(monkeypatch, tmp_path) -> None:
+def test_minis_go_by_name_and_the_first_is_the_default(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert MINIS == ("mini-ti2v", "mini-t2v")
     assert folder_of(None) == folder_of("mini-ti2v") != folder_of("mini-t2v")
@@ -47,7 +48,7 @@ def test_minis_are_small_and_have_a_card_and_a_licence() -> None:
 
 @pytest.mark.parametrize(("name", "with_image"), [("mini-ti2v", False), ("mini-ti2v", True), ("mini-t2v", False)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_minis_equal_diffusers(name, with_image, dtype, oracle: Oracle) -> None:
+def test_minis_equal_diffusers(name: str, with_image: bool, dtype: Dtype, oracle: Oracle) -> None:
     spec = WanSpec.open(folder_of(name))
     scene = Scene("orange", "triangle", "up", "purple")
     request = VideoRequest(
@@ -66,7 +67,7 @@ def test_minis_equal_diffusers(name, with_image, dtype, oracle: Oracle) -> None:
 
 
 @pytest.mark.parametrize(("name", "with_image"), [("mini-ti2v", False), ("mini-ti2v", True), ("mini-t2v", False)])
-def test_a_few_held_out_prompts_are_drawn(name, with_image) -> None:
+def test_a_few_held_out_prompts_are_drawn(name: str, with_image: bool) -> None:
     """A glance: `cineline eval score` has the figures."""
     side = WanSpec.open(folder_of(name)).defaults["height"]
     with Engine(name) as engine:
@@ -102,7 +103,7 @@ def test_unknown_words_do_no_harm() -> None:
     assert other.std() > 5  # something is drawn
 
 
-def test_the_wheel_holds_the_models_and_works_elsewhere(tmp_path) -> None:
+def test_the_wheel_holds_the_models_and_works_elsewhere(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(build, cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
@@ -125,7 +126,7 @@ def test_the_wheel_holds_the_models_and_works_elsewhere(tmp_path) -> None:
     assert (tmp_path / "out.mp4").stat().st_size > 1000
 
 
-def test_the_score_from_the_command_line(tmp_path) -> None:
+def test_the_score_from_the_command_line(tmp_path: Path) -> None:
     files = ["--json", str(tmp_path / "score.json"), "--sheet", str(tmp_path / "sheet.png")]
     command = [sys.executable, "-m", "cineline", "eval", "score", "--prompts", "2", "--image-to-video", *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

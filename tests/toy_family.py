@@ -3,19 +3,17 @@ channels. Two tensors travel with a forward; the solver has a history; text enco
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import ClassVar
 
 import torch
 import toy_arithmetic as toy
-from PIL import Image
 from toy_arithmetic import C
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, stages_alone
 from cineline.core.request import Branch, Job, VideoRequest
-from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
+from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
 from cineline.families.wan.denoise import combine
 from cineline.transport.channel import TensorSpec
 
@@ -31,69 +29,71 @@ class ToySpec:
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
         steps, frames, scale = request.num_inference_steps or 4, request.num_frames or 5, request.guidance_scale or 1.0
-        sizes = dict.fromkeys(("height", "width"), 1) | dict.fromkeys(("branches", "texts"), 2 if scale > 1 else 1)
-        rest = {"guidance_scale_2": None, "flow_shift": None, "boundary_ratio": None, "fps": 1, "has_image": False}
         given = request.model_dump(include={"prompt", "negative_prompt", "seed"})
-        made = {"num_frames": frames, "chunks": frames * request.decode, "steps": steps, "guidance_scale": scale}
-        return Job(id=number, **made, **given, **sizes, **rest)
+        given |= dict.fromkeys(("height", "width", "fps"), 1) | dict.fromkeys(("branches", "texts"), 1 + (scale > 1))
+        given |= {"num_frames": frames, "chunks": frames * request.decode, "steps": steps, "guidance_scale": scale}
+        return Job(id=number, guidance_scale_2=None, flow_shift=None, boundary_ratio=None, has_image=False, **given)
 
 
-class ToyStages(PipelineParallelMixin[RequestState]):
-    def __init__(self, spec: ToySpec) -> None:
-        self.spec = spec
+class ToyState(RequestState):
+    latents: torch.Tensor
+    before = torch.zeros(())
+
+
+@dataclass(eq=False)
+class ToyStages(PipelineParallelMixin[ToyState]):
+    spec: ToySpec
 
     def load(self, part: StagePart) -> int:
         self.part = part
         return 0  # bytes of weights
 
-    def admit(self, job: Job, image: Image.Image | None) -> RequestState:
-        return RequestState(job, latents=torch.randn(job.num_frames, C, generator=toy.seeded(job.seed)))
+    def admit(self, job: Job, image: object) -> ToyState:
+        return ToyState(job, latents=torch.randn(job.num_frames, C, generator=toy.seeded(job.seed)))
 
-    def embedding_spec(self, state: RequestState) -> TensorSpec:
+    def embedding_spec(self, state: ToyState) -> TensorSpec:
         return TensorSpec((C,), torch.float32)
 
-    def encode_text(self, state, branch, hidden):
+    def encode_text(self, state: ToyState, branch: Branch, hidden: Hidden) -> Hidden:
         (text,) = hidden or (toy.text_of(state.job.prompt if branch is Branch.COND else state.job.negative_prompt),)
         return (reduce(toy.text_layer, self.part.cut.text, text),)
 
-    def encode(self, state: RequestState) -> Mapping[str, torch.Tensor]:
+    def encode(self, state: ToyState) -> dict[str, torch.Tensor]:
         return {branch.name: text.clone() for branch, text in state.texts.items()}
 
-    def conditioning_specs(self, state: RequestState) -> Mapping[str, TensorSpec]:
+    def conditioning_specs(self, state: ToyState) -> dict[str, TensorSpec]:
         return {branch.name: TensorSpec((C,), torch.float32) for branch in self.part.branches(state.job)}
 
-    def hidden_specs(self, state: RequestState) -> tuple[TensorSpec, ...]:
+    def hidden_specs(self, state: ToyState) -> tuple[TensorSpec, ...]:
         return TensorSpec((state.job.num_frames, C), torch.float32), TensorSpec((1,), torch.int64)
 
-    def latents_spec(self, state: RequestState) -> TensorSpec:
+    def latents_spec(self, state: ToyState) -> TensorSpec:
         return TensorSpec((state.job.num_frames, C), torch.float32)
 
-    def embed(self, state: RequestState, step: int, branch: Branch) -> tuple[torch.Tensor, ...]:
+    def embed(self, state: ToyState, step: int, branch: Branch) -> tuple[torch.Tensor, ...]:
         return state.latents + step, torch.zeros(1, dtype=torch.int64)
 
-    def run_blocks(self, state, step, branch, hidden):
+    def run_blocks(self, state: ToyState, step: int, branch: Branch, hidden: Hidden) -> Hidden:
         states, count = hidden
         for layer in self.part.cut.blocks:
             states = toy.block(layer, states, state.conditioning[branch.name])
         return states, count + len(self.part.cut.blocks)
 
-    def predict(self, state, step, branch, hidden) -> torch.Tensor:
+    def predict(self, state: ToyState, step: int, branch: Branch, hidden: Hidden) -> torch.Tensor:
         assert hidden[1] == self.spec.layers
         return hidden[0]
 
-    def advance(self, state: RequestState, step: int) -> torch.Tensor:
+    def advance(self, state: ToyState, step: int) -> torch.Tensor:
         prediction = combine(state.predictions, state.job.guidance_scale)
-        latents = toy.step_of(state.latents, prediction, getattr(state, "before", torch.zeros(())))
-        state.latents, state.before = latents, prediction
-        return latents
+        state.latents, state.before = toy.step_of(state.latents, prediction, state.before), prediction
+        return state.latents
 
-    def final_latents(self, state: RequestState) -> torch.Tensor:
+    def final_latents(self, state: ToyState) -> torch.Tensor:
         return state.latents.view(1, -1, C, 1)
 
-    def decode_specs(self, state: RequestState, chunk: int) -> tuple[TensorSpec, ...]:
+    def decode_specs(self, state: ToyState, chunk: int) -> tuple[TensorSpec, ...]:
         return (TensorSpec((C,), torch.float32),)
 
-    def decode(self, state, chunk, hidden):
-        (pixel,) = hidden or (state.latents[chunk],)
-        pixel = reduce(toy.decoder_unit, self.part.cut.decoder, pixel)
+    def decode(self, state: ToyState, chunk: int, hidden: Hidden) -> Hidden:
+        pixel = reduce(toy.decoder_unit, self.part.cut.decoder, hidden[0] if hidden else state.latents[chunk])
         return (toy.quantise(pixel),) if self.part.is_tail else (pixel,)
