@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -275,12 +275,20 @@ class SymbolicLine:
             self.scheduler.submit(one)
             self.emit(self.scheduler.pump())
         self.cancel()
-        steps = [partial(step, rank) for step in (self.deliver, self.step, self.hear) for rank in self.ranks]
+        steps: list[Callable[[], bool]] = [
+            partial(step, rank) for step in (self.deliver, self.step, self.hear) for rank in self.ranks
+        ]
         going = True
         while going:
-            self.draw.shuffle(steps)
-            going = any(step() for step in steps)
+            going = any(step() for step in self.drawn(steps))
         self.check_end()
+
+    def drawn(self, steps: list[Callable[[], bool]]) -> Iterator[Callable[[], bool]]:
+        """All of them in a random order, which is drawn as far as it is asked for."""
+        for left in range(len(steps), 0, -1):
+            at = int(left * self.draw.random())
+            steps[at], steps[left - 1] = steps[left - 1], steps[at]
+            yield steps[left - 1]
 
     def deliver(self, rank: SymbolicRank) -> bool:
         if mail := self.mail[rank.number]:

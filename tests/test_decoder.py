@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.video_processor import VideoProcessor
+from oracle import frames_of
 from torch import Tensor
 
 from cineline.bench import measure
@@ -62,17 +62,10 @@ def random_latents(frames: int, height: int, width: int) -> Tensor:
 
 
 def by_diffusers(folder: Path, latents: Tensor, dtype: torch.dtype, tiled: bool = False) -> np.ndarray:
-    """As the end of `WanPipeline.__call__`."""
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=dtype)
     if tiled:
         vae.enable_tiling()
-    latents = latents.to(dtype)
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(dtype)
-    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(dtype)
-    with torch.no_grad():
-        pixels = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
-    pictures = VideoProcessor().postprocess_video(pixels, output_type="pil")[0]
-    return np.stack([np.asarray(picture) for picture in pictures])
+    return frames_of(vae, latents)
 
 
 @torch.no_grad()
