@@ -13,6 +13,7 @@ from oracle import Oracle, assert_equal
 from PIL import Image
 
 from cineline import Engine, ParallelConfig, VideoRequest
+from cineline.cli import main
 from cineline.core.config import Dtype
 from cineline.engine.hub import MINIS, open_model
 from cineline.evaluation.judge import judge
@@ -70,7 +71,7 @@ def test_minis_equal_diffusers(name: str, with_image: bool, dtype: Dtype, oracle
 def test_a_few_held_out_prompts_are_drawn(name: str, with_image: bool) -> None:
     """A glance: `cineline eval score` has the figures."""
     side = WanSpec.open(folder_of(name)).defaults["height"]
-    with Engine(name) as engine:
+    with Engine(name, ParallelConfig(pp=2)) as engine:
         shown: list[Shown] = show(engine, held_out_scenes()[64:72], 100, with_image, side, lambda text: None)
     right = {key: good for key, (good, _) in tally(shown).items()}
     assert right["colour"] >= 7
@@ -89,7 +90,7 @@ def test_unknown_words_do_no_harm() -> None:
         "a red circle moving up on a black background",
         "quagga zirkus 42 ümläut 猫",
     ]
-    with Engine(None) as engine:
+    with Engine(None, ParallelConfig(pp=2)) as engine:
         handles = [
             engine.submit(VideoRequest(prompt=prompt, negative_prompt=negative if number == 2 else "blurry, ugly"))
             for number, prompt in enumerate(prompts)
@@ -126,13 +127,20 @@ def test_the_wheel_holds_the_models_and_works_elsewhere(tmp_path: Path) -> None:
     assert (tmp_path / "out.mp4").stat().st_size > 1000
 
 
-def test_the_score_from_the_command_line(tmp_path: Path) -> None:
+def test_the_score_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def score(*options: str) -> object:
+        monkeypatch.setattr(sys, "argv", ["cineline", "eval", "score", *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code
+
     files = ["--json", str(tmp_path / "score.json"), "--sheet", str(tmp_path / "sheet.png")]
-    command = [sys.executable, "-m", "cineline", "eval", "score", "--prompts", "2", "--image-to-video", *files]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert not score("--prompts", "2", "--image-to-video", "--pp", "2", *files)
     found = json.loads((tmp_path / "score.json").read_text())
     assert found["counts"]["background"][1] == len(found["videos"]) == 2
-    assert Image.open(tmp_path / "sheet.png").width > 5 * 128
-    too_many = subprocess.run([*command[:5], "--prompts", "129"], capture_output=True, text=True, timeout=60)
-    assert (too_many.returncode, "use less" in too_many.stderr) == (2, True)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 5 * 128
+    assert score("--prompts", "129") == 2
+    assert "use less" in capsys.readouterr().err
