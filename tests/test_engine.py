@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,6 @@ from cineline import (
 from cineline.engine import launch
 
 LIMIT_S = 30.0
-
-pytestmark = pytest.mark.real_start
 
 
 def nurseries() -> list[psutil.Process]:
@@ -64,6 +61,7 @@ def assert_right(handle: RequestHandle, wanted: VideoRequest) -> None:
     assert frames is None or video.frames is None or np.array_equal(video.frames, frames)
 
 
+@pytest.mark.real_start
 @pytest.mark.parametrize("stages", [1, 2, 5])
 def test_another_family_runs_over_real_processes(stages: int) -> None:
     wanted = [request(seed=seed, num_frames=1 + 7 * seed, guidance_scale=1.0 + seed) for seed in range(5)]
@@ -107,6 +105,7 @@ def test_a_result_that_takes_too_long_times_out_and_goes_on() -> None:
         assert_right(handle, request("slow"))
 
 
+@pytest.mark.real_start
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize(
     ("fault", "words"),
@@ -129,6 +128,7 @@ def test_a_rank_that_fails_ends_every_request_and_is_named(fault: str, words: li
     assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
+@pytest.mark.real_start
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_rank_that_is_killed_is_named(stage: int) -> None:
     with engine(FaultySpec(), 2) as line:
@@ -141,6 +141,7 @@ def test_a_rank_that_is_killed_is_named(stage: int) -> None:
             handle.result(10)
 
 
+@pytest.mark.real_start
 def test_an_idle_rank_that_is_killed_is_named_at_the_next_request() -> None:
     with engine(ToySpec(), 2) as line:
         ranks = sorted(own_ranks(), key=lambda process: process.pid)
@@ -149,6 +150,7 @@ def test_an_idle_rank_that_is_killed_is_named_at_the_next_request() -> None:
             line.submit(request()).result(10)
 
 
+@pytest.mark.real_start
 def test_a_rank_that_fails_while_it_starts_ends_the_others() -> None:
     before = set(own_ranks())
     with pytest.raises(RankFailed, match="NoSuchClass"):
@@ -156,6 +158,7 @@ def test_a_rank_that_fails_while_it_starts_ends_the_others() -> None:
     assert not psutil.wait_procs(set(own_ranks()) - before, timeout=5)[1]
 
 
+@pytest.mark.real_start
 def test_ranks_end_with_the_process_that_forked_them() -> None:
     line = engine(FaultySpec(), 2)
     ranks = own_ranks()
@@ -178,8 +181,7 @@ def test_an_engine_that_is_killed_while_ranks_load_leaves_nothing() -> None:
     process.kill()
     process.wait(3)
     assert not psutil.wait_procs(children, timeout=20)[1]  # as long as one library loads
-    assert process.stderr is not None
-    assert process.stderr.read() == ""
+    assert process.communicate(timeout=3)[1] == ""
 
 
 def test_an_interrupt_while_the_ranks_load_ends_them_at_once() -> None:
@@ -195,6 +197,7 @@ def test_an_interrupt_while_the_ranks_load_ends_them_at_once() -> None:
     assert not psutil.wait_procs(children, timeout=1)[1]
 
 
+@pytest.mark.real_start
 def test_a_closed_engine_ends_what_is_not_done() -> None:
     line = engine(FaultySpec(), 2)
     ranks = own_ranks()
@@ -208,6 +211,7 @@ def test_a_closed_engine_ends_what_is_not_done() -> None:
     assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
+@pytest.mark.real_start
 def test_an_engine_leaves_no_process_port_or_thread_behind() -> None:
     def listening() -> set[int]:
         entries = [entry for entry in psutil.net_connections() if entry.status == psutil.CONN_LISTEN]
@@ -237,7 +241,7 @@ engine = Engine(FaultySpec(), ParallelConfig(pp=2), device="cpu")
 engine.submit(VideoRequest(prompt="slow", num_inference_steps=1000))
 print(*[child.pid for child in psutil.Process().children(recursive=True)])
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
     deadline = time.monotonic() + 5

@@ -68,9 +68,10 @@ def test_four_mixed_requests_in_flight_equal_diffusers(
     folder = checkpoint(RandomConfig(kind=kind, seed=3))
     requests = mixed_requests(kind)
     with Engine(folder, ParallelConfig(pp=stages), dtype=dtype, device="cpu", in_flight=4) as engine:
-        videos = [handle.result(120) for handle in [engine.submit(request) for request in requests]]
-    for request, video in zip(requests, videos, strict=True):
-        assert_equal(video, oracle.run(folder, dtype, request))
+        handles = [engine.submit(request) for request in requests]
+        expected = [oracle.run(folder, dtype, request) for request in requests]  # while the ranks are at work
+        for handle, one in zip(handles, expected, strict=True):
+            assert_equal(handle.result(120), one)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +83,10 @@ def test_the_number_in_flight_changes_no_bit(
     folder = checkpoint(RandomConfig(kind=kind, seed=3))
     requests = mixed_requests(kind)
     with Engine(folder, ParallelConfig(pp=2), dtype=dtype, device="cpu", in_flight=in_flight) as engine:
-        videos = [handle.result(120) for handle in [engine.submit(request) for request in requests]]
-    for request, video in zip(requests, videos, strict=True):
-        assert_equal(video, oracle.run(folder, dtype, request))
+        handles = [engine.submit(request) for request in requests]
+        expected = [oracle.run(folder, dtype, request) for request in requests]  # while the ranks are at work
+        for handle, one in zip(handles, expected, strict=True):
+            assert_equal(handle.result(120), one)
 
 
 @pytest.mark.parametrize(("kind", "split"), [("ti2v", [5, 2, 1]), ("i2v", [1, 6, 1]), ("t2v", [1, 7])])
@@ -120,9 +122,10 @@ def test_few_and_odd_numbers_of_tokens_equal_diffusers(dtype: Dtype, checkpoint:
         for image in (None, picture(40, 40, seed=5))
     ]
     with Engine(folder, ParallelConfig(pp=2), device="cpu", dtype=dtype) as engine:
-        videos = [handle.result(120) for handle in [engine.submit(request) for request in wanted]]
-    for request, video in zip(wanted, videos, strict=True):
-        assert_equal(video, oracle.run(folder, dtype, request))
+        handles = [engine.submit(request) for request in wanted]
+        expected = [oracle.run(folder, dtype, request) for request in wanted]  # while the ranks are at work
+        for handle, one in zip(handles, expected, strict=True):
+            assert_equal(handle.result(120), one)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
