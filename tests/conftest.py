@@ -7,14 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
-from collections.abc import Callable
+import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from forked_ranks import start_forked
-from oracle import Oracle
+from oracle import Checkpoint, Oracle
 
 from cineline.engine import launch
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
@@ -22,8 +22,35 @@ from cineline.families.wan.random_checkpoint import RandomConfig, save_random_ch
 torch.set_num_threads(1)
 
 
+def commit() -> int:
+    """The commit's hash as a number; 0 where there is no git."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return int(subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True).stdout, 16)
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Unless marks are asked for, one of the products of axes is run: the commit says which."""
+    products = [item for item in items if item.get_closest_marker("products")]
+    if products and not config.option.markexpr:
+        del products[commit() % len(products)]
+        items[:] = [item for item in items if item not in products]
+        config.hook.pytest_deselected(items=products)
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    """Where the header would be, which -q leaves out: how to run that one again at any commit."""
+    if config.option.markexpr:
+        return []
+    products = [item.nodeid for item in items if item.get_closest_marker("products")]
+    return [f"of the products of axes, by the commit: pytest '{name}'" for name in products]
+
+
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[RandomConfig], Path]:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """A random checkpoint of a config, made once a session."""
 
     @cache

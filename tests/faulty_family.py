@@ -6,7 +6,8 @@ import os
 import time
 from dataclasses import dataclass
 
-from toy_family import ToySpec, ToyStages
+import torch
+from toy_family import ToySpec, ToyStages, ToyState
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class FaultySpec(ToySpec):
 
 
 class FaultyStages(ToyStages):
-    def run_blocks(self, state, step, states, text):
+    def run_blocks(self, state: ToyState, step: int, states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         words = state.job.prompt.split()
         if words[0] == "slow":
             time.sleep(0.02)

@@ -40,13 +40,14 @@ class ForkedRank:
         self.pid = process.pid
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        exitcode: int | None = self._process.exitcode
+        return exitcode
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)
         if self._process.exitcode is None:
             raise subprocess.TimeoutExpired("rank", timeout or 0.0)
-        return self._process.exitcode
+        return int(self._process.exitcode)
 
     def kill(self) -> None:
         self._process.kill()

@@ -14,7 +14,7 @@ VIEWS = ("view", "transpose", "permute", "slice", "select", "split", "squeeze", 
 """Parts of operators' names: what is counted as FLOP, and what touches no memory."""
 
 
-class LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """Of what is made inside it.
 
     Args:
@@ -26,7 +26,7 @@ class LiveTensors(TorchDispatchMode):
     """
 
     def __init__(self, held: list[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._old = {tensor.untyped_storage()._cdata for tensor in held}
         self._alive: dict[int, int] = {}
         self.peak = 0

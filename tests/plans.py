@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 from cineline.core.config import ParallelConfig
 from cineline.core.request import Job
@@ -13,9 +14,10 @@ WAYS = ("layers", "rows", "tail", "tiled")
 
 def job(number: int, steps: int = 3, branches: int = 2, texts: bool = False, chunks: int = 0) -> Job:
     """A request of which only this counts."""
-    sizes = {"height": 1, "width": 1, "num_frames": 1, "fps": 1, "seed": 0, "has_image": False}
-    counts = {"steps": steps, "branches": branches, "texts": branches * texts, "chunks": chunks}
-    return Job(id=number, prompt="", negative_prompt="", guidance_scale=float(branches), **counts, **sizes)
+    fields: dict[str, Any] = dict.fromkeys(("height", "width", "num_frames", "fps"), 1)
+    fields |= {"steps": steps, "branches": branches, "texts": branches * texts, "chunks": chunks}
+    fields |= {"prompt": "", "negative_prompt": "", "guidance_scale": float(branches), "seed": 0, "has_image": False}
+    return Job(id=number, **fields)
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Plan:
     def drawn(cls, draw: random.Random) -> Plan:
         """Any division of up to five stages by any product of axes, up to five requests, some of them cancelled."""
         pp = draw.randint(1, 5)
-        axes = {"pp": pp, "cfg": draw.randint(1, 2), "vae_decode": draw.choice(WAYS)}
+        axes: dict[str, Any] = {"pp": pp, "cfg": draw.randint(1, 2), "vae_decode": draw.choice(WAYS)}
         axes |= {axis: draw.choice([1, 1, 1, 2]) for axis in ("ring", "ulysses", "tp")}
         if draw.random() < 0.3:
             axes["text_split"] = tuple(draw.choice([0, 1]) for _ in range(pp))

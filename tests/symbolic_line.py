@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from plans import Plan
 
 from cineline.core.config import Place
-from cineline.core.request import Group, Job, Kind, WorkItem
+from cineline.core.request import Branch, Group, Job, Kind, WorkItem
 from cineline.rank.loop import DROP
 from cineline.schedule.rule import Rule, Scripts, scripts_of
 from cineline.schedule.scheduler import Scheduler
@@ -65,6 +65,12 @@ class Held:
         demand(self.symbol == wanted, "needs", wanted, "and has", self.symbol)
 
 
+def there(held: Held | None, *words: object) -> Held:
+    if held is None:
+        raise Wrong(" ".join(map(str, words)))
+    return held
+
+
 @dataclass
 class State:
     """A request on a rank. `stepped` counts the steps that the solver's history knows of."""
@@ -93,7 +99,7 @@ class SymbolicRank:
         self.inbox: deque[Job | Group] = deque()
         self.coming: deque[tuple[Group, Script]] = deque()
         self.ahead: deque[tuple[Group, Script]] = deque()
-        self.group: Group | None = None
+        self.group: Group  # with the script
         self.script: Script | None = None
         self.due: deque[Action] = deque()
         self.computed: Counter[WorkItem] = Counter()
@@ -111,7 +117,11 @@ class SymbolicRank:
     @property
     def item(self) -> WorkItem:
         """The item that the rank is at."""
+        assert self.script is not None
         return self.script.item._replace(request=self.group.request)
+
+    def name(self, message: Message) -> Named:
+        return self.group.request, named(message)
 
     def route(self, step: int) -> range:
         """The stages of a step: all, or those of its expert."""
@@ -119,6 +129,7 @@ class SymbolicRank:
         if parallel.expert_placement == "shared":
             return range(parallel.pp)
         high = parallel.high_stages
+        assert high is not None
         return range(high, parallel.pp) if self.state.experts[step] else range(high)
 
     @property
@@ -142,7 +153,7 @@ class SymbolicRank:
         stages = {
             Kind.TEXT: self.texts,
             Kind.ENCODE: range(self.plan.parallel.pp),
-            Kind.DENOISE: self.route(item.number) if item.kind is Kind.DENOISE else (),
+            Kind.DENOISE: self.route(item.number) if item.kind is Kind.DENOISE else range(0),
             Kind.DECODE: self.decoding,
         }[item.kind]
         together = item.kind is Kind.DECODE and self.plan.parallel.vae_decode == "rows"
@@ -153,8 +164,7 @@ class SymbolicRank:
             demand(came is None or together, "is handed something, at the start of", item)
             self.start(item)
         elif item.kind is not Kind.ENCODE:  # the conditioning is no hidden state
-            demand(came is not None, "nothing came for", item)
-            came.use(("through", item, stages[stages.index(self.place.pp) - 1]))
+            there(came, "nothing came for", item).use(("through", item, stages[stages.index(self.place.pp) - 1]))
         demand(item.kind is not Kind.ENCODE or state.conditioning, "no conditioning after", item)
         demand(item.kind is not Kind.DENOISE or (state.conditioning and not state.denoised), "no conditioning", item)
         if item.kind is Kind.DECODE:
@@ -172,7 +182,7 @@ class SymbolicRank:
             lines = [self.place.cfg] if self.plan.parallel.cfg == 2 else range(state.job.branches)
             for branch in lines if state.job.texts and self.place.is_first_lane else ():
                 demand(branch in state.texts, "no embedding of branch", branch)
-                text = WorkItem(Kind.TEXT, item.request, 0, branch)
+                text = WorkItem(Kind.TEXT, item.request, 0, Branch(branch))
                 state.texts[branch].use(("through", text, self.plan.parallel.pp - 1))
             state.conditioning = True
         elif item.kind is Kind.DENOISE:
@@ -197,7 +207,7 @@ class SymbolicRank:
         if group.kind is Kind.DENOISE and group.number + 1 == self.state.job.steps:
             self.state.latents.use(("latents", self.state.job.steps))
         if group.kind is Kind.DECODE:
-            self.state.hidden.use(("through", self.item, self.decoding[-1]))
+            there(self.state.hidden, "no frames").use(("through", self.item, self.decoding[-1]))
             self.state.hidden = None
 
     def give(self, value: Value, item: WorkItem) -> Symbol:
@@ -210,8 +220,8 @@ class SymbolicRank:
             return state.predictions.pop(item.branch).symbol
         if value is Value.CONDITIONING:
             return ("conditioning",)
-        demand(state.hidden is not None and state.hidden.alive, "nothing to send for", item)
-        made, state.hidden = state.hidden, None
+        made, state.hidden = there(state.hidden, "nothing to send for", item), None
+        demand(made.alive, "sends what was given back, for", item)
         return made.symbol
 
     def take(self, value: Value, item: WorkItem, symbol: Symbol) -> None:
@@ -235,8 +245,7 @@ class SymbolicRank:
 
     def free(self, message: Message) -> None:
         held = self.state.waited.pop((message.item, message.value), None)
-        demand(held is not None, "given back before it came, or twice:", message)
-        held.alive = False
+        there(held, "given back before it came, or twice:", message).alive = False
 
     def forget(self, request: int, dropped: bool) -> None:
         state = self.states.pop(request)
@@ -274,12 +283,20 @@ class SymbolicLine:
             self.scheduler.submit(one)
             self.emit(self.scheduler.pump())
         self.cancel()
-        steps = [partial(step, rank) for step in (self.deliver, self.step, self.hear) for rank in self.ranks]
+        steps: list[Callable[[], bool]] = [
+            partial(step, rank) for step in (self.deliver, self.step, self.hear) for rank in self.ranks
+        ]
         going = True
         while going:
-            self.draw.shuffle(steps)
-            going = any(step() for step in steps)
+            going = any(step() for step in self.drawn(steps))
         self.check_end()
+
+    def drawn(self, steps: list[Callable[[], bool]]) -> Iterator[Callable[[], bool]]:
+        """All of them in a random order, which is drawn as far as it is asked for."""
+        for left in range(len(steps), 0, -1):
+            at = int(left * self.draw.random())
+            steps[at], steps[left - 1] = steps[left - 1], steps[at]
+            yield steps[left - 1]
 
     def deliver(self, rank: SymbolicRank) -> bool:
         if mail := self.mail[rank.number]:
@@ -345,18 +362,18 @@ class SymbolicLine:
                 rank.coming.extend((message, script) for script in scripts)
 
     def act(self, rank: SymbolicRank, action: Action) -> bool:
-        name = (rank.group.request, named(action)) if isinstance(action, Message) else None
         match action:
             case Post():
-                self.posted[action.edge].append(name)
+                self.posted[action.edge].append(rank.name(action))
             case Send():
                 posted = self.posted[action.edge]
                 if not posted:
                     return False
+                name = rank.name(action)
                 demand(posted[0] == name, action.edge, "expects", posted[0], "and is sent", name)
                 self.here[posted.popleft()] = rank.give(action.value, action.item)
             case Wait():
-                if name not in self.here:
+                if (name := rank.name(action)) not in self.here:
                     return False
                 rank.take(action.value, action.item, self.here.pop(name))
             case Keep():
@@ -410,7 +427,7 @@ class SymbolicLine:
         parallel, place = self.plan.parallel, rank.place
         wanted = set()
         if place.cfg < one.branches:
-            branches = [place.cfg] if parallel.cfg == 2 else list(range(one.branches))
+            branches = [Branch(place.cfg)] if parallel.cfg == 2 else list(Branch)[: one.branches]
             wanted |= {WorkItem(Kind.ENCODE, one.id)}
             if one.texts and place.is_first_lane and place.pp in rank.texts:
                 wanted |= {WorkItem(Kind.TEXT, one.id, 0, branch) for branch in branches}

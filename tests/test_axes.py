@@ -5,29 +5,27 @@ The table of docs/parallelism.md names these cases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
-from oracle import Oracle, assert_equal
+from oracle import Checkpoint, Oracle, assert_equal
 from PIL import Image
 
 from cineline import Engine, InvalidConfig, ParallelConfig, Video, VideoRequest
 from cineline.core.config import AXES
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
 from cineline.schedule.rule import edges_of
 
-Checkpoint = Callable[[RandomConfig], Path]
-
-Case = tuple[str, dict[str, Any]]
+Case = tuple[WanKind, dict[str, Any]]
 
 
-def product(kind: str, **axes: Any) -> ParameterSet:
+def product(kind: WanKind, **axes: Any) -> ParameterSet:
     """A case of so many ranks that it runs only when asked for."""
     return pytest.param(kind, axes, marks=pytest.mark.products)
 
@@ -70,7 +68,7 @@ those, two ranks' shares and the last of attention's blocks of 32 have 16 rows o
 other bits on Intel's CPUs."""
 
 
-def requests_of(kind: str, sizes: Sequence[tuple[int, int]] = FEW) -> list[VideoRequest]:
+def requests_of(kind: WanKind, sizes: Sequence[tuple[int, int]] = FEW) -> list[VideoRequest]:
     """Three of different sizes."""
     grid = 32 if kind == "ti2v" else 16
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8))
@@ -88,7 +86,7 @@ def requests_of(kind: str, sizes: Sequence[tuple[int, int]] = FEW) -> list[Video
 
 
 def beside_diffusers(
-    kind: str, case: dict, checkpoint: Checkpoint, oracle: Oracle, sizes: Sequence[tuple[int, int]] = FEW
+    kind: WanKind, case: dict[str, Any], checkpoint: Checkpoint, oracle: Oracle, sizes: Sequence[tuple[int, int]] = FEW
 ) -> Iterator[tuple[Video, tuple[torch.Tensor, np.ndarray]]]:
     """Each request's video with two in flight, and what diffusers makes of it."""
     folder = checkpoint(RandomConfig(kind, heads=4))
@@ -100,14 +98,14 @@ def beside_diffusers(
 
 
 @pytest.mark.parametrize(("kind", "case"), EXACT, ids=name_of)
-def test_bits_equal_diffusers(kind: str, case: dict, checkpoint: Checkpoint, oracle: Oracle) -> None:
+def test_bits_equal_diffusers(kind: WanKind, case: dict[str, Any], checkpoint: Checkpoint, oracle: Oracle) -> None:
     sizes = MANY if "ulysses" in case else FEW
     for video, expected in beside_diffusers(kind, case, checkpoint, oracle, sizes):
         assert_equal(video, expected)
 
 
 @pytest.mark.parametrize(("kind", "case"), CLOSE, ids=name_of)
-def test_close_to_diffusers(kind: str, case: dict, checkpoint: Checkpoint, oracle: Oracle) -> None:
+def test_close_to_diffusers(kind: WanKind, case: dict[str, Any], checkpoint: Checkpoint, oracle: Oracle) -> None:
     for video, (expected, frames) in beside_diffusers(kind, case, checkpoint, oracle):
         assert (video.latents - expected).abs().max() <= BOUND * expected.abs().max()
         assert video.frames is not None
@@ -167,7 +165,9 @@ def test_a_tensor_parallel_rank_reads_its_share_alone(checkpoint: Checkpoint) ->
         ({"pp": 2, "expert_placement": "split", "high_stages": 2}, "use 1 to 1"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_rank_starts(options: dict, rule: str, checkpoint: Checkpoint) -> None:
+def test_what_cannot_work_is_refused_before_any_rank_starts(
+    options: dict[str, Any], rule: str, checkpoint: Checkpoint
+) -> None:
     folder = checkpoint(RandomConfig("t2v", heads=4))
     with pytest.raises(InvalidConfig, match=rule):
         Engine(folder, ParallelConfig(**options), device="cpu")

@@ -6,8 +6,12 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
+import psutil
 import pytest
+from oracle import Checkpoint
 
 from cineline import VideoRequest
 from cineline.bench import measure
@@ -33,7 +37,9 @@ def test_the_clock_tells_our_cpu_and_our_childrens_from_others() -> None:
     assert busy_after - busy > 0.7
 
 
-def test_a_run_is_repeated_while_others_use_the_machine_and_the_quietest_counts(monkeypatch) -> None:
+def test_a_run_is_repeated_while_others_use_the_machine_and_the_quietest_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shares = iter([0.5, 0.2, 0.01])
     seconds = iter([3.0, 2.0, 1.0])
     busy = 0.0
@@ -45,7 +51,7 @@ def test_a_run_is_repeated_while_others_use_the_machine_and_the_quietest_counts(
     def arm() -> float:
         nonlocal busy
         time.sleep(0.05)
-        busy += next(shares) * 0.05 * (measure.psutil.cpu_count() or 1)
+        busy += next(shares) * 0.05 * (psutil.cpu_count() or 1)
         return next(seconds)
 
     monkeypatch.setattr(measure, "CpuClock", Clock)
@@ -54,10 +60,15 @@ def test_a_run_is_repeated_while_others_use_the_machine_and_the_quietest_counts(
     assert run.others < 0.03
 
 
-def test_arms_take_turns_in_an_order_that_moves_on(monkeypatch) -> None:
+def test_arms_take_turns_in_an_order_that_moves_on(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(measure, "OTHERS_LIMIT", float("inf"))  # the arms take no time at all
-    arms = {name: lambda name=name: order.append(name) or 1.0 for name in "abc"}
+
+    def arm(name: str) -> float:
+        order.append(name)
+        return 1.0
+
+    arms = {name: partial(arm, name) for name in "abc"}
     runs = interleave(arms, 2, lambda line: None)
     assert "".join(order) == "abcbca"
     assert {name: len(own) for name, own in runs.items()} == {"a": 2, "b": 2, "c": 2}
@@ -73,7 +84,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
-def test_schedule_prints_and_writes_its_runs(tmp_path) -> None:
+def test_schedule_prints_and_writes_its_runs(tmp_path: Path) -> None:
     file = tmp_path / "s.json"
     sizes = ["--stage-ms", "5", "--hidden-mb", "0.1", "--steps", "3", "--runs", "2"]
     done = bench("schedule", "--pp", "3", "--in-flight", "1,2", *sizes, "--json", str(file))
@@ -85,7 +96,7 @@ def test_schedule_prints_and_writes_its_runs(tmp_path) -> None:
     assert "1.50" in done.stdout  # 2MP / (P + 1)
 
 
-def test_exact_says_what_is_equal(checkpoint, tmp_path) -> None:
+def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
     folder = str(checkpoint(RandomConfig("t2v", seed=3)))
     done = bench("exact", "--model", folder, "--pp", "2", "--in-flight", "3", "--json", str(file))
@@ -94,7 +105,9 @@ def test_exact_says_what_is_equal(checkpoint, tmp_path) -> None:
     assert (row["latents"], row["frames"], row["requests"], row["deviation"]) == (3, 3, 3, 0.0)
 
 
-def test_line_times_all_arms_in_one_run(tmp_path, monkeypatch, capsys) -> None:
+def test_line_times_all_arms_in_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def small_requests(case: LineCase, count: int) -> list[VideoRequest]:
         sizes = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": case.steps}
         return [VideoRequest(prompt="x", seed=seed, decode=False, **sizes) for seed in range(count)]
@@ -120,7 +133,9 @@ def test_line_times_all_arms_in_one_run(tmp_path, monkeypatch, capsys) -> None:
         (["exact", "--model", "nowhere"], "nowhere"),
     ],
 )
-def test_a_bad_option_is_refused(arguments, words, monkeypatch, capsys) -> None:
+def test_a_bad_option_is_refused(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["cineline", "bench", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from cineline.transport import channel
 from cineline.transport.channel import TensorSpec, TorchReceiver
 
 SPECS = (TensorSpec((16,), torch.float32),)
@@ -34,16 +33,19 @@ class Group:
         return self.works[-1]
 
 
+Edge = tuple[TorchReceiver, Group]
+
+
 @pytest.fixture
-def edge(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Group]:
-    monkeypatch.setattr(channel.dist, "get_group_rank", lambda group, peer: 0)
+def edge(monkeypatch: pytest.MonkeyPatch) -> Edge:
+    monkeypatch.setattr("torch.distributed.get_group_rank", lambda group, peer: 0)
     group: Any = Group()
     receiver = TorchReceiver(0, group, torch.device("cpu"), staged=False)
     receiver.reserve(SPECS, 2)
     return receiver, group
 
 
-def test_a_buffer_is_used_again_when_it_is_given_back(edge) -> None:
+def test_a_buffer_is_used_again_when_it_is_given_back(edge: Edge) -> None:
     receiver, group = edge
     first = receiver.post(SPECS)
     assert first.wait()[0].tolist() == [0.0] * 16
@@ -55,7 +57,7 @@ def test_a_buffer_is_used_again_when_it_is_given_back(edge) -> None:
     assert second.wait()[0][0] == 2
 
 
-def test_a_dropped_receive_keeps_its_buffer_until_a_later_one_is_here(edge) -> None:
+def test_a_dropped_receive_keeps_its_buffer_until_a_later_one_is_here(edge: Edge) -> None:
     receiver, group = edge
     dropped, wanted = receiver.post(SPECS), receiver.post(SPECS)
     dropped.release()
@@ -68,7 +70,7 @@ def test_a_dropped_receive_keeps_its_buffer_until_a_later_one_is_here(edge) -> N
     assert third.wait()[0][0] == 2
 
 
-def test_what_is_kept_is_never_lent(edge) -> None:
+def test_what_is_kept_is_never_lent(edge: Edge) -> None:
     receiver, group = edge
     kept = receiver.post(SPECS, keep=True)
     kept.release()  # dropped before it came
@@ -83,7 +85,7 @@ def test_what_is_kept_is_never_lent(edge) -> None:
     assert all(pending.wait()[0].numel() == 16 for pending in again)
 
 
-def test_larger_messages_get_larger_buffers(edge) -> None:
+def test_larger_messages_get_larger_buffers(edge: Edge) -> None:
     receiver, _ = edge
     old = receiver.post(SPECS)
     larger = (TensorSpec((3, 50), torch.float32),)

@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import psutil
 import pytest
-from oracle import Oracle
+from oracle import Checkpoint, Oracle
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,12 +25,12 @@ SMALL = ["--height", "32", "--width", "64", "--num-frames", "5", "--num-inferenc
 
 
 @pytest.fixture(scope="module")
-def t2v(checkpoint) -> str:
+def t2v(checkpoint: Checkpoint) -> str:
     return str(checkpoint(RandomConfig("t2v", seed=3)))
 
 
 @pytest.fixture(scope="module")
-def ti2v(checkpoint) -> str:
+def ti2v(checkpoint: Checkpoint) -> str:
     return str(checkpoint(RandomConfig("ti2v", seed=3)))
 
 
@@ -40,7 +40,7 @@ def run(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[st
     )
 
 
-def test_a_prompt_becomes_a_video_and_latents_on_two_stages(ti2v, tmp_path, oracle: Oracle) -> None:
+def test_a_prompt_becomes_a_video_and_latents_on_two_stages(ti2v: str, tmp_path: Path, oracle: Oracle) -> None:
     video, latents, trace = tmp_path / "a.mp4", tmp_path / "a.safetensors", tmp_path / "t.json"
     files = ["--output", str(video), "--save-latents", str(latents), "--trace", str(trace)]
     done = run("generate", "a cat", "--model", ti2v, "--pp", "2", "--seed", "5", *SMALL, *files)
@@ -58,7 +58,9 @@ def test_a_prompt_becomes_a_video_and_latents_on_two_stages(ti2v, tmp_path, orac
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "a.safetensors", "t.json"]
 
 
-def test_a_file_of_requests_is_numbered_by_line_with_options_as_defaults(ti2v, tmp_path, oracle: Oracle) -> None:
+def test_a_file_of_requests_is_numbered_by_line_with_options_as_defaults(
+    ti2v: str, tmp_path: Path, oracle: Oracle
+) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_text('{"prompt": "one"}\n\n{"prompt": "two", "seed": 9, "num_frames": 1}\n')
     out = tmp_path / "out"
@@ -126,7 +128,14 @@ BAD_OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "words"), BAD_OPTIONS, ids=lambda value: " ".join(value))
-def test_a_bad_option_is_refused_in_one_sentence(options, words, ti2v, capsys, monkeypatch, tmp_path) -> None:
+def test_a_bad_option_is_refused_in_one_sentence(
+    options: list[str],
+    words: list[str],
+    ti2v: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     monkeypatch.chdir(tmp_path)
     error = complaint(capsys, monkeypatch, "generate", "a cat", "--model", ti2v, *options)
     for word in words:
@@ -134,7 +143,9 @@ def test_a_bad_option_is_refused_in_one_sentence(options, words, ti2v, capsys, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_refusals(ti2v, t2v, capsys, monkeypatch, tmp_path) -> None:
+def test_other_refusals(
+    ti2v: str, t2v: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "file").write_text("no folder")
@@ -152,12 +163,16 @@ def test_other_refusals(ti2v, t2v, capsys, monkeypatch, tmp_path) -> None:
     assert "is a file" in error("x", "--model", "file")
 
 
-def test_an_image_model_without_image_is_refused(checkpoint, capsys, monkeypatch) -> None:
+def test_an_image_model_without_image_is_refused(
+    checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = str(checkpoint(RandomConfig("i2v", seed=3)))
     assert "needs an image" in complaint(capsys, monkeypatch, "generate", "x", "--model", folder)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(ti2v, capsys, monkeypatch, tmp_path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(
+    ti2v: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     error = complaint(capsys, monkeypatch, "generate", "x", "--model", ti2v, "--output", str(tmp_path / "a.mp4"))
     assert "cannot be written" in error
@@ -179,7 +194,9 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("line", "word"), BAD_LINES, ids=[word for _, word in BAD_LINES])
-def test_one_bad_line_refuses_the_file_and_names_the_line(line, word, ti2v, capsys, monkeypatch, tmp_path) -> None:
+def test_one_bad_line_refuses_the_file_and_names_the_line(
+    line: str, word: str, ti2v: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_text(f'{{"prompt": "good"}}\n\n{line}\n')
     out = tmp_path / "out"
@@ -192,7 +209,7 @@ def test_one_bad_line_refuses_the_file_and_names_the_line(line, word, ti2v, caps
     assert list(out.iterdir()) == []
 
 
-def test_a_broken_weight_file_is_refused_in_one_sentence(checkpoint, tmp_path) -> None:
+def test_a_broken_weight_file_is_refused_in_one_sentence(checkpoint: Checkpoint, tmp_path: Path) -> None:
     import shutil
 
     folder = tmp_path / "broken"
@@ -209,7 +226,9 @@ def test_a_broken_weight_file_is_refused_in_one_sentence(checkpoint, tmp_path) -
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_in_the_middle_leaves_no_process_and_no_file(number, ti2v, tmp_path) -> None:
+def test_a_signal_in_the_middle_leaves_no_process_and_no_file(
+    number: signal.Signals, ti2v: str, tmp_path: Path
+) -> None:
     command = ["generate", "x", "--model", ti2v, "--pp", "2", "--num-inference-steps", "10000"]
     command += ["--trace", str(tmp_path / "t.json")]
     size = ["--height", "32", "--width", "32", "--num-frames", "1", "--output", str(tmp_path / "a.mp4")]
@@ -231,7 +250,7 @@ def test_a_signal_in_the_middle_leaves_no_process_and_no_file(number, ti2v, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_torchrun_starts_the_same_line(ti2v, tmp_path, oracle: Oracle) -> None:
+def test_torchrun_starts_the_same_line(ti2v: str, tmp_path: Path, oracle: Oracle) -> None:
     latents = tmp_path / "a.safetensors"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cineline"]
     arguments = ["generate", "a cat", "--model", ti2v, *SMALL, "--save-latents", str(latents), "--quiet"]

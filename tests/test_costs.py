@@ -287,6 +287,8 @@ def test_default_cut_is_near_an_even_share(spec: Any, stages: int) -> None:
     cut = default_cut(costs, spec.place(ParallelConfig(pp=stages)))
     held = [costs.held(cut, Place(pp=stage)).total for stage in range(stages)]
     assert sum(held) == costs.whole.total
+    assert cut.text_split is not None
+    assert cut.vae_split is not None
     assert sum(cut.text_split) == costs.text.layers
     assert sum(cut.vae_split) == len(costs.vae.decoder)
     # The head's embedding and embedders cannot be cut: on eight stages they are above a share by themselves.

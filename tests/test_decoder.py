@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.video_processor import VideoProcessor
+from oracle import frames_of
 from torch import Tensor
 
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import DecoderSlice, TiledDecoder, boundary_specs
 from cineline.families.wan.random_checkpoint import random_vae
 from cineline.families.wan.rows import RowDecoder
+from cineline.families.wan.shapes import WanKind
 from cineline.planning.balance import cut_units
 from cineline.transport.axis import Axis, Traffic
 
@@ -37,10 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> VaeFolder:
     """A checkpoint's folder with a random VAE in it, and nothing else."""
 
     @cache
-    def make(kind: str, **changes: Any) -> Path:
+    def make(kind: WanKind, **changes: Any) -> Path:
         path = tmp_path_factory.mktemp("vae")
         torch.manual_seed(0)
-        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
+        values = (list(value) if isinstance(value, tuple) else value for value in changes.values())
+        lists: dict[str, Any] = dict(zip(changes, values, strict=True))
         random_vae(kind, **lists).save_pretrained(path / "vae")
         return path
 
@@ -48,7 +50,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> VaeFolder:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "vae" / "config.json").read_text())
+    config: dict[str, Any] = json.loads((folder / "vae" / "config.json").read_text())
+    return config
 
 
 def random_latents(frames: int, height: int, width: int) -> Tensor:
@@ -56,17 +59,10 @@ def random_latents(frames: int, height: int, width: int) -> Tensor:
 
 
 def by_diffusers(folder: Path, latents: Tensor, dtype: torch.dtype, tiled: bool = False) -> np.ndarray:
-    """As the end of `WanPipeline.__call__`."""
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=dtype)
     if tiled:
         vae.enable_tiling()
-    latents = latents.to(dtype)
-    mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1).to(dtype)
-    inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1).to(dtype)
-    with torch.no_grad():
-        pixels = vae.decode(latents / inverse_std + mean, return_dict=False)[0]
-    pictures = VideoProcessor().postprocess_video(pixels, output_type="pil")[0]
-    return np.stack([np.asarray(picture) for picture in pictures])
+    return frames_of(vae, latents)
 
 
 @torch.no_grad()
@@ -133,7 +129,7 @@ def assert_close(frames: np.ndarray, expected: np.ndarray) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_cut_has_diffusers_bits(kind: str, dtype: torch.dtype, folder: VaeFolder) -> None:
+def test_any_cut_has_diffusers_bits(kind: WanKind, dtype: torch.dtype, folder: VaeFolder) -> None:
     path = folder(kind)
     count = len(VaeCosts.of(config_of(path)).decoder)
     latents = random_latents(4, 2, 3)
@@ -144,7 +140,7 @@ def test_any_cut_has_diffusers_bits(kind: str, dtype: torch.dtype, folder: VaeFo
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 3, 2), (3, 5, 3), (6, 2, 2)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_three_and_four_slices_some_of_them_empty(kind: str, size: tuple[int, int, int], folder: VaeFolder) -> None:
+def test_three_and_four_slices_some_of_them_empty(kind: WanKind, size: tuple[int, int, int], folder: VaeFolder) -> None:
     path = folder(kind)
     count = len(VaeCosts.of(config_of(path)).decoder)
     latents = random_latents(*size)
@@ -162,7 +158,7 @@ def test_three_and_four_slices_some_of_them_empty(kind: str, size: tuple[int, in
         ("ti2v", {"num_res_blocks": 2, "dim_mult": (1, 2, 2), "temperal_downsample": (False, True)}),
     ],
 )
-def test_other_shapes_of_decoder(kind: str, changes: dict, folder: VaeFolder) -> None:
+def test_other_shapes_of_decoder(kind: WanKind, changes: dict[str, Any], folder: VaeFolder) -> None:
     path = folder(kind, **changes)
     count = len(VaeCosts.of(config_of(path)).decoder)
     latents = random_latents(3, 2, 2)
@@ -172,7 +168,7 @@ def test_other_shapes_of_decoder(kind: str, changes: dict, folder: VaeFolder) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_slices_read_their_own_weights_and_the_layout_counts_them(kind: str, folder: VaeFolder) -> None:
+def test_slices_read_their_own_weights_and_the_layout_counts_them(kind: WanKind, folder: VaeFolder) -> None:
     path = folder(kind)
     units = VaeCosts.of(config_of(path)).decoder
     stops = list(range(1, len(units) + 1))
@@ -206,7 +202,7 @@ def test_units_are_cut_so_that_the_dearest_part_costs_least() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_close_to_diffusers(kind: str, ranks: int, folder: VaeFolder) -> None:
+def test_rows_are_close_to_diffusers(kind: WanKind, ranks: int, folder: VaeFolder) -> None:
     path = folder(kind, base_dim=16)
     for size in [(4, 5, 3), (2, 2, 2), (1, 1, 3)]:
         latents = random_latents(*size)
@@ -214,7 +210,7 @@ def test_rows_are_close_to_diffusers(kind: str, ranks: int, folder: VaeFolder) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tiles_are_diffusers_tiles(kind: str, folder: VaeFolder) -> None:
+def test_tiles_are_diffusers_tiles(kind: WanKind, folder: VaeFolder) -> None:
     path = folder(kind)
     latents = random_latents(2, 2, 40 if kind == "t2v" else 20)
     tiles = by_one_rank(TiledDecoder(path, torch.float32, CPU), latents)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import av
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle, assert_equal
+from oracle import Checkpoint, Oracle, assert_equal
 from test_parity import mixed_requests
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from cineline import Engine, InvalidConfig, ParallelConfig, Video, VideoRequest
+from cineline import Engine, InvalidConfig, ParallelConfig, RequestHandle, Video, VideoRequest
+from cineline.core.config import TextEncoder
 from cineline.engine.sink import Sink
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.text import TextSlice, Tokenizer
-
-Checkpoint = Callable[[RandomConfig], Path]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -60,7 +60,9 @@ def test_text_slices_give_the_encoders_bits(cuts: list[int], dtype: torch.dtype,
     ],
     ids=str,
 )
-def test_other_cuts_equal_diffusers(kind: str, options: dict, checkpoint: Checkpoint, oracle: Oracle) -> None:
+def test_other_cuts_equal_diffusers(
+    kind: WanKind, options: dict[str, Any], checkpoint: Checkpoint, oracle: Oracle
+) -> None:
     folder = checkpoint(RandomConfig(kind, seed=3))
     with Engine(folder, ParallelConfig(**options), device="cpu", in_flight=2) as engine:
         videos = [handle.result(120) for handle in [engine.submit(request) for request in mixed_requests(kind)]]
@@ -69,7 +71,7 @@ def test_other_cuts_equal_diffusers(kind: str, options: dict, checkpoint: Checkp
 
 
 @pytest.mark.parametrize("kind", ["ti2v", "t2v"])
-def test_rows_give_frames_close_to_diffusers(kind: str, checkpoint: Checkpoint, oracle: Oracle) -> None:
+def test_rows_give_frames_close_to_diffusers(kind: WanKind, checkpoint: Checkpoint, oracle: Oracle) -> None:
     folder = checkpoint(RandomConfig(kind, seed=3))
     with Engine(folder, ParallelConfig(pp=3, vae_decode="rows"), device="cpu") as engine:
         videos = [handle.result(120) for handle in [engine.submit(request) for request in mixed_requests(kind)]]
@@ -84,7 +86,7 @@ def test_rows_give_frames_close_to_diffusers(kind: str, checkpoint: Checkpoint, 
 
 @pytest.mark.parametrize("way", ["reload", "cpu"])
 def test_a_text_encoder_that_is_not_resident_gives_the_same_bits(
-    way: str, checkpoint: Checkpoint, oracle: Oracle
+    way: TextEncoder, checkpoint: Checkpoint, oracle: Oracle
 ) -> None:
     folder = checkpoint(RandomConfig("t2v", seed=3))
     with Engine(folder, ParallelConfig(pp=2), device="cpu", text_encoder=way) as engine:
@@ -115,7 +117,7 @@ def test_tiles_are_lossy_only_where_the_picture_is_larger_than_one(checkpoint: C
         ({"pp": 2, "text_split": [2]}, "1 entries for pp=2"),
     ],
 )
-def test_cuts_that_cannot_be_are_refused(options: dict, rule: str, checkpoint: Checkpoint) -> None:
+def test_cuts_that_cannot_be_are_refused(options: dict[str, Any], rule: str, checkpoint: Checkpoint) -> None:
     with pytest.raises(InvalidConfig, match=rule):
         Engine(checkpoint(RandomConfig("t2v")), ParallelConfig(**options), device="cpu")
 
@@ -150,11 +152,12 @@ class DecodingHandle:
         return Video(torch.zeros(1), np.concatenate(frames) if frames else None, 8)
 
 
-def test_a_sink_writes_as_frames_come_and_leaves_nothing_when_it_is_given_up(tmp_path) -> None:
+def test_a_sink_writes_as_frames_come_and_leaves_nothing_when_it_is_given_up(tmp_path: Path) -> None:
     chunk = np.zeros((40, 32, 32, 3), np.uint8)  # more than the encoder looks ahead
     handles = DecodingHandle(), DecodingHandle()
     whole, given_up = (
-        Sink(handle, tmp_path / name, None) for handle, name in zip(handles, ("a.mp4", "b.mp4"), strict=True)
+        Sink(cast(RequestHandle, handle), tmp_path / name, None)
+        for handle, name in zip(handles, ("a.mp4", "b.mp4"), strict=True)
     )
     for _ in range(2):
         for handle, sink in zip(handles, (whole, given_up), strict=True):

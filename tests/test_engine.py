@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -33,8 +33,6 @@ from cineline.engine import launch
 
 LIMIT_S = 30.0
 
-pytestmark = pytest.mark.real_start
-
 
 def nurseries() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if launch.NURSERY in child.cmdline()]
@@ -51,7 +49,7 @@ def request(prompt: str = "abc", **fields: object) -> VideoRequest:
     return VideoRequest(**{"prompt": prompt, "num_inference_steps": 6, "guidance_scale": 3.0} | fields)
 
 
-def engine(spec: ToySpec, stages: int, **options: object) -> Engine:
+def engine(spec: ToySpec, stages: int, **options: Any) -> Engine:
     return Engine(spec, ParallelConfig(pp=stages), device="cpu", **options)
 
 
@@ -59,11 +57,13 @@ def assert_right(handle: RequestHandle, wanted: VideoRequest) -> None:
     video = handle.result(LIMIT_S)
     latents, frames = toy_reference(ToySpec(), wanted)
     assert video.latents.equal(latents)
-    assert frames is None or np.array_equal(video.frames, frames)
+    assert (frames is None) == (video.frames is None)
+    assert frames is None or video.frames is None or np.array_equal(video.frames, frames)
 
 
+@pytest.mark.real_start
 @pytest.mark.parametrize("stages", [1, 2, 5])
-def test_another_family_runs_over_real_processes(stages) -> None:
+def test_another_family_runs_over_real_processes(stages: int) -> None:
     wanted = [request(seed=seed, num_frames=1 + 7 * seed, guidance_scale=1.0 + seed) for seed in range(5)]
     with engine(ToySpec(), stages) as line:
         handles = [line.submit(one) for one in wanted]
@@ -105,12 +105,13 @@ def test_a_result_that_takes_too_long_times_out_and_goes_on() -> None:
         assert_right(handle, request("slow"))
 
 
+@pytest.mark.real_start
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize(
     ("fault", "words"),
     [("raise", ["ValueError", "a fault on purpose"]), ("die", ["exit code 77"])],
 )
-def test_a_rank_that_fails_ends_every_request_and_is_named(fault, words, stage) -> None:
+def test_a_rank_that_fails_ends_every_request_and_is_named(fault: str, words: list[str], stage: int) -> None:
     with engine(FaultySpec(), 3) as line:
         ranks = own_ranks()
         handles = [line.submit(request(prompt)) for prompt in ("slow", f"{fault} {stage} 2", "slow")]
@@ -127,8 +128,9 @@ def test_a_rank_that_fails_ends_every_request_and_is_named(fault, words, stage) 
     assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
+@pytest.mark.real_start
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_rank_that_is_killed_is_named(stage) -> None:
+def test_a_rank_that_is_killed_is_named(stage: int) -> None:
     with engine(FaultySpec(), 2) as line:
         ranks = sorted(own_ranks(), key=lambda process: process.pid)
         handle = line.submit(request("slow", num_inference_steps=500))
@@ -139,6 +141,7 @@ def test_a_rank_that_is_killed_is_named(stage) -> None:
             handle.result(10)
 
 
+@pytest.mark.real_start
 def test_an_idle_rank_that_is_killed_is_named_at_the_next_request() -> None:
     with engine(ToySpec(), 2) as line:
         ranks = sorted(own_ranks(), key=lambda process: process.pid)
@@ -147,6 +150,7 @@ def test_an_idle_rank_that_is_killed_is_named_at_the_next_request() -> None:
             line.submit(request()).result(10)
 
 
+@pytest.mark.real_start
 def test_a_rank_that_fails_while_it_starts_ends_the_others() -> None:
     before = set(own_ranks())
     with pytest.raises(RankFailed, match="NoSuchClass"):
@@ -154,6 +158,7 @@ def test_a_rank_that_fails_while_it_starts_ends_the_others() -> None:
     assert not psutil.wait_procs(set(own_ranks()) - before, timeout=5)[1]
 
 
+@pytest.mark.real_start
 def test_ranks_end_with_the_process_that_forked_them() -> None:
     line = engine(FaultySpec(), 2)
     ranks = own_ranks()
@@ -176,8 +181,7 @@ def test_an_engine_that_is_killed_while_ranks_load_leaves_nothing() -> None:
     process.kill()
     process.wait(3)
     assert not psutil.wait_procs(children, timeout=20)[1]  # as long as one library loads
-    assert process.stderr is not None
-    assert process.stderr.read() == ""
+    assert process.communicate(timeout=3)[1] == ""
 
 
 def test_an_interrupt_while_the_ranks_load_ends_them_at_once() -> None:
@@ -193,6 +197,7 @@ def test_an_interrupt_while_the_ranks_load_ends_them_at_once() -> None:
     assert not psutil.wait_procs(children, timeout=1)[1]
 
 
+@pytest.mark.real_start
 def test_a_closed_engine_ends_what_is_not_done() -> None:
     line = engine(FaultySpec(), 2)
     ranks = own_ranks()
@@ -206,9 +211,11 @@ def test_a_closed_engine_ends_what_is_not_done() -> None:
     assert not psutil.wait_procs(ranks, timeout=5)[1]
 
 
+@pytest.mark.real_start
 def test_an_engine_leaves_no_process_port_or_thread_behind() -> None:
     def listening() -> set[int]:
-        return {entry.laddr.port for entry in psutil.net_connections() if entry.status == psutil.CONN_LISTEN}
+        entries = [entry for entry in psutil.net_connections() if entry.status == psutil.CONN_LISTEN]
+        return {entry.laddr.port for entry in entries if entry.laddr}
 
     threads = threading.active_count()
     with engine(ToySpec(), 3) as line:
@@ -234,7 +241,7 @@ engine = Engine(FaultySpec(), ParallelConfig(pp=2), device="cpu")
 engine.submit(VideoRequest(prompt="slow", num_inference_steps=1000))
 print(*[child.pid for child in psutil.Process().children(recursive=True)])
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=True)
     deadline = time.monotonic() + 5
@@ -246,7 +253,7 @@ print(*[child.pid for child in psutil.Process().children(recursive=True)])
 
 
 def test_bad_configs_are_refused_before_anything_starts() -> None:
-    for options, words in [
+    parallels: list[tuple[dict[str, Any], str]] = [
         ({"pp": 9}, "pp=9 is more than the model's 8 blocks"),
         ({"pp": 0}, "pp=0 is too small"),
         ({"pp": 2, "split": [7, 2]}, "adds up to 9"),
@@ -255,24 +262,26 @@ def test_bad_configs_are_refused_before_anything_starts() -> None:
         ({"pp": "2"}, "pp='2' is no whole number"),
         ({"pp": 2, "split": "4,4"}, "split='4,4' is no list"),
         ({"pp": 2, "split": [4.5, 3.5]}, "is no list of whole numbers"),
-    ]:
+    ]
+    for options, words in parallels:
         with pytest.raises(InvalidConfig, match=words):
             Engine(ToySpec(), ParallelConfig(**options), device="cpu")
-    for options, words in [
+    others: list[tuple[dict[str, Any], str]] = [
         ({"device": "toaster"}, "toaster"),
         ({"dtype": "int8"}, "int8"),
         ({"in_flight": 0}, "in_flight=0"),
         ({"in_flight": "2"}, "in_flight='2'"),
         ({"launcher": "ray"}, "launcher='ray'"),
         ({"launcher": "torchrun"}, "needs a torchrun world"),
-    ]:
+    ]
+    for options, words in others:
         with pytest.raises(InvalidConfig, match=words):
             Engine(ToySpec(), **{"device": "cpu"} | options)
     assert not own_ranks()
 
 
 def test_unknown_and_misshapen_request_fields_are_refused() -> None:
-    for fields, words in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"prompt": "x", "colour": 1}, "Unknown request field 'colour'"),
         ({}, "no 'prompt'"),
         ({"prompt": 3}, "prompt=3"),
@@ -280,6 +289,7 @@ def test_unknown_and_misshapen_request_fields_are_refused() -> None:
         ({"prompt": "x", "height": "64"}, "height='64'"),
         ({"prompt": "x", "num_frames": True}, "num_frames=True"),
         ({"prompt": "x", "decode": "no"}, "decode='no'"),
-    ]:
+    ]
+    for fields, words in refused:
         with pytest.raises(InvalidRequest, match=words):
             VideoRequest(**fields)

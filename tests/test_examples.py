@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from oracle import Checkpoint
 from PIL import Image
 
 from cineline.families.wan.random_checkpoint import RandomConfig
@@ -23,7 +24,9 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
         ("image_to_video.py", ["picture.png"], ["image.mp4"]),
     ],
 )
-def test_an_example_makes_its_videos(name, arguments, made, checkpoint, tmp_path) -> None:
+def test_an_example_makes_its_videos(
+    name: str, arguments: list[str], made: list[str], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     model = tmp_path / "model"
     shutil.copytree(checkpoint(RandomConfig(seed=3)), model)
     small = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 2}

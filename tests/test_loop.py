@@ -7,6 +7,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_channel import LIMIT_S, LocalChannel
 from test_line import SplitToyStages, parallels, requests
-from toy_family import ToySpec, ToyStages
+from toy_family import ToySpec, ToyStages, ToyState
 
 from cineline import ParallelConfig, VideoRequest
 from cineline.core.config import DeviceConfig, Place
@@ -99,14 +100,12 @@ class LoggedPending:
     pending: Pending
     name: Event
     log: Log
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.pending.tensors
+    tensors: tuple[torch.Tensor, ...] = ()
 
     def wait(self) -> tuple[torch.Tensor, ...]:
         self.log.append(("wait", *self.name))
-        return self.pending.wait()
+        self.tensors = self.pending.wait()
+        return self.tensors
 
     def release(self) -> None:
         self.log.append(("free", *self.name))
@@ -132,23 +131,28 @@ class LoggedEnd:
         self.channel.send(tensors, value)
 
 
-def logged(stages_class: type[ToyStages], log: Log) -> ToyStages:
+class LoggedToy(ToyStages):
     """The toy's stages, which log what the loop calls."""
 
-    class Logged(stages_class):
-        def compute(self, state, item, starts, ends):
-            log.append(("compute", state.job.id, item, starts, ends))
-            super().compute(state, item, starts, ends)
+    def __init__(self, log: Log) -> None:
+        super().__init__(SPEC)
+        self.log = log
 
-        def finish(self, state, item):
-            log.append(("finish", state.job.id, item))
-            super().finish(state, item)
+    def compute(self, state: ToyState, item: WorkItem, starts: bool, ends: bool) -> None:
+        self.log.append(("compute", state.job.id, item, starts, ends))
+        super().compute(state, item, starts, ends)
 
-        def end_denoising(self, state):
-            log.append(("denoised", state.job.id))
-            super().end_denoising(state)
+    def finish(self, state: ToyState, item: WorkItem) -> None:
+        self.log.append(("finish", state.job.id, item))
+        super().finish(state, item)
 
-    return Logged(SPEC)
+    def end_denoising(self, state: ToyState) -> None:
+        self.log.append(("denoised", state.job.id))
+        super().end_denoising(state)
+
+
+class LoggedSplitToy(LoggedToy, SplitToyStages):
+    """With two experts."""
 
 
 def run_loops(
@@ -156,7 +160,7 @@ def run_loops(
 ) -> list[Log]:
     """Let every rank follow the stream that the simulator's scheduler has emitted."""
     channels = {edge: LocalChannel() for edge in edges_of(parallel)}
-    stages_class = SplitToyStages if parallel.expert_placement == "split" else ToyStages
+    stages_class = LoggedSplitToy if parallel.expert_placement == "split" else LoggedToy
     cut, logs, threads = SPEC.cut(parallel, DeviceConfig()), [], []
     for rank in range(parallel.ranks):
         log, place = Log(), parallel.place(rank)
@@ -167,13 +171,14 @@ def run_loops(
                 incoming[edge] = LoggedEnd(channel, edge, log)
             elif edge.source == rank:
                 outgoing[edge] = LoggedEnd(channel, edge, log)
-        family = logged(stages_class, log)
+        family = stages_class(log)
         part = StagePart(place, parallel, cut[place.pp], torch.device("cpu"), DeviceConfig())
         family.load(part)
         inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        for message in (*map(Admit, jobs), *found.stream, Stop()):
+        messages: list[Message] = [*map(Admit, jobs), *found.stream, Stop()]
+        for message in messages:
             inbox.put(message)
-        loop = loop_class(family, part, Edges(incoming, outgoing), inbox, lambda word, log=log: heard(word, log))
+        loop = loop_class(family, part, Edges(incoming, outgoing), inbox, partial(heard, log=log))
         loop._requests = LoggedRequests(log)
         threads.append(threading.Thread(target=loop.run, daemon=True))
         logs.append(log)
@@ -240,7 +245,7 @@ def is_same(parallel: ParallelConfig, wanted: Sequence[VideoRequest], loop_class
 
 @settings(max_examples=100, deadline=None)
 @given(parallel=parallels, wanted=st.lists(requests, min_size=1, max_size=5))
-def test_every_rank_does_what_the_simulator_replays(parallel, wanted) -> None:
+def test_every_rank_does_what_the_simulator_replays(parallel: ParallelConfig, wanted: list[VideoRequest]) -> None:
     assert is_same(parallel, wanted)
 
 
@@ -298,7 +303,7 @@ class Remembers(StageLoop):
 
 
 @pytest.mark.parametrize("mutant", [WaitsFirst, FreesLate, SendsLast, PostsLate, Remembers])
-def test_a_loop_that_does_otherwise_is_found(mutant) -> None:
+def test_a_loop_that_does_otherwise_is_found(mutant: type[StageLoop]) -> None:
     wanted = [VideoRequest(prompt="a", num_inference_steps=3, guidance_scale=3.0, seed=seed) for seed in range(2)]
     assert is_same(ParallelConfig(pp=2, cfg=2), wanted)
     assert not is_same(ParallelConfig(pp=2, cfg=2), wanted, mutant)

@@ -26,7 +26,7 @@ def colours(frames: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("suffix", "tolerance"), [(".webp", 0), (".gif", 8)])
-def test_an_animation_shows_the_frames_at_their_rate_without_end(suffix, tolerance, tmp_path) -> None:
+def test_an_animation_shows_the_frames_at_their_rate_without_end(suffix: str, tolerance: int, tmp_path: Path) -> None:
     frames = colours(9)
     Video(torch.zeros(1), frames, fps=8).save(tmp_path / f"a{suffix}")
     decoded = []
@@ -39,7 +39,7 @@ def test_an_animation_shows_the_frames_at_their_rate_without_end(suffix, toleran
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
-def test_a_video_is_h264_yuv420p_with_the_frames_colours_and_rate(suffix, tmp_path) -> None:
+def test_a_video_is_h264_yuv420p_with_the_frames_colours_and_rate(suffix: str, tmp_path: Path) -> None:
     frames = colours(9)
     path = tmp_path / f"a{suffix}"
     Video(torch.zeros(1), frames, fps=24).save(path)
@@ -55,7 +55,7 @@ def test_a_video_is_h264_yuv420p_with_the_frames_colours_and_rate(suffix, tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path) -> None:
+def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="stopped at its latents"):
         Video(torch.zeros(1), None, fps=24).save(tmp_path / "a.mp4")
     with pytest.raises(OutputError, match=r"use .mp4"):
@@ -65,7 +65,7 @@ def test_a_video_that_cannot_be_written_leaves_nothing(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_whole_or_the_old_one(tmp_path) -> None:
+def test_a_file_is_whole_or_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
 
@@ -81,7 +81,7 @@ def test_a_file_is_whole_or_the_old_one(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_trace_has_a_row_a_stage_and_a_slice_a_work_item(tmp_path) -> None:
+def test_a_trace_has_a_row_a_stage_and_a_slice_a_work_item(tmp_path: Path) -> None:
     item = WorkItem(Kind.DENOISE, 3, 7, Branch.UNCOND)
     slices = [Slice(1, item, 5_000, 9_000, 1_000), Slice(0, WorkItem(Kind.DECODE, 3, 2), 2_000, 4_000, 0)]
     write_trace(slices, tmp_path / "t.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +15,23 @@ from diffusers import (
     DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
-from oracle import Oracle, assert_equal
+from oracle import Checkpoint, Oracle, assert_equal, by_pipeline, stacked
 from PIL import Image
 
 from cineline import Engine, ParallelConfig, VideoRequest
+from cineline.core.config import Dtype
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.shapes import WanKind
 
-KINDS = ("ti2v", "t2v", "i2v")
-DTYPES = ("float32", "bfloat16")
+KINDS: tuple[WanKind, ...] = ("ti2v", "t2v", "i2v")
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
 
 def picture(height: int, width: int, seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def mixed_requests(kind: str) -> list[VideoRequest]:
+def mixed_requests(kind: WanKind) -> list[VideoRequest]:
     """Different sizes, lengths, steps, prompts, seeds; guidance on and off; images where they may be."""
     common = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 4.0}
     if kind != "ti2v":
@@ -44,32 +47,52 @@ def mixed_requests(kind: str) -> list[VideoRequest]:
     return [VideoRequest(**common | fields) for fields in own]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_oracles_frames_are_the_pipelines(
+    kind: WanKind, dtype: Dtype, checkpoint: Checkpoint, oracle: Oracle
+) -> None:
+    """It decodes the pipeline's latents by itself, so that the pipeline runs once and not twice."""
+    folder, request = checkpoint(RandomConfig(kind, seed=3)), mixed_requests(kind)[0]
+    for vae_dtype in DTYPES:
+        pictures = by_pipeline(folder, dtype, request, vae_dtype, "pil")[0]
+        assert np.array_equal(oracle.run(folder, dtype, request, vae_dtype)[1], stacked(pictures))
+
+
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_four_mixed_requests_in_flight_equal_diffusers(kind, dtype, stages, checkpoint, oracle: Oracle) -> None:
+def test_four_mixed_requests_in_flight_equal_diffusers(
+    kind: WanKind, dtype: Dtype, stages: int, checkpoint: Checkpoint, oracle: Oracle
+) -> None:
     folder = checkpoint(RandomConfig(kind=kind, seed=3))
     requests = mixed_requests(kind)
     with Engine(folder, ParallelConfig(pp=stages), dtype=dtype, device="cpu", in_flight=4) as engine:
-        videos = [handle.result(120) for handle in [engine.submit(request) for request in requests]]
-    for request, video in zip(requests, videos, strict=True):
-        assert_equal(video, oracle.run(folder, dtype, request))
+        handles = [engine.submit(request) for request in requests]
+        expected = [oracle.run(folder, dtype, request) for request in requests]  # while the ranks are at work
+        for handle, one in zip(handles, expected, strict=True):
+            assert_equal(handle.result(120), one)
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "in_flight"), [("ti2v", "float32", 1), ("t2v", "bfloat16", 2), ("i2v", "float32", 3)]
 )
-def test_the_number_in_flight_changes_no_bit(kind, dtype, in_flight, checkpoint, oracle: Oracle) -> None:
+def test_the_number_in_flight_changes_no_bit(
+    kind: WanKind, dtype: Dtype, in_flight: int, checkpoint: Checkpoint, oracle: Oracle
+) -> None:
     folder = checkpoint(RandomConfig(kind=kind, seed=3))
     requests = mixed_requests(kind)
     with Engine(folder, ParallelConfig(pp=2), dtype=dtype, device="cpu", in_flight=in_flight) as engine:
-        videos = [handle.result(120) for handle in [engine.submit(request) for request in requests]]
-    for request, video in zip(requests, videos, strict=True):
-        assert_equal(video, oracle.run(folder, dtype, request))
+        handles = [engine.submit(request) for request in requests]
+        expected = [oracle.run(folder, dtype, request) for request in requests]  # while the ranks are at work
+        for handle, one in zip(handles, expected, strict=True):
+            assert_equal(handle.result(120), one)
 
 
 @pytest.mark.parametrize(("kind", "split"), [("ti2v", [5, 2, 1]), ("i2v", [1, 6, 1]), ("t2v", [1, 7])])
-def test_an_uneven_split_of_another_checkpoint_equals_diffusers(kind, split, checkpoint, oracle: Oracle) -> None:
+def test_an_uneven_split_of_another_checkpoint_equals_diffusers(
+    kind: WanKind, split: list[int], checkpoint: Checkpoint, oracle: Oracle
+) -> None:
     folder = checkpoint(RandomConfig(kind, layers=8, heads=3, head_dim=16, ffn_dim=80, seed=17, max_shard_size="100KB"))
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1  # sharded, with an index
     requests = mixed_requests(kind)[:2]
@@ -79,7 +102,7 @@ def test_an_uneven_split_of_another_checkpoint_equals_diffusers(kind, split, che
         assert_equal(video, oracle.run(folder, "float32", request))
 
 
-def test_as_many_stages_as_blocks_equal_diffusers(checkpoint, oracle: Oracle) -> None:
+def test_as_many_stages_as_blocks_equal_diffusers(checkpoint: Checkpoint, oracle: Oracle) -> None:
     folder = checkpoint(RandomConfig(layers=5, seed=9))
     request = mixed_requests("ti2v")[0]
     with Engine(folder, ParallelConfig(pp=5), device="cpu") as engine:
@@ -87,7 +110,7 @@ def test_as_many_stages_as_blocks_equal_diffusers(checkpoint, oracle: Oracle) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_few_and_odd_numbers_of_tokens_equal_diffusers(dtype, checkpoint, oracle: Oracle) -> None:
+def test_few_and_odd_numbers_of_tokens_equal_diffusers(dtype: Dtype, checkpoint: Checkpoint, oracle: Oracle) -> None:
     """1, 2, 3, 5, 9, 20, 27, 45 and 54 tokens: the last elements of a tensor go through scalar code."""
     folder = checkpoint(RandomConfig(seed=21))
     shapes = [(32, 32, 1), (32, 64, 1), (32, 32, 9), (160, 32, 1), (96, 96, 1), (160, 32, 13), (96, 96, 9)]
@@ -99,28 +122,33 @@ def test_few_and_odd_numbers_of_tokens_equal_diffusers(dtype, checkpoint, oracle
         for image in (None, picture(40, 40, seed=5))
     ]
     with Engine(folder, ParallelConfig(pp=2), device="cpu", dtype=dtype) as engine:
-        videos = [handle.result(120) for handle in [engine.submit(request) for request in wanted]]
-    for request, video in zip(wanted, videos, strict=True):
-        assert_equal(video, oracle.run(folder, dtype, request))
+        handles = [engine.submit(request) for request in wanted]
+        expected = [oracle.run(folder, dtype, request) for request in wanted]  # while the ranks are at work
+        for handle, one in zip(handles, expected, strict=True):
+            assert_equal(handle.result(120), one)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["ti2v", "i2v"])
-def test_a_vae_in_bfloat16_equals_diffusers(kind, dtype, checkpoint, oracle: Oracle) -> None:
+def test_a_vae_in_bfloat16_equals_diffusers(
+    kind: WanKind, dtype: Dtype, checkpoint: Checkpoint, oracle: Oracle
+) -> None:
     folder = checkpoint(RandomConfig(kind=kind, seed=3))
     request = mixed_requests(kind)[0]
     with Engine(folder, device="cpu", dtype=dtype, vae_dtype="bfloat16") as engine:
         assert_equal(engine.submit(request).result(60), oracle.run(folder, dtype, request, vae_dtype="bfloat16"))
 
 
-def test_one_engine_after_another_request_gives_the_same_bits(checkpoint) -> None:
+def test_one_engine_after_another_request_gives_the_same_bits(checkpoint: Checkpoint) -> None:
     request = VideoRequest(prompt="again", height=64, width=64, num_frames=5, num_inference_steps=2, seed=8)
     with Engine(checkpoint(RandomConfig(seed=21)), device="cpu", dtype="bfloat16") as engine:
         first, second = engine.submit(request).result(60), engine.submit(request).result(60)
     assert first.latents.equal(second.latents)
 
 
-def test_another_solver_equals_diffusers_and_takes_its_own_shift(checkpoint, oracle: Oracle, tmp_path) -> None:
+def test_another_solver_equals_diffusers_and_takes_its_own_shift(
+    checkpoint: Checkpoint, oracle: Oracle, tmp_path: Path
+) -> None:
     def with_euler(shift: float) -> Path:
         folder = tmp_path / str(shift)
         shutil.copytree(checkpoint(RandomConfig("t2v", seed=3)), folder)
@@ -140,7 +168,9 @@ def test_another_solver_equals_diffusers_and_takes_its_own_shift(checkpoint, ora
 
 
 @pytest.mark.parametrize("solver", [DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, DEISMultistepScheduler])
-def test_every_other_solver_that_is_let_in_equals_diffusers(solver, checkpoint, oracle: Oracle, tmp_path) -> None:
+def test_every_other_solver_that_is_let_in_equals_diffusers(
+    solver: type[Any], checkpoint: Checkpoint, oracle: Oracle, tmp_path: Path
+) -> None:
     folder = tmp_path / solver.__name__
     shutil.copytree(checkpoint(RandomConfig("t2v", seed=3)), folder)
     config = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -153,7 +183,9 @@ def test_every_other_solver_that_is_let_in_equals_diffusers(solver, checkpoint, 
         assert_equal(engine.submit(request).result(60), oracle.run(folder, "float32", request))
 
 
-def test_flow_shift_and_boundary_ratio_of_a_request_replace_the_checkpoints(checkpoint, oracle: Oracle) -> None:
+def test_flow_shift_and_boundary_ratio_of_a_request_replace_the_checkpoints(
+    checkpoint: Checkpoint, oracle: Oracle
+) -> None:
     folder = checkpoint(RandomConfig("t2v", seed=3))
     other = checkpoint(RandomConfig("t2v", seed=3, flow_shift=2.0, boundary_ratio=0.5))
     plain = VideoRequest(

@@ -23,6 +23,7 @@ from cineline.core.request import Job, Kind, Value, WorkItem
 from cineline.engine import auto
 from cineline.engine.auto import divide
 from cineline.errors import InvalidConfig
+from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.spec import WanSpec
 from cineline.planning.bound import Bound
@@ -81,6 +82,7 @@ def check(found: Plan, task: Task) -> None:
     """Every unit of every component on exactly one stage, in order; nothing above what its device holds."""
     line, axes, costs = found.line, found.parallel, task.spec.costs(task.dtype, task.vae_dtype)
     assert found.replicas * axes.ranks == len(task.devices)
+    assert isinstance(costs, ModelCosts)
     for group in axes.groups:
         blocks = axes.blocks(costs.blocks)
         assert [block for stage in group for block in blocks[stage]] == list(range(costs.blocks))

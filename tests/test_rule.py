@@ -16,14 +16,14 @@ from symbolic_line import MakeScripts, SymbolicLine, Wrong, named
 from cineline.core.config import ParallelConfig
 from cineline.core.request import Group, Kind
 from cineline.schedule.rule import Parcel, Rule, Scripts, edges_of, groups_of, scripts_of
-from cineline.schedule.words import Edge, Message, Post, Script, Send, Value, Wait, Way
+from cineline.schedule.words import Action, Edge, Message, Post, Script, Send, Value, Wait, Way
 
 seeds = st.integers(0, 2**32)
 
 
 @settings(max_examples=500, deadline=None)
 @given(seed=seeds)
-def test_each_value_is_made_once_before_its_use_and_nothing_deadlocks(seed) -> None:
+def test_each_value_is_made_once_before_its_use_and_nothing_deadlocks(seed: int) -> None:
     draw = random.Random(seed)
     SymbolicLine(Plan.drawn(draw), draw).run()
 
@@ -62,13 +62,13 @@ def check_edges(plan: Plan, make_scripts: MakeScripts = scripts_of) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(seed=seeds)
-def test_both_ends_of_an_edge_list_the_same_messages_in_time(seed) -> None:
+def test_both_ends_of_an_edge_list_the_same_messages_in_time(seed: int) -> None:
     check_edges(Plan.drawn(random.Random(seed)))
 
 
 @settings(max_examples=200, deadline=None)
 @given(seed=seeds)
-def test_what_a_later_item_needs_is_posted_where_its_maker_ends(seed) -> None:
+def test_what_a_later_item_needs_is_posted_where_its_maker_ends(seed: int) -> None:
     """Ahead of the item what it needs itself, behind it what later ones need: else one edge would have two orders."""
     for _, scripts in requests_of(Plan.drawn(random.Random(seed))):
         for script in (script for own in scripts for found in own.values() for script in found):
@@ -107,7 +107,7 @@ def late_post(rule: Rule) -> Scripts:
     """The receive of latents is posted only when they are needed."""
 
     def late(script: Script) -> Script:
-        run = []
+        run: list[Action] = []
         for action in script.run:
             if isinstance(action, Post) and action.value is Value.LATENTS:
                 continue

@@ -30,7 +30,9 @@ jobs = st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1.0, 2.0]), st.int
 
 @settings(max_examples=200, deadline=None)
 @given(shapes=jobs, stages=st.integers(1, 8), in_flight=st.one_of(st.none(), st.integers(1, 4)))
-def test_every_job_runs_whole_in_order_and_within_the_limits(shapes, stages, in_flight) -> None:
+def test_every_job_runs_whole_in_order_and_within_the_limits(
+    shapes: list[tuple[int, float, int]], stages: int, in_flight: int | None
+) -> None:
     admitted: list[int] = []
     scheduler = Scheduler(ParallelConfig(pp=stages), in_flight, lambda job: admitted.append(job.id))
     wanted = {number: job(number, *shape) for number, shape in enumerate(shapes)}
@@ -84,13 +86,13 @@ def test_a_cancel_makes_room() -> None:
 
 
 @pytest.mark.parametrize(("stages", "branches", "expected"), [(1, 2, 2), (2, 2, 3), (4, 2, 4), (8, 2, 6), (4, 1, 5)])
-def test_the_default_in_flight_fills_the_line_with_one_to_spare(stages, branches, expected) -> None:
+def test_the_default_in_flight_fills_the_line_with_one_to_spare(stages: int, branches: int, expected: int) -> None:
     assert default_in_flight(stages, branches) == expected
     assert speed_up_limit(stages, expected - 1, branches) == stages
 
 
 @pytest.mark.parametrize(("stages", "row"), [(2, [1.33, 2, 2, 2]), (4, [1.60, 3.2, 4, 4]), (8, [1.78, 3.56, 5.33, 8])])
-def test_the_limit_with_guidance(stages, row) -> None:
+def test_the_limit_with_guidance(stages: int, row: list[float]) -> None:
     assert [round(float(speed_up_limit(stages, count, 2)), 2) for count in (1, 2, 3, 5)] == row
 
 

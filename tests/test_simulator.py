@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import job
 
-from cineline.core.config import ParallelConfig, Place
+from cineline.core.config import ParallelConfig, Place, VaeDecode
 from cineline.core.request import Branch, Group, Job, Kind, WorkItem
 from cineline.core.trace import Slice, write_trace
 from cineline.errors import Deadlock, OutputError
@@ -67,7 +68,7 @@ def slots(stages: int, requests: int, branches: int, steps: int) -> int:
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("requests", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("stages", [1, 2, 4, 8])
-def test_equal_requests_take_what_the_formula_says(stages, requests, branches) -> None:
+def test_equal_requests_take_what_the_formula_says(stages: int, requests: int, branches: int) -> None:
     steps = 40
     found = simulate(Costs(ParallelConfig(pp=stages)), [job(n, steps, branches) for n in range(requests)], requests)
     assert found.makespan_s == slots(stages, requests, branches, steps)
@@ -81,7 +82,7 @@ def test_equal_requests_take_what_the_formula_says(stages, requests, branches) -
 
 @settings(max_examples=40, deadline=None)
 @given(stages=st.integers(1, 8), requests=st.integers(1, 8), steps=st.integers(40, 50))
-def test_throughput_is_within_four_percent_of_the_limit(stages, requests, steps) -> None:
+def test_throughput_is_within_four_percent_of_the_limit(stages: int, requests: int, steps: int) -> None:
     found = simulate(Costs(ParallelConfig(pp=stages)), [job(n, steps) for n in range(requests)], requests)
     speed_up = 2 * requests * steps * stages / found.makespan_s
     limit = 2 * requests * stages / max(2 * requests, stages + 1)
@@ -90,7 +91,7 @@ def test_throughput_is_within_four_percent_of_the_limit(stages, requests, steps)
 
 @pytest.mark.parametrize("requests", [1, 3, 5])
 @pytest.mark.parametrize("stages", [2, 4])
-def test_with_two_lines_a_step_is_one_item_of_each(stages, requests) -> None:
+def test_with_two_lines_a_step_is_one_item_of_each(stages: int, requests: int) -> None:
     found = simulate(Costs(ParallelConfig(pp=stages, cfg=2)), [job(n, 20) for n in range(requests)], requests)
     assert found.makespan_s == slots(stages, requests, 1, 20)
     assert found.busy_s == dict.fromkeys(range(2 * stages), 20 * requests)
@@ -119,7 +120,7 @@ def test_messages_take_time() -> None:
 
 
 @pytest.mark.parametrize(("way", "seconds"), [("layers", 21 + 3), ("rows", 21), ("tail", 21), ("tiled", 21)])
-def test_decode_by_layers_is_a_pipeline_of_chunks(way, seconds) -> None:
+def test_decode_by_layers_is_a_pipeline_of_chunks(way: VaeDecode, seconds: float) -> None:
     costs = Costs(ParallelConfig(pp=4, vae_decode=way), chunk_s=1.0)
     found = simulate(costs, [job(0, 1, branches=1, chunks=21)], 1)
     assert found.makespan_s == 4 + seconds
@@ -168,7 +169,9 @@ shapes = st.tuples(st.integers(1, 5), st.integers(1, 2), st.booleans(), st.integ
     in_flight=st.one_of(st.none(), st.integers(1, 5)),
     rendezvous=st.booleans(),
 )
-def test_no_division_deadlocks_and_everything_is_done_once_and_in_order(costs, wanted, in_flight, rendezvous) -> None:
+def test_no_division_deadlocks_and_everything_is_done_once_and_in_order(
+    costs: Costs, wanted: list[tuple[int, int, bool, int]], in_flight: int | None, rendezvous: bool
+) -> None:
     jobs = [job(number, *shape) for number, shape in enumerate(wanted)]
     found = simulate(costs, jobs, in_flight, rendezvous)
     by_rank = {rank: [entry for entry in found.slices if entry.rank == rank] for rank in found.busy_s}
@@ -179,8 +182,8 @@ def test_no_division_deadlocks_and_everything_is_done_once_and_in_order(costs, w
         for one in jobs:
             own = [(item.kind, item.number, item.branch) for item in items if item.request == one.id]
             assert own == sorted(own)
-    for one, other in combinations(by_rank.values(), 2):  # all ranks follow one stream
-        orders = [[stream_item(entry.item, costs.parallel) for entry in slices] for slices in (one, other)]
+    for first, second in combinations(by_rank.values(), 2):  # all ranks follow one stream
+        orders = [[stream_item(entry.item, costs.parallel) for entry in slices] for slices in (first, second)]
         common = set(orders[0]) & set(orders[1])
         assert [item for item in orders[0] if item in common] == [item for item in orders[1] if item in common]
 
@@ -194,7 +197,7 @@ def expected_on(costs: Costs, rank: int, jobs: Sequence[Job]) -> list[WorkItem]:
     parallel, place = costs.parallel, costs.parallel.place(rank)
     items = []
     for one in jobs:
-        branches = [place.cfg] if parallel.cfg == 2 else list(range(one.branches))
+        branches = [Branch(place.cfg)] if parallel.cfg == 2 else list(Branch)[: one.branches]
         if place.cfg >= one.branches:
             continue
         items += [WorkItem(Kind.TEXT, one.id, 0, branch) for branch in branches] if one.texts else []
@@ -218,7 +221,7 @@ def changed(monkeypatch: pytest.MonkeyPatch, change: Callable[[Script], Script])
 
 
 @pytest.mark.parametrize("stages", [2, 4])
-def test_a_receive_that_is_posted_too_late_is_a_deadlock(stages, monkeypatch) -> None:
+def test_a_receive_that_is_posted_too_late_is_a_deadlock(stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head posts the receive of its latents only when it needs them; until then the tail cannot go on."""
 
     def late(script: Script) -> Script:
@@ -238,7 +241,7 @@ def test_a_receive_that_is_posted_too_late_is_a_deadlock(stages, monkeypatch) ->
         simulate(costs, jobs, len(jobs), rendezvous=True)
 
 
-def test_embeddings_and_latents_on_one_edge_must_keep_its_order(monkeypatch) -> None:
+def test_embeddings_and_latents_on_one_edge_must_keep_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Posted a look ahead, a prompt's receive would come before that of latents that are sent before it."""
 
     def early(script: Script) -> Script:
@@ -253,7 +256,7 @@ def test_embeddings_and_latents_on_one_edge_must_keep_its_order(monkeypatch) -> 
         simulate(costs, jobs, 3)
 
 
-def test_ends_that_disagree_are_found(monkeypatch) -> None:
+def test_ends_that_disagree_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def swapped(script: Script) -> Script:
         ahead = tuple(Post(post.edge, post.item._replace(number=7), post.value) for post in script.ahead)
         return replace(script, ahead=ahead)
@@ -263,7 +266,7 @@ def test_ends_that_disagree_are_found(monkeypatch) -> None:
         simulate(Costs(ParallelConfig(pp=2)), [job(0)], 1)
 
 
-def test_lines_that_wait_for_each_other_are_slower(monkeypatch) -> None:
+def test_lines_that_wait_for_each_other_are_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first line's tail waits for the second one's prediction only when it has its own: else each would wait for
     a forward of the other's tail."""
 
@@ -279,7 +282,7 @@ def test_lines_that_wait_for_each_other_are_slower(monkeypatch) -> None:
     assert simulate(costs, [job(0, 20)], 1).makespan_s > 1.4 * slots(2, 1, 1, 20)
 
 
-def test_a_rank_that_never_answers_is_found(monkeypatch) -> None:
+def test_a_rank_that_never_answers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(script: Script) -> Script:
         return replace(script, run=tuple(action for action in script.run if action is not Do.BEGUN))
 
@@ -288,7 +291,7 @@ def test_a_rank_that_never_answers_is_found(monkeypatch) -> None:
         simulate(Costs(ParallelConfig(pp=2)), [job(0), job(1)], 2)
 
 
-def test_the_timeline_is_in_the_engines_own_format(tmp_path) -> None:
+def test_the_timeline_is_in_the_engines_own_format(tmp_path: Path) -> None:
     found = some_run()
     write_trace(found.slices, tmp_path / "t.json")
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
@@ -298,13 +301,13 @@ def test_the_timeline_is_in_the_engines_own_format(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_the_picture_is_drawn(suffix, tmp_path) -> None:
+def test_the_picture_is_drawn(suffix: str, tmp_path: Path) -> None:
     draw_timeline(some_run().slices, tmp_path / f"t{suffix}")
     start = (tmp_path / f"t{suffix}").read_bytes()[:5]
     assert start == (b"\x89PNG\r" if suffix == ".png" else b"<?xml")
 
 
-def test_a_picture_of_another_kind_is_refused(tmp_path) -> None:
+def test_a_picture_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"use \.png or \.svg"):
         draw_timeline([Slice(0, WorkItem(Kind.ENCODE, 0), 0, 1, 0)], tmp_path / "t.gif")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cineline import ParallelConfig, VideoRequest
-from cineline.core.config import DeviceConfig, Place, VaeDecode
+from cineline.core.config import DeviceConfig, Dtype, Place, VaeDecode
 from cineline.core.request import Branch, Kind, WorkItem
 from cineline.families import snapshot
 from cineline.families.pipeline_parallel import StagePart
@@ -25,7 +25,7 @@ Checkpoint = Callable[[RandomConfig], Path]
 CPU = torch.device("cpu")
 
 
-def family_of(spec: WanSpec, vae_decode: VaeDecode = "layers", dtype: str = "bfloat16") -> WanStages:
+def family_of(spec: WanSpec, vae_decode: VaeDecode = "layers", dtype: Dtype = "bfloat16") -> WanStages:
     parallel = spec.place(ParallelConfig(vae_decode=vae_decode))
     config = DeviceConfig(dtype=dtype)
     family = WanStages(spec)

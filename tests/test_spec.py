@@ -7,22 +7,28 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from oracle import Checkpoint
 from PIL import Image
 
 from cineline import CheckpointError, InvalidRequest, VideoRequest
 from cineline.engine.hub import open_model
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
+
+Copy = Callable[[WanKind], Path]
 
 
 @pytest.fixture
-def copy(checkpoint, tmp_path):
+def copy(checkpoint: Checkpoint, tmp_path: Path) -> Copy:
     """A checkpoint that a test may spoil."""
 
-    def make(kind: str) -> Path:
+    def make(kind: WanKind) -> Path:
         folder = tmp_path / kind
         shutil.copytree(checkpoint(RandomConfig(kind, seed=3)), folder)
         return folder
@@ -35,7 +41,7 @@ def change(path: Path, **values: object) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ti2v", "t2v", "i2v"])
-def test_the_kind_is_read_from_the_configs(kind, checkpoint) -> None:
+def test_the_kind_is_read_from_the_configs(kind: WanKind, checkpoint: Checkpoint) -> None:
     assert WanSpec.open(checkpoint(RandomConfig(kind, seed=3))).kind == kind
 
 
@@ -47,7 +53,13 @@ def test_the_kind_is_read_from_the_configs(kind, checkpoint) -> None:
         ("i2v", (720, 1280, 81, 16), 40, (3.5, 3.5)),
     ],
 )
-def test_fields_left_out_take_the_kinds_official_defaults(kind, size, steps, guidance, checkpoint) -> None:
+def test_fields_left_out_take_the_kinds_official_defaults(
+    kind: WanKind,
+    size: tuple[int, int, int, int],
+    steps: int,
+    guidance: tuple[float, float | None],
+    checkpoint: Checkpoint,
+) -> None:
     spec = WanSpec.open(checkpoint(RandomConfig(kind, seed=3)))
     sized = {"height": 720, "width": 1280} if kind == "i2v" else {}
     image = Image.new("RGB", (64, 64)) if kind == "i2v" else None
@@ -57,7 +69,7 @@ def test_fields_left_out_take_the_kinds_official_defaults(kind, size, steps, gui
     assert (job.seed, job.negative_prompt, job.branches) == (0, "", 2)
 
 
-def test_the_checkpoints_own_defaults_come_before_the_kinds_and_after_the_users(copy) -> None:
+def test_the_checkpoints_own_defaults_come_before_the_kinds_and_after_the_users(copy: Copy) -> None:
     folder = copy("t2v")
     (folder / "cineline.json").write_text(json.dumps({"num_frames": 9, "fps": 8, "guidance_scale": 2.0}))
     job = WanSpec.open(folder).resolve(VideoRequest(prompt="x", fps=30), 0)
@@ -76,7 +88,7 @@ def test_the_checkpoints_own_defaults_come_before_the_kinds_and_after_the_users(
     assert (job.boundary_ratio, job.num_frames, type(job.num_frames)) == (0.5, 5, int)
 
 
-def test_guidance_scale_2_follows_guidance_scale_where_the_kind_has_none(copy) -> None:
+def test_guidance_scale_2_follows_guidance_scale_where_the_kind_has_none(copy: Copy) -> None:
     folder = copy("i2v")
     spec = WanSpec.open(folder)
     own = {name: value for name, value in spec.defaults.items() if name != "guidance_scale_2"}
@@ -86,7 +98,9 @@ def test_guidance_scale_2_follows_guidance_scale_where_the_kind_has_none(copy) -
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 100), (1600, 900), (300, 900), (4000, 100)])
-def test_an_image_without_sizes_gives_its_aspect_ratio_at_the_default_area(width, height, checkpoint) -> None:
+def test_an_image_without_sizes_gives_its_aspect_ratio_at_the_default_area(
+    width: int, height: int, checkpoint: Checkpoint
+) -> None:
     spec = WanSpec.open(checkpoint(RandomConfig("i2v", seed=3)))
     job = spec.resolve(VideoRequest(prompt="x", image=Image.new("RGB", (width, height))), 0)
     rows, columns = spec.grid
@@ -120,7 +134,9 @@ def test_an_image_without_sizes_gives_its_aspect_ratio_at_the_default_area(width
         ({"fps": 10_000}, ["fps=10000", "above 1000"]),
     ],
 )
-def test_a_field_that_breaks_a_rule_is_refused_with_value_rule_and_remedy(fields, words, checkpoint) -> None:
+def test_a_field_that_breaks_a_rule_is_refused_with_value_rule_and_remedy(
+    fields: dict[str, Any], words: list[str], checkpoint: Checkpoint
+) -> None:
     spec = WanSpec.open(checkpoint(RandomConfig("t2v", seed=3)))
     with pytest.raises(InvalidRequest) as refused:
         spec.resolve(VideoRequest(**{"prompt": "x"} | fields), 0)
@@ -128,7 +144,7 @@ def test_a_field_that_breaks_a_rule_is_refused_with_value_rule_and_remedy(fields
         assert word in str(refused.value)
 
 
-def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy, tmp_path) -> None:
+def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy: Copy, tmp_path: Path) -> None:
     def refusal(folder: Path) -> str:
         with pytest.raises(CheckpointError) as refused:
             open_model(folder)
@@ -176,7 +192,7 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy, tmp_path) -> None:
     assert "vae/config.json does not exist" in refusal(folder)
 
 
-def test_a_model_that_cannot_be_found_is_refused(tmp_path) -> None:
+def test_a_model_that_cannot_be_found_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         open_model("no/such/folder/anywhere")
     with pytest.raises(CheckpointError, match="or mini-ti2v or mini-t2v"):

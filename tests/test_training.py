@@ -92,7 +92,7 @@ def test_the_trainings_forward_is_diffusers_on_a_padded_prompt() -> None:
             assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_a_resumed_stage_ends_where_an_uninterrupted_one_does(tmp_path, monkeypatch) -> None:
+def test_a_resumed_stage_ends_where_an_uninterrupted_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.loop.SAVE_EVERY_S", 0.0)
 
     def run(file: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
@@ -103,7 +103,8 @@ def test_a_resumed_stage_ends_where_an_uninterrupted_one_does(tmp_path, monkeypa
             if step == stop:
                 raise KeyboardInterrupt
             inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-            return ((module(inputs) - inputs.sum(1, keepdim=True)) ** 2).mean()
+            error: torch.Tensor = module(inputs) - inputs.sum(1, keepdim=True)
+            return (error**2).mean()
 
         return fit(module, Schedule(steps=6, matrices=1e-2), loss, file, lambda name: "0" in name)
 
@@ -118,7 +119,9 @@ def test_a_resumed_stage_ends_where_an_uninterrupted_one_does(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["mini-ti2v", "mini-t2v"])
-def test_all_stages_make_a_model_that_diffusers_loads(name, tmp_path, monkeypatch, oracle: Oracle) -> None:
+def test_all_stages_make_a_model_that_diffusers_loads(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oracle: Oracle
+) -> None:
     few = Schedule(steps=2, matrices=1e-3)
     recipe = RECIPES[name]
     windows = [Phase(1.0, [Windows(clips=2, frames=5, size=32)])]
@@ -127,7 +130,9 @@ def test_all_stages_make_a_model_that_diffusers_loads(name, tmp_path, monkeypatc
         vae_phases=windows,
         batches=[Batch("image" if recipe.boundary_ratio is None else "text", 2)],
         transformer={**recipe.transformer, "num_layers": 4},
-        **dict.fromkeys(("vae_schedule", "pictures", "video"), few),
+        vae_schedule=few,
+        pictures=few,
+        video=few,
         polish=few if recipe.polish else None,
         high=few if recipe.high else None,
         low=few if recipe.low else None,

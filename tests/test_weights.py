@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from oracle import Checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +20,7 @@ from cineline.core.config import Cut, DeviceConfig, Place
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
 from cineline.weights import files
@@ -41,7 +43,7 @@ def load(folder: Path, stage: int = 0, stages: int = 1) -> int:
 
 def stored(folder: Path) -> dict[tuple[str, str], int]:
     """Bytes of every tensor by component and name, read without our own code."""
-    sizes = {}
+    sizes: dict[tuple[str, str], int] = {}
     for component in COMPONENTS:
         for file in (folder / component).glob("*.safetensors"):
             with safe_open(file, "pt") as opened:
@@ -73,7 +75,9 @@ def owner(component: str, name: str, cuts: Sequence[Cut], units: list[str]) -> i
 
 @pytest.mark.parametrize("kind", ["ti2v", "t2v", "i2v"])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_each_stage_reads_its_own_tensors_once_and_no_others(kind, stages, checkpoint, monkeypatch) -> None:
+def test_each_stage_reads_its_own_tensors_once_and_no_others(
+    kind: WanKind, stages: int, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = checkpoint(RandomConfig(kind, seed=3))
     read: list[tuple[int, str, str]] = []
 
@@ -84,7 +88,8 @@ def test_each_stage_reads_its_own_tensors_once_and_no_others(kind, stages, check
 
             def get_tensor(name: str) -> torch.Tensor:
                 read.append((stage, file.parent.name, name))
-                return opened.get_tensor(name)
+                tensor: torch.Tensor = opened.get_tensor(name)
+                return tensor
 
             yield SimpleNamespace(get_tensor=get_tensor)
 
@@ -100,11 +105,15 @@ def test_each_stage_reads_its_own_tensors_once_and_no_others(kind, stages, check
         assert sorted((component, name) for at, component, name in read if at == stage) == sorted(expected)
 
 
+Change = Callable[[dict[str, torch.Tensor]], object]
+Broken = Callable[[str, Change], Path]
+
+
 @pytest.fixture
-def broken(checkpoint, tmp_path) -> Callable[[str, Callable[[dict[str, torch.Tensor]], None]], Path]:
+def broken(checkpoint: Checkpoint, tmp_path: Path) -> Broken:
     """A copy of a checkpoint with one component's tensors changed."""
 
-    def make(component: str, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    def make(component: str, change: Change) -> Path:
         folder = tmp_path / "broken"
         shutil.copytree(checkpoint(RandomConfig("i2v", seed=3)), folder)
         (file,) = (folder / component).glob("*.safetensors")
@@ -125,15 +134,18 @@ def broken(checkpoint, tmp_path) -> Callable[[str, Callable[[dict[str, torch.Ten
         ("vae", "decoder.conv_in.weight"),
     ],
 )
-def test_a_tensor_that_is_missing_extra_or_misshapen_is_named(component, name, broken, tmp_path) -> None:
+def test_a_tensor_that_is_missing_extra_or_misshapen_is_named(
+    component: str, name: str, broken: Broken, tmp_path: Path
+) -> None:
     def misshape(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name] = torch.zeros(3, 5)
 
-    for change, rule in [
+    changes: list[tuple[Change, str]] = [
         (lambda tensors: tensors.pop(name), "lacks tensor"),
         (lambda tensors: tensors.update({f"{name}.more": torch.zeros(1)}), "has a tensor"),
         (misshape, "has shape [3, 5]"),
-    ]:
+    ]
+    for change, rule in changes:
         folder = broken(component, change)
         with pytest.raises(CheckpointError) as refused:
             load(folder)
@@ -143,7 +155,7 @@ def test_a_tensor_that_is_missing_extra_or_misshapen_is_named(component, name, b
         shutil.rmtree(tmp_path / "broken")
 
 
-def test_a_truncated_file_names_its_first_lost_tensor(broken) -> None:
+def test_a_truncated_file_names_its_first_lost_tensor(broken: Broken) -> None:
     folder = broken("vae", lambda tensors: None)
     (file,) = (folder / "vae").glob("*.safetensors")
     length = int.from_bytes(file.read_bytes()[:8], "little")
@@ -161,14 +173,14 @@ def test_a_truncated_file_names_its_first_lost_tensor(broken) -> None:
         load(folder)
 
 
-def test_a_variant_beside_the_plain_file_is_left_alone(broken) -> None:
+def test_a_variant_beside_the_plain_file_is_left_alone(broken: Broken) -> None:
     folder = broken("vae", lambda tensors: None)
     expected = load(folder)
     (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
     assert load(folder) == expected
 
 
-def test_files_that_do_not_belong_together_are_refused(checkpoint, tmp_path) -> None:
+def test_files_that_do_not_belong_together_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = tmp_path / "sharded"
     shutil.copytree(checkpoint(RandomConfig(seed=3, max_shard_size="50KB")), folder)
     transformer = folder / "transformer"

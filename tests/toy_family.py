@@ -32,14 +32,15 @@ class ToySpec:
 
     def resolve(self, request: VideoRequest, number: int) -> Job:
         steps, frames, scale = request.num_inference_steps or 4, request.num_frames or 5, request.guidance_scale or 1.0
-        ones, branches = dict.fromkeys(("height", "width", "fps"), 1), 2 if scale > 1 else 1
         given = request.model_dump(include={"prompt", "negative_prompt", "seed"})
-        made = {"num_frames": frames, "chunks": frames * request.decode, "steps": steps, "guidance_scale": scale}
-        return Job(id=number, has_image=False, branches=branches, texts=branches, **made, **given, **ones)
+        given |= dict.fromkeys(("height", "width", "fps"), 1) | dict.fromkeys(("branches", "texts"), 1 + (scale > 1))
+        given |= {"num_frames": frames, "chunks": frames * request.decode, "steps": steps, "guidance_scale": scale}
+        return Job(id=number, has_image=False, **given)
 
 
 @dataclass
 class ToyState(RequestState):
+    latents: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
     before: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
@@ -53,11 +54,9 @@ class ToyStages(PipelineParallelMixin[ToyState]):
 
     def specs(self, state: ToyState, value: Value, item: WorkItem) -> tuple[TensorSpec, ...]:
         one, all_frames = TensorSpec((toy.C,), torch.float32), TensorSpec((state.job.num_frames, toy.C), torch.float32)
-        several = {
-            Value.HIDDEN: (all_frames, TensorSpec((1,), torch.int64)),
-            Value.HISTORY: (snapshot.spec_of(2 * all_frames.nbytes),),
-            Value.CONDITIONING: (one,) * len(self.part.branches(state.job)),
-        }
+        several = {Value.HIDDEN: (all_frames, TensorSpec((1,), torch.int64))}
+        several[Value.HISTORY] = (snapshot.spec_of(2 * all_frames.nbytes),)
+        several[Value.CONDITIONING] = (one,) * len(self.part.branches(state.job))
         return several.get(value, (all_frames if value in (Value.PREDICTION, Value.LATENTS) else one,))
 
     def compute(self, state: ToyState, item: WorkItem, starts: bool, ends: bool) -> None:
