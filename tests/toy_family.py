@@ -54,7 +54,7 @@ class ToyStages(PipelineParallelMixin[ToyState]):
 
     def specs(self, state: ToyState, value: Value, item: WorkItem) -> tuple[TensorSpec, ...]:
         one, all_frames = TensorSpec((toy.C,), torch.float32), TensorSpec((state.job.num_frames, toy.C), torch.float32)
-        several = {Value.HIDDEN: (all_frames, TensorSpec((1,), torch.int64))}
+        several: dict[Value, tuple[TensorSpec, ...]] = {Value.HIDDEN: (all_frames, TensorSpec((1,), torch.int64))}
         several[Value.HISTORY] = (snapshot.spec_of(2 * all_frames.nbytes),)
         several[Value.CONDITIONING] = (one,) * len(self.part.branches(state.job))
         return several.get(value, (all_frames if value in (Value.PREDICTION, Value.LATENTS) else one,))
