@@ -193,7 +193,11 @@ def test_an_interrupt_while_the_ranks_load_ends_them_at_once() -> None:
         time.sleep(0.02)
     time.sleep(0.3)  # the libraries take seconds
     process.send_signal(signal.SIGINT)
-    process.wait(3)
+    try:
+        process.wait(5)
+    finally:
+        process.kill()
+        process.wait()
     assert not psutil.wait_procs(children, timeout=1)[1]
 
 

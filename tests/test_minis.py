@@ -74,12 +74,12 @@ def test_minis_equal_diffusers(name: str, with_image: bool, dtype: Dtype, oracle
 def test_a_few_held_out_prompts_are_drawn(name: str, with_image: bool) -> None:
     """A glance: `python -m training score` has the figures."""
     with Engine(name, ParallelConfig(pp=2)) as engine:
-        shown: list[Shown] = show(engine, held_out_scenes()[64:72], 100, with_image, lambda text: None)
+        shown: list[Shown] = show(engine, held_out_scenes()[64:68], 100, with_image, lambda text: None)
     right = {key: good for key, (good, _) in tally(shown).items()}
-    assert right["colour"] >= 7
-    assert right["background"] >= 7
-    assert right["motion"] >= 6
-    assert right["shape"] >= 5
+    assert right["colour"] == 4
+    assert right["background"] == 4
+    assert right["motion"] >= 3
+    assert right["shape"] >= 3
     assert not with_image or min(one.first_frame_psnr or 0 for one in shown) >= 22
 
 

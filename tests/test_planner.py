@@ -232,6 +232,10 @@ def uneven_lines(draw: st.DrawFn) -> Uneven:
     pp = draw(st.integers(1, 5))
     fields: dict[str, Any] = {"pp": pp, "cfg": draw(st.integers(1, 2))}
     fields["vae_decode"] = draw(st.sampled_from(["layers", "rows", "tail", "tiled"]))
+    some_units = st.lists(st.integers(0, 1), min_size=pp, max_size=pp).filter(any).map(tuple)
+    fields["text_split"] = draw(st.none() | some_units)
+    if fields["vae_decode"] == "layers":
+        fields["vae_split"] = draw(st.none() | some_units)
     if pp > 1 and draw(st.booleans()):
         fields |= {"expert_placement": "split", "high_stages": draw(st.integers(1, pp - 1))}
     some = st.sampled_from([0.0, 0.1, 1.0, 3.0])

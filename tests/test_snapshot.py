@@ -103,6 +103,39 @@ def test_a_decode_goes_on_where_it_was(vae_decode: VaeDecode, checkpoint: Checkp
     assert torch.equal(made, expected)
 
 
+@pytest.mark.parametrize("stage", range(3))
+@torch.no_grad()
+def test_every_stage_exports_what_it_has(stage: int, checkpoint: Checkpoint) -> None:
+    """Twice from the same: what goes on with a state does not change what was exported."""
+    spec = WanSpec.open(checkpoint(RandomConfig("ti2v")))
+    config, parallel = DeviceConfig(), ParallelConfig(pp=3, vae_split=(5, 5, 6))
+    family, cut = WanStages(spec), spec.cut(parallel, config)[stage]
+    family.load(StagePart(Place(pp=stage), parallel, cut, CPU, config))
+    request = VideoRequest(prompt="a cat", height=64, width=64, num_frames=9, num_inference_steps=2)
+    state = family.admit(spec.resolve(request, 0), None)
+    came = [
+        tuple(torch.randn(each.shape) for each in family.specs(state, Value.CHUNK, WorkItem(Kind.DECODE, 0, chunk)))
+        for chunk in range(3)
+    ]
+
+    def decoded(own: WanState, chunk: int) -> tuple[torch.Tensor, ...]:
+        own.hidden = came[chunk] if stage else ()
+        family.compute(own, WorkItem(Kind.DECODE, 0, chunk), stage == 0, stage == 2)
+        return own.take_hidden()
+
+    decoded(state, 0)
+    exported = family.export(state)
+    found = []
+    for _ in range(2):
+        other = family.admit(state.job, None)
+        family.restore(other, exported)
+        found.append([decoded(other, chunk) for chunk in (1, 2)])
+    expected = [decoded(state, chunk) for chunk in (1, 2)]
+    for made in found:
+        for ours, theirs in zip(made, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def _tensors(value: object) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value

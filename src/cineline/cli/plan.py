@@ -18,7 +18,7 @@ from cineline.core.family import plannable
 from cineline.core.output import check_output, whole_file
 from cineline.core.trace import write_trace
 from cineline.engine.hub import open_model
-from cineline.families.wan.known import KNOWN
+from cineline.families.registry import known_model
 from cineline.planning.hardware import devices_of, link_of
 from cineline.planning.plan import Plan
 from cineline.planning.planner import Planning, Task, planned_job
@@ -63,7 +63,7 @@ def plan(
             check_output(file, suffixes)
     if picture is not None:
         need("matplotlib")
-    spec = plannable(KNOWN.get(model) or open_model(model))
+    spec = plannable(known_model(model) or open_model(model))
     fields = {
         "height": height,
         "width": width,

@@ -64,7 +64,7 @@ class Cut:
     Attributes:
         blocks: of the transformer (of each expert).
         text: layers of the text encoder. Its embedding is on the first stage, its last norm on the last one.
-        decoder: units of the VAE's decoder (`VaeCosts.names`).
+        decoder: units of the VAE's decoder, in the family's order.
     """
 
     blocks: range
@@ -87,7 +87,7 @@ class ParallelConfig:
         text_split: layers of the text encoder on each stage, which may be none; None balances weights.
         vae_split: units of the VAE's decoder on each stage, which may be none; None balances time.
         vae_decode: how the VAE decodes (see `VaeDecode`).
-        high_stages: with split experts; None shares the stages out by the steps of each (see `WanSpec`), or
+        high_stages: with split experts; None shares the stages out by the steps of each (see the family's spec), or
             follows `split`.
 
     Raises:

@@ -176,7 +176,8 @@ class PipelineParallelMixin(ABC, Generic[State]):
     def export(self, state: State) -> Mapping[str, Any]:
         """All that steps and decoding so far have changed of the state, copied: another rank can go on with it.
 
-        Tensors, numbers and texts, in lists and dicts; `specs` says how many bytes they are at most.
+        Tensors, numbers and texts, in lists and dicts. `specs` says how many bytes the HISTORY is at most, which is
+        sent before anything is decoded.
         """
         raise NotImplementedError("a family of several experts exports a request's state")
 

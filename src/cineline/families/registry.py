@@ -30,3 +30,10 @@ def open_checkpoint(folder: Path) -> FamilySpec:
     module, name = SPECS[pipeline].split(":")
     spec: FamilySpec = getattr(importlib.import_module(module), name).open(folder)
     return spec
+
+
+def known_model(name: str) -> FamilySpec | None:
+    """The spec of a model that is known by its hub id, without any of its files; None for others."""
+    from cineline.families.wan.known import KNOWN  # late: it need not be there to run a checkpoint
+
+    return KNOWN.get(name)

@@ -18,7 +18,9 @@ LENGTH = 8
 
 
 def copied(value: Any) -> Any:
-    """The same with copies of its tensors, in lists and dicts too."""
+    """The same with copies of its tensors, in lists, tuples and dicts too."""
+    if isinstance(value, tuple):
+        return tuple(copied(each) for each in value)
     if isinstance(value, dict):
         return {name: copied(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -7,10 +7,11 @@ Legend: M requests in flight, N requests that wait.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from cineline.core.config import Place
 from cineline.core.costs import Profile
@@ -171,12 +172,12 @@ class Bound:
     @cached_property
     def _link(self) -> float:
         """What a request costs the busiest of the edges from stage to stage."""
-        seconds = [0.0] * self.costs.parallel.pp
+        seconds: dict[tuple[int, int], float] = defaultdict(float)
         for item, number in items_of(self.costs, self.job):
             if item.kind is not Kind.DECODE or not self.costs.parallel.decodes_together:
-                for stage in stages_of(self.costs, self.job, item)[1:]:
-                    seconds[stage] += number * self._travel(HANDED_ON[item.kind], item)
-        return max(seconds)
+                for edge in pairwise(stages_of(self.costs, self.job, item)):
+                    seconds[edge] += number * self._travel(HANDED_ON[item.kind], item)
+        return max(seconds.values(), default=0.0)
 
     def _compute_s(self, stage: int, item: WorkItem) -> float:
         return self.costs.compute_s(Place(pp=stage), item, self.job)

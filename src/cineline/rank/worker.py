@@ -111,7 +111,8 @@ def _serve(connection: Connection, outbox: queue.SimpleQueue[control.Message | N
     part = StagePart(place, parallel, setup.cut[place.pp], device, setup.config, device_mesh, traffic)
     module, name = setup.spec.stages_class.split(":")
     family = getattr(importlib.import_module(module), name)(setup.spec)
-    assert isinstance(family, PipelineParallelMixin)
+    if not isinstance(family, PipelineParallelMixin):
+        raise InvalidConfig(f"stages_class={setup.spec.stages_class!r} is no PipelineParallelMixin: give one that is.")
     with torch.no_grad():
         bytes_read = family.load(part)
     gc.collect()

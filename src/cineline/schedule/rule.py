@@ -143,13 +143,12 @@ class Rule:
             yield Parcel(Value.HISTORY, item, end, self._lines[0][following[-1]], Way.BACK, due, at_finish=True)
 
     def _to_decode(self, end: int, item: WorkItem) -> Iterator[Parcel]:
-        """Latents to where chunks are handed on from; else the whole state to the one stage that has them all."""
+        """Latents to where decoding begins; by rows to the last one, who hands them to all."""
         first, last = (Group(Kind.DECODE, 0, chunk) for chunk in (0, self.shape.chunks - 1))
         decoders = [self._lines[0][stage] for stage in self.parallel.decoders]
-        if len(decoders) > 1 and not self.parallel.decodes_together:
-            yield Parcel(Value.LATENTS, item, end, decoders[0], Way.BACK, first, until=last)
-        elif end != decoders[-1]:
-            yield Parcel(Value.HISTORY, item, end, decoders[-1], Way.BACK, first)
+        target = decoders[-1 if self.parallel.decodes_together else 0]
+        if len(decoders) > 1 or target != end:
+            yield Parcel(Value.LATENTS, item, end, target, Way.BACK, first, until=last)
 
     def moves(self, group: Group) -> bool:
         """Whether the request goes on in another group of stages."""

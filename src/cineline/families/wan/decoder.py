@@ -149,7 +149,7 @@ class DecoderSlice:
         return copied({"latents": state.latents, "caches": state.caches})
 
     def restore(self, exported: Any) -> SliceState:
-        return SliceState(**exported)
+        return SliceState(**copied(exported))
 
     def _run_unit(self, unit: str, hidden: Tensor, caches: list[Tensor | str | None], place: list[int]) -> Tensor:
         """A unit; `place` is that of its first convolution in the caches, moved on to behind its last one."""
@@ -233,4 +233,4 @@ class TiledDecoder:
         return state.clone()
 
     def restore(self, exported: Tensor) -> Tensor:
-        return exported
+        return exported.clone()

@@ -226,4 +226,4 @@ class RowDecoder:
     def restore(self, exported: Any) -> RowState:
         shape, own = tuple(exported["shape"]), exported["slice"]
         slice_state = None if own is None else self._slice.restore(own)
-        return RowState(RowPeers(self._axis, shape[3]), shape, slice_state, exported["beyond"])
+        return RowState(RowPeers(self._axis, shape[3]), shape, slice_state, copied(exported["beyond"]))

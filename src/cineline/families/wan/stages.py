@@ -18,6 +18,7 @@ from cineline.core.request import Branch, Job, Kind, WorkItem
 from cineline.families import snapshot
 from cineline.families.guidance import combine
 from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
+from cineline.families.snapshot import copied
 from cineline.families.wan.conditioning import Conditioner
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.costs.vae import VaeCosts
@@ -170,15 +171,15 @@ class WanStages(PipelineParallelMixin[WanState]):
         state.end_denoising()
 
     def export(self, state: WanState) -> Mapping[str, Any]:
-        assert state.latents is not None
-        solver = export_solver(state.solver, self._solver(state.job))
+        solver = state.solver and export_solver(state.solver, self._solver(state.job))
         decoding = self._decoder.export(state.decoding) if self._decoder and state.decoding is not None else None
-        return {"latents": state.latents.clone(), "solver": solver, "decoding": decoding}
+        return {"latents": copied(state.latents), "solver": solver, "decoding": decoding}
 
     def restore(self, state: WanState, exported: Mapping[str, Any]) -> None:
-        state.latents = exported["latents"]
-        state.solver = self._solver(state.job)
-        restore_solver(state.solver, exported["solver"])
+        state.latents = copied(exported["latents"])
+        if exported["solver"] is not None:
+            state.solver = self._solver(state.job)
+            restore_solver(state.solver, exported["solver"])
         if exported["decoding"] is not None:
             assert self._decoder is not None
             state.decoding = self._decoder.restore(exported["decoding"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Self
 
 from cineline.core.config import ParallelConfig, Place
@@ -27,14 +29,25 @@ class PlannedLine(TimedLine):
         return held + self.buffer_bytes(place) + self.cache_bytes(place)
 
     def buffer_bytes(self, place: Place) -> int:
-        """Of the forward edges: receives that are posted ahead, sends that are not finished."""
-        kinds = [WorkItem(Kind.TEXT, 0), WorkItem(Kind.DENOISE, 0)]
-        if self.job.chunks and place.leads:
-            kinds.append(WorkItem(Kind.DECODE, 0, 1))
-        stages = self.parallel.pp
-        coming = max(self.forward_bytes(place.pp, item, self.job) for item in kinds) if place.pp else 0
-        going = max(self.forward_bytes(place.pp + 1, item, self.job) for item in kinds) if place.pp + 1 < stages else 0
-        return RECEIVE_BUFFERS * coming + SENDS_UNDERWAY * going
+        """Of the forward edges: on each, receives that are posted ahead or sends that are not finished, as large as its
+        largest message. Where a chain goes past a stage, that is one more edge."""
+        coming: dict[int, int] = defaultdict(int)
+        going: dict[int, int] = defaultdict(int)
+        for item, stages in self._chains(place):
+            for source, target in pairwise(stages):
+                nbytes = self.forward_bytes(target, item, self.job)
+                if target == place.pp:
+                    coming[source] = max(coming[source], nbytes)
+                if source == place.pp:
+                    going[target] = max(going[target], nbytes)
+        return RECEIVE_BUFFERS * sum(coming.values()) + SENDS_UNDERWAY * sum(going.values())
+
+    def _chains(self, place: Place) -> Iterator[tuple[WorkItem, Sequence[int]]]:
+        """The items that are handed on over the edges of that rank's lane, with their stages."""
+        yield WorkItem(Kind.TEXT, 0), self.parallel.encoders
+        yield from ((WorkItem(Kind.DENOISE, 0), group) for group in self.parallel.groups)
+        if self.job.chunks and place.leads and not self.parallel.decodes_together:
+            yield WorkItem(Kind.DECODE, 0, 1), self.parallel.decoders
 
     def cache_bytes(self, place: Place) -> int:
         """The decoder's feature caches."""

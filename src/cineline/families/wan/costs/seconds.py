@@ -212,8 +212,8 @@ class TimedLine:
             case Value.HISTORY:
                 return self.latent_bytes(job) * HISTORY
             case _:
-                inner = range(1, self.parallel.pp)
-                return max((self.forward_bytes(stage, item, job) for stage in inner), default=0)
+                stages = self.parallel.decoders if item.kind is Kind.DECODE else range(self.parallel.pp)
+                return max((self.forward_bytes(stage, item, job) for stage in stages[1:]), default=0)
 
     def forward_bytes(self, stage: int, item: WorkItem, job: Job) -> int:
         """What comes to a stage from the one before it."""
