@@ -22,7 +22,7 @@ endif
 test: setup lint types
 	$(BIN)/pytest
 
-## products of parallel axes, on four to eight ranks: minutes more
+## all products of parallel axes, on four to eight ranks, of which `test` runs one: minutes more
 test-products: setup
 	$(BIN)/pytest -m products
 

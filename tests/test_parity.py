@@ -47,16 +47,15 @@ def mixed_requests(kind: WanKind) -> list[VideoRequest]:
     return [VideoRequest(**common | fields) for fields in own]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vae_dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_oracles_frames_are_the_pipelines(
-    kind: WanKind, dtype: Dtype, checkpoint: Checkpoint, oracle: Oracle
+    kind: WanKind, vae_dtype: Dtype, checkpoint: Checkpoint, oracle: Oracle
 ) -> None:
     """It decodes the pipeline's latents by itself, so that the pipeline runs once and not twice."""
     folder, request = checkpoint(RandomConfig(kind, seed=3)), mixed_requests(kind)[0]
-    for vae_dtype in DTYPES:
-        pictures = by_pipeline(folder, dtype, request, vae_dtype, "pil")[0]
-        assert np.array_equal(oracle.run(folder, dtype, request, vae_dtype)[1], stacked(pictures))
+    pictures = by_pipeline(folder, "float32", request, vae_dtype, "pil")[0]
+    assert np.array_equal(oracle.run(folder, "float32", request, vae_dtype)[1], stacked(pictures))
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
