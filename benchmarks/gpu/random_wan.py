@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan import experts, stages, text, vae
@@ -18,6 +18,7 @@ from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
+from cineline.weights.files import Shard, Weights
 
 MODELS = {"ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "t2v-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers"}
 
@@ -34,8 +35,8 @@ class RandomSpec(WanSpec):
     stages_class: ClassVar[str] = "benchmarks.gpu.random_wan:RandomStages"
 
 
-class RandomWeights:
-    """In place of `cineline.weights.files.Weights`: the same name gives the same values everywhere."""
+class RandomWeights(Weights):
+    """`Weights` of a folder without any: the same name gives the same values everywhere."""
 
     def __init__(self, folder: Path) -> None:
         self._salt = folder.name
@@ -47,29 +48,19 @@ class RandomWeights:
     def check_names(self, expected: Iterable[str], ignored: Iterable[str] = ()) -> None:
         """There is nothing to compare with."""
 
-    def load(
+    def read(
         self,
-        module: nn.Module,
+        name: str,
+        shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        fp32: Iterable[str] = (),
-        aliases: Mapping[str, str] | None = None,
-        shards: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Fill a module that was built on the meta device."""
-        assert not shards
-        keep = set(fp32)
-        state = {}
-        for name, tensor in module.state_dict().items():
-            wanted = torch.float32 if keep.intersection(name.split(".")) else dtype
-            state[name] = self._made((aliases or {}).get(name, name), tuple(tensor.shape), wanted, device)
-            self.bytes_read += state[name].nbytes
-        module.load_state_dict(state, strict=True, assign=True)
-        module.requires_grad_(False).eval()
-
-    def _made(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        shard: Shard | None = None,
+    ) -> Tensor:
+        """The values of that name, made on the device."""
+        assert shard is None, "one device has whole tensors"
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{self._salt}/{name}".encode()))
         values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        self.bytes_read += values.nbytes
         if name.endswith("gamma") or (name.endswith("weight") and len(shape) == 1):
             return values.mul_(0.1).add_(1)
         inputs = max(1, values[0].numel()) if values.ndim > 1 else 400

@@ -147,7 +147,7 @@ class Rule:
         first, last = (Group(Kind.DECODE, 0, chunk) for chunk in (0, self.shape.chunks - 1))
         decoders = [self._lines[0][stage] for stage in self.parallel.decoders]
         target = decoders[-1 if self.parallel.decodes_together else 0]
-        if len(decoders) > 1 or target != end:
+        if target != end:
             yield Parcel(Value.LATENTS, item, end, target, Way.BACK, first, until=last)
 
     def moves(self, group: Group) -> bool:

@@ -45,13 +45,14 @@ from cineline.transport.channel import TensorSpec
 class WanStages(PipelineParallelMixin[WanState]):
     """One stage of a Wan 2.2 model: its parts of text encoder, experts, image encoder and decoder."""
 
+    spec: WanSpec
+
     def __init__(self, spec: WanSpec) -> None:
         super().__init__(spec)
-        self._spec = spec
         self._vae = VaeCosts.of(spec.vae)
 
     def load(self, part: StagePart) -> int:
-        spec, config, first_lane = self._spec, part.config, part.place.is_first_lane
+        spec, config, first_lane = self.spec, part.config, part.place.is_first_lane
         self._part, self._device = part, part.device
         self._dtype, self._vae_dtype = getattr(torch, config.dtype), getattr(torch, config.vae_dtype)
         rope = spec.transformer["attention_head_dim"], spec.patch, spec.transformer["rope_max_seq_len"]
@@ -72,7 +73,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         return sum(each.bytes_read for each in parts if each is not None)
 
     def _load_decoder(self) -> Decoder:
-        folder, part, dtype, device = self._spec.folder, self._part, self._vae_dtype, self._device
+        folder, part, dtype, device = self.spec.folder, self._part, self._vae_dtype, self._device
         if part.parallel.vae_decode == "rows":
             return RowDecoder(folder, dtype, device, part.axis("pp"))
         if part.parallel.vae_decode == "tiled":
@@ -81,9 +82,9 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def admit(self, job: Job, image: Image.Image | None) -> WanState:
         assert isinstance(job, WanJob)  # `WanSpec.resolve` makes no others
-        solver, shape = self._solver(job), self._spec.latent_shape(job)
+        solver, shape = self._solver(job), self.spec.latent_shape(job)
         state = WanState(job, image=image, steps=make_steps(solver, job), latent_shape=shape)
-        state.keeps_first_frame = self._spec.kind == "ti2v" and job.has_image
+        state.keeps_first_frame = self.spec.kind == "ti2v" and job.has_image
         cos, sin = self._rope(torch.empty(shape, device="meta"))
         state.tokens = cos.shape[1]
         state.shards = TokenShards(state.tokens, self._part.axis("ring"), self._part.axis("ulysses"))
@@ -99,7 +100,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         return state
 
     def _solver(self, job: WanJob) -> Any:
-        return make_solver(self._spec.scheduler_class, self._spec.scheduler, job, self._device)
+        return make_solver(self.spec.scheduler_class, self.spec.scheduler, job, self._device)
 
     def expert(self, state: WanState, step: int) -> int:
         return state.steps[step].expert
@@ -114,7 +115,7 @@ class WanStages(PipelineParallelMixin[WanState]):
             case Value.CONDITIONING:
                 return tuple(self._conditioner.specs(state).values())
             case Value.HIDDEN:
-                heads, size = (self._spec.transformer[name] for name in ("num_attention_heads", "attention_head_dim"))
+                heads, size = (self.spec.transformer[name] for name in ("num_attention_heads", "attention_head_dim"))
                 own = state.shards.own
                 return (TensorSpec((1, own.stop - own.start, heads * size), self._dtype),)
             case Value.PREDICTION:
