@@ -26,7 +26,7 @@ from cineline.families.wan.decoder import Decoder, DecoderSlice, boundary_specs
 from cineline.families.wan.random_checkpoint import random_vae
 from cineline.families.wan.rows import RowDecoder
 from cineline.families.wan.shapes import WanKind
-from cineline.planning.balance import cut_units
+from cineline.planning.balance import cut_units, sums
 from cineline.schedule.words import RECEIVES_AHEAD, Edge, Value, Way
 from cineline.transport.axis import Axis, Traffic
 from cineline.transport.channel import Edges, Pending
@@ -210,7 +210,7 @@ class _Layers:
         costs = VaeCosts.of(AutoencoderKLWan.load_config(task.folder / "vae"))
         cells = task.latent_shape[3] * task.latent_shape[4]
         flop = [unit.flop(cells) for unit in costs.decoder]
-        counts = cut_units(task.ranks, len(flop), lambda _, start, stop: sum(flop[start:stop]))
+        _, counts = cut_units([sums(flop)] * task.ranks)
         first = sum(counts[: task.rank])
         units = range(first, first + counts[task.rank])
         self._slice = DecoderSlice(task.folder, units, dtype, device, takes_latents=task.rank == 0)

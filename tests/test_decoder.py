@@ -24,7 +24,7 @@ from cineline.families.wan.decoder import DecoderSlice, TiledDecoder, boundary_s
 from cineline.families.wan.random_checkpoint import random_vae
 from cineline.families.wan.rows import RowDecoder
 from cineline.families.wan.shapes import WanKind
-from cineline.planning.balance import cut_units
+from cineline.planning.balance import cut_units, sums
 from cineline.transport.axis import Axis, Traffic
 
 CPU = torch.device("cpu")
@@ -187,17 +187,17 @@ def test_flop_of_the_real_decoders() -> None:
     flop = [unit.flop(60 * 104) for unit in wan21]
     cut = [unit.name for unit in wan21].index("up_blocks.2.resnets.1") + 1
     assert sum(flop[:cut]) / sum(flop) == pytest.approx(0.487, abs=0.003)
-    assert cut_units(2, len(flop), lambda _, start, stop: sum(flop[start:stop]))[0] == cut
+    assert cut_units([sums(flop)] * 2)[1][0] == cut
 
 
 def test_units_are_cut_so_that_the_dearest_part_costs_least() -> None:
     costs = [3, 1, 4, 1, 5, 9, 2, 6]
-    counts = cut_units(3, len(costs), lambda _, start, stop: sum(costs[start:stop]))
+    cost, counts = cut_units([sums(costs)] * 3)
     assert sum(counts) == len(costs)
     every = [(0, a, b, 8) for a in range(9) for b in range(a, 9)]
     least = min(max(sum(costs[i:j]) for i, j in pairwise(stops)) for stops in every)
     stops = [sum(counts[:stage]) for stage in range(4)]
-    assert max(sum(costs[i:j]) for i, j in pairwise(stops)) == least
+    assert max(sum(costs[i:j]) for i, j in pairwise(stops)) == least == cost
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

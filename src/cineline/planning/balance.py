@@ -1,44 +1,89 @@
-"""Cuts of rows of units over stages: the largest share as small as can be (no torch)."""
+"""The cutter: rows of units (blocks, the decoder's) over stages, beside text layers, which go where there is room.
+
+Legend: P stages, U units (numpy, no torch).
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Shares = NDArray[np.float64]
+"""What the units from `start` to before `stop` cost, [start, stop], [U + 1, U + 1]; infinite where they cannot be."""
 
 
-def cut_units(
-    stages: int,
-    units: int,
-    cost: Callable[[int, int, int], float],
-    both: Callable[[float, float], float] = max,
-) -> list[int]:
-    """Numbers of units on each stage, in order, so that all of them together cost as little as can be.
+def sums(values: Sequence[float]) -> Shares:
+    """Of the values of the units, one for each."""
+    up_to = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
+    found: Shares = up_to[None, :] - up_to[:, None]
+    found[np.tril_indices(len(up_to), -1)] = np.inf
+    return found
+
+
+def cut_units(costs: Sequence[Shares], both: np.ufunc = np.maximum) -> tuple[float, list[int]]:
+    """The cut that costs as little as can be: what it costs, and the numbers of units on each stage, in order.
+
+    Where several cost the same, the later stages get as many units as they can.
 
     Args:
-        cost: of units `start` to `stop` on a stage, called as cost(stage, start, stop).
-        both: what two stages cost together: the dearer one, or `operator.add`.
+        costs: of each stage.
+        both: what two stages cost together: the dearer one, or `np.add`.
     """
-    best = [cost(0, 0, stop) for stop in range(units + 1)]
-    cuts: list[list[int]] = [[0] * (units + 1)]
-    for stage in range(1, stages):
-        row, froms = [], []
-        for stop in range(units + 1):
-            options = [(both(best[start], cost(stage, start, stop)), start) for start in range(stop + 1)]
-            dearest, start = min(options)
-            row.append(dearest)
-            froms.append(start)
-        best = row
-        cuts.append(froms)
-    return _counts(cuts, units)
+    best, froms = costs[0][0], []
+    for cost in costs[1:]:
+        together = both(best[:, None], cost)
+        froms.append(together.argmin(axis=0))
+        best = together.min(axis=0)
+    ends = [len(best) - 1]
+    for starts in reversed(froms):
+        ends.append(int(starts[ends[-1]]))
+    return float(best[-1]), [stop - start for start, stop in zip([0, *ends[:0:-1]], ends[::-1], strict=True)]
 
 
-def _counts(cuts: Sequence[Sequence[int]], units: int) -> list[int]:
-    """Numbers from the starts that each stage chose, last stage first."""
-    counts, stop = [], units
-    for froms in reversed(cuts):
-        start = froms[stop]
-        counts.append(stop - start)
-        stop = start
-    return counts[::-1]
+@dataclass(frozen=True)
+class Row:
+    """Units that are to be shared out in order, and equal pieces beside them that any stage may have.
+
+    Attributes:
+        base: bytes that each stage holds without them, above what it may hold (so most are negative).
+        nbytes: of the units, by stage. work: what a stage has to do, its other work included, by stage.
+        piece: bytes of a piece. pieces: how many must find room.
+    """
+
+    base: Sequence[float]
+    nbytes: Sequence[Shares]
+    work: Sequence[Shares]
+    piece: int
+    pieces: int
+
+    def cut(self, above: float, work: float) -> list[int] | None:
+        """Units on each stage so that none holds more than it may and `above`, or works more; None if there is no way.
+
+        The one that leaves most room for pieces.
+        """
+        costs = []
+        for base, nbytes, busy in zip(self.base, self.nbytes, self.work, strict=True):
+            left = above - base - nbytes
+            costs.append(np.where((left < 0) | (busy > work), np.inf, -np.floor(left / self.piece)))
+        room, counts = cut_units(costs, np.add)
+        return counts if -room >= self.pieces else None
+
+    def least_work(self, above: float) -> float:
+        """The smallest work of the busiest stage; infinite where not even that is enough."""
+        values = np.unique(np.concatenate([busy[np.isfinite(busy)] for busy in self.work])).tolist()
+        place = bisect_left(values, True, key=lambda work: self.cut(above, work) is not None)
+        return float(values[place]) if place < len(values) else np.inf
+
+    def least_above(self, work: float, above: float | None = None) -> float:
+        """About the smallest `above` that is enough with that work; `above`, where it is given, is."""
+        if above is None:
+            units = sum(float(nbytes[np.isfinite(nbytes)].max()) for nbytes in self.nbytes)
+            above = max(self.base) + units + self.piece * self.pieces
+        return smallest(min(self.base), above, lambda limit: self.cut(limit, work) is not None)
 
 
 def fill_evenly(base: Sequence[float], unit: float, count: int) -> list[int]:
@@ -50,7 +95,7 @@ def fill_evenly(base: Sequence[float], unit: float, count: int) -> list[int]:
     return given
 
 
-def smallest(low: float, high: float, fits: Callable[[float], bool], rounds: int = 40) -> float:
+def smallest(low: float, high: float, fits: Callable[[float], bool], rounds: int = 24) -> float:
     """About the smallest value between two for which `fits` is true; it is for `high`."""
     for _ in range(rounds):
         middle = (low + high) / 2
