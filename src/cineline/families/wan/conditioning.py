@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cineline.core.request import Branch
+from cineline.core.request import Branch, WorkItem
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.constants import TEXT_TOKENS, TIME_ROWS
 from cineline.families.wan.denoise import Step
@@ -26,16 +26,22 @@ log = logging.getLogger(__name__)
 
 
 class Conditioner:
-    """Makes it on the head; on all stages it knows the shapes.
+    """Makes it on the head, which has the VAE's encoder where the model takes images; all stages know the shapes.
 
     Args:
         experts: of which the head has the condition embedders.
-        images: the VAE's encoder, on the head's first lane where the model takes images.
+
+    Attributes:
+        bytes_read: of the VAE encoder's weights.
     """
 
-    def __init__(self, spec: WanSpec, part: StagePart, experts: Experts, images: ImageEncoder | None) -> None:
-        self._spec, self._part, self._experts, self._images = spec, part, experts, images
+    def __init__(self, spec: WanSpec, part: StagePart, experts: Experts) -> None:
+        self._spec, self._part, self._experts = spec, part, experts
         self._device, self._dtype = part.device, getattr(torch, part.config.dtype)
+        self._images = None
+        if spec.kind != "t2v" and part.is_head and part.place.is_first_lane:
+            self._images = ImageEncoder(spec.folder, getattr(torch, part.config.vae_dtype), part.device)
+        self.bytes_read = self._images.bytes_read if self._images else 0
         self._axes = [part.axis(name) for name in ("ring", "ulysses", "tp")]
 
     @property
@@ -63,6 +69,11 @@ class Conditioner:
             beside = self._spec.transformer["in_channels"] - channels
             specs["condition"] = TensorSpec((1, beside, *state.latent_shape[2:]), torch.float32)
         return specs
+
+    def compute(self, state: WanState, item: WorkItem, starts: bool, ends: bool) -> None:
+        """On the head it is made; the others only hand it on."""
+        if starts:
+            state.conditioning = self.make(state)
 
     def make(self, state: WanState) -> tuple[Tensor, ...]:
         """All of it, in the order of `specs`; the prompts' embeddings are used up."""

@@ -11,7 +11,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from cineline.core.request import Branch
+from cineline.core.request import Branch, WorkItem
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.sequence_parallel import ShardedAttention
 from cineline.families.wan.spec import WanSpec
@@ -70,6 +70,15 @@ class Experts:
                 parts = shard_block(block, self._tp)
                 shards |= {f"blocks.{layer}.{name}": shard for name, shard in parts.items()}
         return shards
+
+    def compute(self, state: WanState, item: WorkItem, starts: bool, ends: bool) -> None:
+        """A forward for the item's branch, from the latents to its prediction."""
+        (hidden,) = (self.embed(state, item.number),) if starts else state.take_hidden()
+        hidden = self.run(state, item.number, item.branch, hidden)
+        if ends:
+            state.predictions[item.branch] = self.predict(state, item.number, hidden)
+        else:
+            state.hidden = (hidden,)
 
     def embed(self, state: WanState, step: int) -> Tensor:
         """The latents as hidden states [1, s, D] before the first block."""

@@ -14,15 +14,15 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from cineline.core.request import Branch, Job, Kind, WorkItem
+from cineline.core.request import Job, Kind, WorkItem
 from cineline.families import snapshot
 from cineline.families.guidance import combine
+from cineline.families.part import Part
 from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
 from cineline.families.snapshot import copied
 from cineline.families.wan.conditioning import Conditioner
 from cineline.families.wan.constants import TEXT_TOKENS
-from cineline.families.wan.costs.vae import VaeCosts
-from cineline.families.wan.decoder import Decoder, DecoderSlice, TiledDecoder, boundary_specs
+from cineline.families.wan.decoding import DecoderPart
 from cineline.families.wan.denoise import (
     export_solver,
     history_bytes,
@@ -32,12 +32,10 @@ from cineline.families.wan.denoise import (
 )
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.job import WanJob
-from cineline.families.wan.rows import RowDecoder
 from cineline.families.wan.sequence_parallel import TokenShards
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import WanState
-from cineline.families.wan.text import TextSlice, Tokenizer
-from cineline.families.wan.vae import ImageEncoder
+from cineline.families.wan.text import TextPart
 from cineline.schedule.words import Value
 from cineline.transport.channel import TensorSpec
 
@@ -47,38 +45,21 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     spec: WanSpec
 
-    def __init__(self, spec: WanSpec) -> None:
-        super().__init__(spec)
-        self._vae = VaeCosts.of(spec.vae)
-
     def load(self, part: StagePart) -> int:
-        spec, config, first_lane = self.spec, part.config, part.place.is_first_lane
-        self._part, self._device = part, part.device
-        self._dtype, self._vae_dtype = getattr(torch, config.dtype), getattr(torch, config.vae_dtype)
+        spec = self.spec
+        self._part, self._device, self._dtype = part, part.device, getattr(torch, part.config.dtype)
         rope = spec.transformer["attention_head_dim"], spec.patch, spec.transformer["rope_max_seq_len"]
         self._rope = WanRotaryPosEmbed(*rope).to(self._device)
         self._experts = Experts(spec, part)
-        self._text = self._images = self._decoder = None
-        if first_lane:
-            where = part.is_head, part.is_tail, self._dtype, self._device, config.text_encoder
-            self._text = TextSlice(spec.folder, part.cut.text, *where)
-        if first_lane and part.is_head:
-            self._tokenizer = Tokenizer(spec.folder)
-        if first_lane and part.is_head and spec.kind != "t2v":
-            self._images = ImageEncoder(spec.folder, self._vae_dtype, self._device)
-        if part.decodes:
-            self._decoder = self._load_decoder()
-        self._conditioner = Conditioner(spec, part, self._experts, self._images)
-        parts = self._experts, self._text, self._images, self._decoder
-        return sum(each.bytes_read for each in parts if each is not None)
-
-    def _load_decoder(self) -> Decoder:
-        folder, part, dtype, device = self.spec.folder, self._part, self._vae_dtype, self._device
-        if part.parallel.vae_decode == "rows":
-            return RowDecoder(folder, dtype, device, part.axis("pp"))
-        if part.parallel.vae_decode == "tiled":
-            return TiledDecoder(folder, dtype, device)
-        return DecoderSlice(folder, part.cut.decoder, dtype, device, part.takes_latents)
+        self._conditioner = Conditioner(spec, part, self._experts)
+        self._decoder = DecoderPart(spec, part)
+        self._parts: Mapping[Kind, Part[WanState]] = {
+            Kind.TEXT: TextPart(spec, part),
+            Kind.ENCODE: self._conditioner,
+            Kind.DENOISE: self._experts,
+            Kind.DECODE: self._decoder,
+        }
+        return sum(each.bytes_read for each in self._parts.values())
 
     def admit(self, job: Job, image: Image.Image | None) -> WanState:
         assert isinstance(job, WanJob)  # `WanSpec.resolve` makes no others
@@ -126,35 +107,10 @@ class WanStages(PipelineParallelMixin[WanState]):
                 solver = state.solver or self._solver(state.job)
                 return (snapshot.spec_of(latents.nbytes + history_bytes(solver, latents.nbytes)),)
             case Value.CHUNK:
-                units = self._part.cut.decoder
-                return boundary_specs(self._vae, state.latent_shape, item.number, units.start, self._vae_dtype)
+                return self._decoder.specs(state, item)
 
     def compute(self, state: WanState, item: WorkItem, starts: bool, ends: bool) -> None:
-        match item.kind:
-            case Kind.TEXT:
-                self._encode_text(state, item.branch, starts, ends)
-            case Kind.ENCODE if starts:
-                state.conditioning = self._conditioner.make(state)
-            case Kind.DENOISE:
-                (hidden,) = (self._experts.embed(state, item.number),) if starts else state.take_hidden()
-                hidden = self._experts.run(state, item.number, item.branch, hidden)
-                if ends:
-                    state.predictions[item.branch] = self._experts.predict(state, item.number, hidden)
-                else:
-                    state.hidden = (hidden,)
-            case Kind.DECODE:
-                self._decode(state, item.number)
-
-    def _encode_text(self, state: WanState, branch: Branch, starts: bool, ends: bool) -> None:
-        """A prompt through this stage's layers of the encoder; behind the last ones it is an embedding."""
-        assert self._text is not None
-        job = state.job
-        prompt = job.prompt if branch is Branch.COND else job.negative_prompt
-        states, mask = self._tokenizer(prompt) if starts else state.take_hidden()
-        states = self._text.run(states, mask).to(self._device)
-        if branch is self._part.branches(job)[-1]:
-            self._text.release()
-        state.hidden = (states,) if ends else (states, mask.to(self._device))
+        self._parts[item.kind].compute(state, item, starts, ends)
 
     def finish(self, state: WanState, item: WorkItem) -> None:
         step = state.steps[item.number]
@@ -166,41 +122,18 @@ class WanStages(PipelineParallelMixin[WanState]):
         if item.kind is Kind.DECODE:
             (frames,) = state.take_hidden()
             return frames
-        return self._final_latents(state)[0] if state.job.ends_denoising(item) else None
+        return state.final_latents()[0] if state.job.ends_denoising(item) else None
 
     def end_denoising(self, state: WanState) -> None:
         state.end_denoising()
 
     def export(self, state: WanState) -> Mapping[str, Any]:
         solver = state.solver and export_solver(state.solver, self._solver(state.job))
-        decoding = self._decoder.export(state.decoding) if self._decoder and state.decoding is not None else None
-        return {"latents": copied(state.latents), "solver": solver, "decoding": decoding}
+        return {"latents": copied(state.latents), "solver": solver, "decoding": self._decoder.export(state)}
 
     def restore(self, state: WanState, exported: Mapping[str, Any]) -> None:
         state.latents = copied(exported["latents"])
         if exported["solver"] is not None:
             state.solver = self._solver(state.job)
             restore_solver(state.solver, exported["solver"])
-        if exported["decoding"] is not None:
-            assert self._decoder is not None
-            state.decoding = self._decoder.restore(exported["decoding"])
-
-    def _decode(self, state: WanState, chunk: int) -> None:
-        """A latent frame through this rank's part of the decoder, which begins with the final latents."""
-        assert self._decoder is not None
-        if state.decoding is None:
-            state.decoding = self._decoder.start(self._latents_to_decode(state) if self._part.takes_latents else None)
-        state.hidden = self._decoder.run(state.decoding, chunk, state.take_hidden())
-
-    def _latents_to_decode(self, state: WanState) -> torch.Tensor:
-        """Final latents [1, C, F', H', W'], where a decode begins; by rows that is on every stage."""
-        if not self._part.parallel.decodes_together:
-            return self._final_latents(state)
-        tail = self._part.parallel.pp - 1
-        latents = self._final_latents(state) if self._part.is_tail else torch.empty(state.latent_shape)
-        return self._part.axis("pp").broadcast(latents.to(self._device), tail)
-
-    def _final_latents(self, state: WanState) -> torch.Tensor:
-        """What the user gets, float32 [1, C, F', H', W']."""
-        assert state.latents is not None
-        return state.with_first_frame(state.latents).float()
+        self._decoder.restore(state, exported["decoding"])

@@ -71,6 +71,11 @@ class WanState(RequestState):
         mask[:, :, 0] = 0
         return (1 - mask) * self.conditioned(FIRST_FRAME) + mask * latents
 
+    def final_latents(self) -> torch.Tensor:
+        """What the user gets and what is decoded, float32 [1, C, F', H', W']."""
+        assert self.latents is not None
+        return self.with_first_frame(self.latents).float()
+
     def end_denoising(self) -> None:
         """Free what decoding does not need."""
         kept = (FIRST_FRAME,) if self.keeps_first_frame and self.conditioning else ()

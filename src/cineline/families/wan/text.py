@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from cineline.core.config import TextEncoder
+from cineline.core.request import Branch, WorkItem
 from cineline.errors import CheckpointError
+from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.constants import TEXT_TOKENS
+from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.state import WanState
 from cineline.weights.files import Weights
 
 log = logging.getLogger(__name__)
@@ -138,3 +142,35 @@ class TextSlice:
             return name
         number, _, rest = rest.partition(".")
         return f"block.{self._layers[int(number)]}.{rest}"
+
+
+class TextPart:
+    """A rank's part of the text encoder, which is on the first rank of each stage; the head has the tokenizer, too.
+
+    Attributes:
+        bytes_read: of the weights.
+    """
+
+    def __init__(self, spec: WanSpec, part: StagePart) -> None:
+        self._part = part
+        dtype, home = getattr(torch, part.config.dtype), part.config.text_encoder
+        self._tokenizer = Tokenizer(spec.folder) if part.is_head and part.place.is_first_lane else None
+        self._slice = (
+            TextSlice(spec.folder, part.cut.text, part.is_head, part.is_tail, dtype, part.device, home)
+            if part.place.is_first_lane
+            else None
+        )
+        self.bytes_read = self._slice.bytes_read if self._slice else 0
+
+    def compute(self, state: WanState, item: WorkItem, starts: bool, ends: bool) -> None:
+        """The prompt of the item's branch; behind the last layers it is an embedding."""
+        assert self._slice is not None
+        states, mask = self._tokens(state, item.branch) if starts else state.take_hidden()
+        states = self._slice.run(states, mask).to(self._part.device)
+        if item.branch is self._part.branches(state.job)[-1]:
+            self._slice.release()
+        state.hidden = (states,) if ends else (states, mask.to(self._part.device))
+
+    def _tokens(self, state: WanState, branch: Branch) -> tuple[Tensor, Tensor]:
+        assert self._tokenizer is not None
+        return self._tokenizer(state.job.prompt if branch is Branch.COND else state.job.negative_prompt)
