@@ -31,6 +31,7 @@ from cineline.schedule.words import RECEIVES_AHEAD, Edge, Value, Way
 from cineline.transport.axis import Axis, Traffic
 from cineline.transport.channel import Edges, Pending
 from cineline.transport.mesh import join, open_store
+from cineline.transport.queue import queue_of
 
 WAYS = ("tail", "layers", "rows")
 """The first one on one rank, the others on as many as are asked for."""
@@ -167,9 +168,9 @@ def _serve(connection: Connection) -> None:
     store = open_store(task.port, task.ranks)
     if task.port is None:
         connection.send(store.port)
-    device, traffic = torch.device(task.config.device), Traffic()
-    edges, mesh = join(store, task.rank, ParallelConfig(pp=task.ranks), device, task.ranks, traffic)
-    decode = _make(task, device, edges, Axis(mesh, "pp", traffic))
+    device, traffic = queue_of(torch.device(task.config.device)), Traffic()
+    edges, mesh = join(store, task.rank, ParallelConfig(pp=task.ranks), device, traffic)
+    decode = _make(task, device.device, edges, Axis(mesh, "pp", traffic))
     connection.send(None)
     latents = torch.randn(task.latent_shape, generator=torch.Generator().manual_seed(0))
     while True:

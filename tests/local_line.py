@@ -20,6 +20,7 @@ from cineline.rank.loop import StageLoop
 from cineline.schedule.rule import edges_of
 from cineline.schedule.scheduler import Scheduler
 from cineline.transport.channel import Edges
+from cineline.transport.queue import HostQueue
 
 
 class LocalLine:
@@ -51,7 +52,7 @@ class LocalLine:
             incoming = {edge: channel for edge, channel in channels.items() if edge.target == rank}
             outgoing = {edge: channel for edge, channel in channels.items() if edge.source == rank}
             edges = Edges(incoming, outgoing)
-            self.loops.append(StageLoop(family, part, edges, self._inboxes[rank], self.reports.put))
+            self.loops.append(StageLoop(family, part, edges, HostQueue(), self._inboxes[rank], self.reports.put))
         self._threads = [threading.Thread(target=loop.run, daemon=True) for loop in self.loops]
         for thread in self._threads:
             thread.start()

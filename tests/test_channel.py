@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cineline.transport.channel import TensorSpec, TorchReceiver
+from cineline.transport.queue import HostQueue
 
 SPECS = (TensorSpec((16,), torch.float32),)
 
@@ -40,7 +41,7 @@ Edge = tuple[TorchReceiver, Group]
 def edge(monkeypatch: pytest.MonkeyPatch) -> Edge:
     monkeypatch.setattr("torch.distributed.get_group_rank", lambda group, peer: 0)
     group: Any = Group()
-    receiver = TorchReceiver(0, group, torch.device("cpu"), staged=False)
+    receiver = TorchReceiver(0, group, HostQueue(), staged=False)
     receiver.reserve(SPECS, 2)
     return receiver, group
 

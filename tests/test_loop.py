@@ -42,6 +42,7 @@ from cineline.schedule.words import (
     Way,
 )
 from cineline.transport.channel import Edges, Pending, Receiver, Sender, TensorSpec
+from cineline.transport.queue import HostQueue
 
 Event = tuple[Any, ...]
 
@@ -178,7 +179,7 @@ def run_loops(
         messages: list[Message] = [*map(Admit, jobs), *found.stream, Stop()]
         for message in messages:
             inbox.put(message)
-        loop = loop_class(family, part, Edges(incoming, outgoing), inbox, partial(heard, log=log))
+        loop = loop_class(family, part, Edges(incoming, outgoing), HostQueue(), inbox, partial(heard, log=log))
         loop._requests = LoggedRequests(log)
         threads.append(threading.Thread(target=loop.run, daemon=True))
         logs.append(log)

@@ -1,13 +1,14 @@
-"""On an accelerator: reports come when the device has done the item, and the host stays close to it."""
+"""What belongs to an item is done when the device has done the item, and the host stays close to it."""
 
 from __future__ import annotations
 
-from cineline.core.control import Done, Message
-from cineline.core.request import Group, Kind
+from functools import partial
+
 from cineline.rank.pace import ITEMS_AHEAD, Pace
+from cineline.transport.queue import HostQueue, Mark
 
 
-class Device:
+class LazyQueue(HostQueue):
     """A queue that is worked off only when somebody waits for it."""
 
     def __init__(self) -> None:
@@ -15,37 +16,54 @@ class Device:
 
     def mark(self) -> Mark:
         self.queued += 1
-        return Mark(self, self.queued)
+        return LazyMark(self, self.queued)
 
 
-class Mark:
-    def __init__(self, device: Device, place: int) -> None:
+class LazyMark:
+    def __init__(self, device: LazyQueue, place: int) -> None:
         self.device = device
         self.place = place
+
+    def query(self) -> bool:
+        return self.device.done >= self.place
 
     def synchronize(self) -> None:
         self.device.done = max(self.device.done, self.place)
 
 
-def done(number: int) -> Done:
-    return Done(Group(Kind.DENOISE, 0, number))
-
-
 def test_a_report_waits_for_its_own_item_and_no_longer() -> None:
-    device = Device()
-    heard: list[tuple[Message, int]] = []
-    pace = Pace(lambda message: heard.append((message, device.done)), device.mark)
+    device = LazyQueue()
+    heard: list[tuple[int, int]] = []
+    ends: list[int] = []
+    pace = Pace(device)
     for number in range(5):
-        pace.report(done(number))
+        pace.after(lambda number=number: heard.append((number, device.done)))  # type: ignore[misc]
         pace.end_item()
-        assert device.queued - device.done <= ITEMS_AHEAD
-    assert heard == [(done(number), number + 1) for number in range(5 - ITEMS_AHEAD)]
+        ends.append(device.queued)
+        assert number - len(heard) < ITEMS_AHEAD
+    assert [number for number, _ in heard] == list(range(5 - ITEMS_AHEAD))
     pace.settle()
-    assert heard == [(done(number), number + 1) for number in range(5)]
+    assert [number for number, _ in heard] == list(range(5))
+    assert all(done >= ends[number] for number, done in heard)
+
+
+def test_what_the_device_has_done_already_is_not_waited_for() -> None:
+    device = LazyQueue()
+    heard: list[int] = []
+    pace = Pace(device)
+    pace.after(partial(heard.append, 0))
+    pace.end_item()
+    assert heard == []
+    device.done = device.queued  # it has got to the end of the first item
+    pace.after(partial(heard.append, 1))
+    pace.end_item()
+    assert heard == [0]
+    pace.settle()
+    assert heard == [0, 1]
 
 
 def test_on_the_cpu_a_report_goes_straight_through() -> None:
-    heard: list[Message] = []
-    pace = Pace(heard.append, None)
-    pace.report(done(0))
-    assert heard == [done(0)]
+    heard: list[int] = []
+    pace = Pace(HostQueue())
+    pace.after(partial(heard.append, 0))
+    assert heard == [0]

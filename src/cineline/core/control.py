@@ -33,7 +33,7 @@ class Setup:
 
     Attributes:
         rank: its number, from 0. parallel: the sizes of the axes. cut: what each stage holds.
-        local_rank, ranks_on_host: its number on its host, of how many.
+        local_rank: its number on its host.
         store_port: of the rendezvous on this host; None tells rank 0 to open one and announce it,
             and is not used under torchrun, which has its own.
         trace: whether to keep a timeline.
@@ -45,7 +45,6 @@ class Setup:
     cut: tuple[Cut, ...]
     config: DeviceConfig
     local_rank: int
-    ranks_on_host: int
     store_port: int | None
     trace: bool
 

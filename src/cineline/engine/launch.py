@@ -60,14 +60,13 @@ class RankProcess:
 
     Attributes:
         rank: its number in the world.
-        local_rank, ranks_on_host: its number on its host, of how many.
+        local_rank: its number on its host.
         connection: to its process.
         process: None when another host's torchrun owns it.
     """
 
     rank: int
     local_rank: int
-    ranks_on_host: int
     connection: Connection
     process: Process | None
 
@@ -102,7 +101,7 @@ def launch_local(ranks: int, environment: Mapping[str, str], family: str | None 
             by itself.
     """
     started = start_ranks(ranks, environment, family)
-    return [RankProcess(rank, rank, ranks, *ends) for rank, ends in enumerate(started)]
+    return [RankProcess(rank, rank, *ends) for rank, ends in enumerate(started)]
 
 
 def start_ranks(ranks: int, environment: Mapping[str, str], family: str | None) -> list[tuple[Connection, Process]]:
@@ -201,10 +200,7 @@ def launch_torchrun(parallel: ParallelConfig, environment: Mapping[str, str], li
         raise
     finally:
         listener.close()
-    return [
-        RankProcess(rank, rank % per_host, per_host, connections[rank], own if rank == 0 else None)
-        for rank in range(ranks)
-    ]
+    return [RankProcess(rank, rank % per_host, connections[rank], own if rank == 0 else None) for rank in range(ranks)]
 
 
 def _accept(listener: Listener, ranks: int, own: subprocess.Popen[bytes], limit_s: float) -> dict[int, Connection]:

@@ -59,8 +59,7 @@ class Ranks:
     ) -> None:
         port = None
         for rank in self._all:
-            where = rank.local_rank, rank.ranks_on_host, port
-            self._say(rank, control.Setup(spec, rank.rank, parallel, cut, config, *where, trace))
+            self._say(rank, control.Setup(spec, rank.rank, parallel, cut, config, rank.local_rank, port, trace))
             if rank.rank == 0 and len(self._all) > 1 and self._all[1].process is not None:
                 opened = self._hear([rank], deadline)[1]
                 assert isinstance(opened, control.StoreOpen)

@@ -11,7 +11,7 @@ ranks: then each of them is a head, a tail, or neither.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -166,6 +166,11 @@ class PipelineParallelMixin(ABC, Generic[State]):
 
     def end_denoising(self, state: State) -> None:
         """Every stage that decodes, after the last step that it has to do with: free what decoding does not need."""
+
+    def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
+        """Small jobs, one of each class of shapes, with the head's image: an accelerator's ranks run them when they are
+        loaded, so that no kernel is used for the first time while the line waits."""
+        return ()
 
     # A family of several experts says more: with split experts a request moves from the stages of one to the other's.
 

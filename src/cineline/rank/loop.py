@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import queue
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from cineline.core.control import Admit, Begun, Done, Message, Stop
 from cineline.core.request import Group, Kind, WorkItem
 from cineline.core.trace import Slice
 from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
-from cineline.rank.pace import Pace, marker
+from cineline.rank.pace import Pace
 from cineline.schedule.rule import Rule, Scripts, scripts_of
 from cineline.schedule.words import (
     RECEIVES_AHEAD,
@@ -34,6 +33,7 @@ from cineline.schedule.words import (
     Way,
 )
 from cineline.transport.channel import Edges, Pending
+from cineline.transport.queue import DeviceQueue, TimedMark
 
 DROP = Script(WorkItem(Kind.DROP, 0), (), (Do.FORGET,))
 """What every rank does for a group that ends a request."""
@@ -67,7 +67,7 @@ class StageLoop:
     Args:
         family: this rank's part of the model, loaded.
         part: which rank it is.
-        edges: its ends of the edges.
+        edges: its ends of the edges. device: its device's queue.
         inbox: messages from the engine, in order.
         report: called with what the engine must know.
         record: called with the timeline's slices, or None.
@@ -78,6 +78,7 @@ class StageLoop:
         family: PipelineParallelMixin[Any],
         part: StagePart,
         edges: Edges,
+        device: DeviceQueue,
         inbox: queue.SimpleQueue[Message],
         report: Callable[[Message], None],
         record: Callable[[Slice], None] | None = None,
@@ -87,8 +88,9 @@ class StageLoop:
         self._inbox = inbox
         self._report = report
         self._record = record
-        self._pace = Pace(report, marker(part.device))
         self._edges = edges
+        self._device = device
+        self._pace = Pace(device)
         self._requests: dict[int, _Request] = {}
         self._coming: deque[_Turn] = deque()
         self._ahead: deque[_Turn] = deque()
@@ -147,16 +149,23 @@ class StageLoop:
     def _execute(self, turn: _Turn) -> None:
         if turn.group.request not in self._requests:  # a drop of what has ended since it was looked at
             return
-        asked = start = time.time_ns()
+        if not self._record or not turn.script.computes:
+            for action in turn.script.run:
+                self._act(turn, action)
+            return
+        asked = start = self._device.timed_mark()
         for action in turn.script.run:
             if action is Do.START:
-                start = time.time_ns()
+                start = self._device.timed_mark()
             self._act(turn, action)
-        if self._record and turn.script.computes:
-            if self._part.device.type != "cpu":
-                torch.accelerator.synchronize()
-            item = turn.script.item._replace(request=turn.group.request)
-            self._record(Slice(self._part.rank, item, start, time.time_ns(), start - asked))
+        item = turn.script.item._replace(request=turn.group.request)
+        self._pace.after(partial(self._note, item, asked, start, self._device.timed_mark()))
+
+    def _note(self, item: WorkItem, asked: TimedMark, start: TimedMark, end: TimedMark) -> None:
+        """A slice of the timeline, once the device has got to its end."""
+        assert self._record is not None
+        times = start.time_ns(), end.time_ns(), start.time_ns() - asked.time_ns()
+        self._record(Slice(self._part.rank, item, *times))
 
     def _act(self, turn: _Turn, action: Action) -> None:
         request, group, item = turn.request, turn.group, turn.script.item
@@ -185,7 +194,8 @@ class StageLoop:
             case Do.BEGUN:
                 self._report(Begun(group))
             case Do.DONE | Do.MOVES:
-                self._pace.report(Done(group, self._answer(request, item), moves=action is Do.MOVES))
+                answer = self._answer(request, item)
+                self._pace.after(partial(self._tell, group, answer, moves=action is Do.MOVES))
             case Do.DENOISED:
                 family.end_denoising(state)
             case Do.FORGET:
@@ -206,9 +216,13 @@ class StageLoop:
         assert pending or wait.value.stays, f"no receive is posted for {wait}"
         return pending
 
-    def _answer(self, request: _Request, item: WorkItem) -> np.ndarray | None:
+    def _answer(self, request: _Request, item: WorkItem) -> torch.Tensor | None:
+        """On its way to the host."""
         tensor = self._family.answer(request.state, item)
-        return None if tensor is None else _apart((tensor,), request)[0].cpu().numpy()
+        return None if tensor is None else self._device.to_host(*_apart((tensor,), request))
+
+    def _tell(self, group: Group, answer: torch.Tensor | None, moves: bool) -> None:
+        self._report(Done(group, None if answer is None else answer.numpy(), moves))
 
 
 def _apart(made: Hidden, request: _Request) -> Hidden:

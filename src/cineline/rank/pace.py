@@ -1,4 +1,4 @@
-"""Keeps the host close to an accelerator, which works through its queue behind the host's back.
+"""Keeps the host close to its device, which may work through its queue behind the host's back.
 
 Without it a stage would put all steps in the queue at once: progress would be told before it is made,
 and a cancel would come after the work it should save.
@@ -8,52 +8,37 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
-import torch
-
-from cineline.core.control import Message
+from cineline.transport.queue import DeviceQueue, Mark
 
 ITEMS_AHEAD = 2
 """Items that may be in the device's queue before the host waits for the oldest one."""
 
 
-class Mark(Protocol):
-    """A point in the device's queue."""
-
-    def synchronize(self) -> None:
-        """Wait until the device has got there."""
-        ...
-
-
 class Pace:
-    """Passes reports on when the device has done the item they belong to.
+    """Does things when the device has done the item they belong to.
 
     Args:
-        report: where they go.
-        mark: makes a mark at the end of the queue; None on the CPU, where what returns is done.
+        queue: the device's.
     """
 
-    def __init__(self, report: Callable[[Message], None], mark: Callable[[], Mark] | None) -> None:
-        self._report = report
-        self._mark = mark
-        self._said: list[Message] = []
-        self._underway: deque[tuple[Mark, list[Message]]] = deque()
+    def __init__(self, queue: DeviceQueue) -> None:
+        self._queue = queue
+        self._due: list[Callable[[], None]] = []
+        self._underway: deque[tuple[Mark, list[Callable[[], None]]]] = deque()
 
-    def report(self, message: Message) -> None:
-        """Report something of the current item."""
-        if self._mark is None:
-            self._report(message)
+    def after(self, deed: Callable[[], None]) -> None:
+        """Have it done when the device is through with the current item: at once, where it is already."""
+        if self._underway or self._due or not self._queue.mark().query():
+            self._due.append(deed)
         else:
-            self._said.append(message)
+            deed()
 
     def end_item(self) -> None:
         """The host is through with the current item."""
-        if self._mark is None:
-            return
-        self._underway.append((self._mark(), self._said))
-        self._said = []
-        while len(self._underway) > ITEMS_AHEAD:
+        self._underway.append((self._queue.mark(), self._due))
+        self._due = []
+        while self._underway and (len(self._underway) > ITEMS_AHEAD or self._underway[0][0].query()):
             self._settle_oldest()
 
     def settle(self) -> None:
@@ -62,20 +47,7 @@ class Pace:
             self._settle_oldest()
 
     def _settle_oldest(self) -> None:
-        mark, said = self._underway.popleft()
+        mark, due = self._underway.popleft()
         mark.synchronize()
-        for message in said:
-            self._report(message)
-
-
-def marker(device: torch.device) -> Callable[[], Mark] | None:
-    """What makes a `Pace`'s marks on a device."""
-    if device.type == "cpu":
-        return None
-
-    def mark() -> Mark:
-        event = torch.Event(device)
-        event.record()
-        return event
-
-    return mark
+        for deed in due:
+            deed()

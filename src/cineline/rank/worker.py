@@ -91,8 +91,10 @@ def _serve(connection: Connection, outbox: queue.SimpleQueue[control.Message | N
 
     from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
     from cineline.rank.loop import StageLoop
+    from cineline.rank.rehearsal import rehearse
     from cineline.transport import mesh
     from cineline.transport.axis import Traffic
+    from cineline.transport.queue import queue_of
 
     if setup.config.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -101,25 +103,28 @@ def _serve(connection: Connection, outbox: queue.SimpleQueue[control.Message | N
         store = mesh.open_store(setup.store_port, parallel.ranks)
         if setup.store_port is None:
             outbox.put(control.StoreOpen(store.port))
-    device = mesh.pick_device(setup.config.device, setup.local_rank)
+    device = queue_of(mesh.pick_device(setup.config.device, setup.local_rank))
     traffic = Traffic()
     try:
-        edges, device_mesh = mesh.join(store, setup.rank, parallel, device, setup.ranks_on_host, traffic)
+        edges, device_mesh = mesh.join(store, setup.rank, parallel, device, traffic)
     except RuntimeError as error:
         raise EdgeBroken(f"the other ranks could not be met ({error})") from None
     place = parallel.place(setup.rank)
-    part = StagePart(place, parallel, setup.cut[place.pp], device, setup.config, device_mesh, traffic)
+    part = StagePart(place, parallel, setup.cut[place.pp], device.device, setup.config, device_mesh, traffic)
     module, name = setup.spec.stages_class.split(":")
     family = getattr(importlib.import_module(module), name)(setup.spec)
     if not isinstance(family, PipelineParallelMixin):
         raise InvalidConfig(f"stages_class={setup.spec.stages_class!r} is no PipelineParallelMixin: give one that is.")
     with torch.no_grad():
         bytes_read = family.load(part)
+    if device.prepares:
+        rehearse(family, part, device)
+        traffic.clear()
     gc.collect()
     gc.freeze()  # what is loaded stays: a collection that went through it all would stop the rank for 0.1 s
     outbox.put(control.Ready(bytes_read))
     slices: list[Any] = []
-    StageLoop(family, part, edges, inbox, outbox.put, slices.append if setup.trace else None).run()
+    StageLoop(family, part, edges, device, inbox, outbox.put, slices.append if setup.trace else None).run()
     outbox.put(control.Timeline(tuple(slices), dict(traffic)))
 
 

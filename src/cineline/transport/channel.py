@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from cineline.errors import EdgeBroken
 from cineline.schedule.words import SENDS_UNDERWAY, Edge, Value
 from cineline.transport.axis import Traffic
+from cineline.transport.queue import DeviceQueue
 
 WAIT_LIMIT = timedelta(hours=2)
 """Last limit of a wait for a tensor; a peer's death is noticed through its process long before."""
@@ -90,38 +92,56 @@ class TorchSender:
     Args:
         peer: the receiver's rank in the world.
         group: of these two ranks, used for this edge alone (a backend matches by order).
-        staged: copy through host memory first, for a backend that cannot read the device's.
+        device: the queue of the device where the tensors are.
+        staged: copy to the host's memory first, for a backend that cannot read the device's.
         traffic: where the bytes of each message are counted, by what it is.
     """
 
-    def __init__(self, peer: int, group: dist.ProcessGroup, staged: bool, traffic: Traffic) -> None:
+    def __init__(
+        self, peer: int, group: dist.ProcessGroup, device: DeviceQueue, staged: bool, traffic: Traffic
+    ) -> None:
         self._traffic = traffic
+        self._device = device
         self._peer, self._place = peer, dist.get_group_rank(group, peer)
         self._group = group  # used without the wrappers of `dist`, which take a tenth of a millisecond
         self._staged = staged
         self._underway: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._free: list[torch.Tensor] = []
 
     def send(self, tensors: Sequence[torch.Tensor], value: Value) -> None:
-        message = _pack(tensors)
+        message = memory = _pack(tensors)
+        size = message.numel()
         if self._staged:
-            message = torch.empty_like(message, device="cpu", pin_memory=True).copy_(message)
-        try:
+            memory = self._host_memory(size)
+            message = self._device.to_host(message, memory[:size])
+            self._device.mark().synchronize()
+        with _edge(self._peer):
             work = self._group.send([message], self._place, 0)
-        except RuntimeError as error:
-            raise EdgeBroken(f"the edge to rank {self._peer} broke ({error})") from None
-        self._traffic[value.value] += message.numel()
-        self._underway.append((work, message))
+        self._traffic[value.value] += size
+        self._underway.append((work, memory))
         if len(self._underway) > SENDS_UNDERWAY:
-            _wait(self._underway.popleft()[0], self._peer)
+            self._end_oldest()
+
+    def _end_oldest(self) -> None:
+        work, memory = self._underway.popleft()
+        with _edge(self._peer):
+            work.wait()
+        if self._staged:
+            self._free.append(memory)
+
+    def _host_memory(self, size: int) -> torch.Tensor:
+        """Memory of a send that is done; if that is too small, more, and it is given up."""
+        memory = self._free.pop() if self._free else None
+        return memory if memory is not None and memory.numel() >= size else self._device.host_memory(size)
 
 
 class TorchReceiver:
     """Receives over `torch.distributed`, from one peer, into buffers that are made once and used again.
 
-    Args: as `TorchSender`'s, and `device`, where the tensors are wanted.
+    Args: as `TorchSender`'s; the tensors are wanted on the queue's device.
     """
 
-    def __init__(self, peer: int, group: dist.ProcessGroup, device: torch.device, staged: bool) -> None:
+    def __init__(self, peer: int, group: dist.ProcessGroup, device: DeviceQueue, staged: bool) -> None:
         self._peer, self._place = peer, dist.get_group_rank(group, peer)
         self._group = group  # used without the wrappers of `dist`, which take a tenth of a millisecond
         self._device = device
@@ -146,21 +166,20 @@ class TorchReceiver:
             assert size <= self._size, "reserve comes first"
             buffer = self._free.pop() if self._free else self._allocate(self._size)
             self._lent += 1
-        try:
+        with _edge(self._peer):
             work = self._group.recv([buffer[:size]], self._place, 0)
-        except RuntimeError as error:
-            raise EdgeBroken(f"the edge from rank {self._peer} broke ({error})") from None
         self._posts += 1
         return _TorchPending(self, self._posts, work, buffer, tuple(specs), keep)
 
     def wait(self, pending: _TorchPending) -> tuple[torch.Tensor, ...]:
         """Its message. The edge is in order: what was due before and is not wanted any more is here, too."""
-        _wait(pending.work, self._peer)
-        while self._dropped and self._dropped[0].number < pending.number:
-            _wait(self._dropped[0].work, self._peer)
-            self._take_back(self._dropped.popleft())
+        with _edge(self._peer):
+            self._device.arrived(pending.work)
+            while self._dropped and self._dropped[0].number < pending.number:
+                self._dropped[0].work.wait()
+                self._take_back(self._dropped.popleft())
         tensors = _unpack(pending.buffer, pending.specs)
-        return tuple(tensor.to(self._device) for tensor in tensors) if self._staged else tensors
+        return tuple(self._device.to_device(tensor) for tensor in tensors) if self._staged else tensors
 
     def release(self, pending: _TorchPending) -> None:
         """Take its buffer back, later if its message is not here."""
@@ -176,8 +195,9 @@ class TorchReceiver:
             self._free.append(pending.buffer)
 
     def _allocate(self, size: int) -> torch.Tensor:
-        where = torch.device("cpu") if self._staged else self._device
-        return torch.empty(size, dtype=torch.uint8, device=where, pin_memory=self._staged)
+        if self._staged:
+            return self._device.host_memory(size)
+        return torch.empty(size, dtype=torch.uint8, device=self._device.device)
 
 
 @dataclass(eq=False)
@@ -200,9 +220,11 @@ class _TorchPending:
         self.receiver.release(self)
 
 
-def _wait(work: dist.Work, peer: int) -> None:
+@contextmanager
+def _edge(peer: int) -> Iterator[None]:
+    """Whatever goes wrong inside is the edge's, which the backend has as long a limit for as `WAIT_LIMIT`."""
     try:
-        work.wait()  # as long as the group's limit; one given here would make NCCL block the host
+        yield
     except RuntimeError as error:
         raise EdgeBroken(f"the edge to or from rank {peer} broke ({error})") from None
 

@@ -6,7 +6,11 @@ ahead and back may join the same two ranks. What the ranks of one stage do toget
 
 from __future__ import annotations
 
+import logging
+import os
+import socket
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +23,19 @@ from cineline.schedule.rule import edges_of
 from cineline.schedule.words import Edge
 from cineline.transport.axis import Traffic
 from cineline.transport.channel import WAIT_LIMIT, Edges, Receiver, Sender, TorchReceiver, TorchSender
+from cineline.transport.queue import DeviceQueue
+
+log = logging.getLogger(__name__)
 
 JOIN_LIMIT = timedelta(minutes=30)
 """How long a rank waits for the others at start."""
+
+EDGE_CTAS = 2
+"""Thread blocks of NCCL on an edge: one a multiprocessor, each good for some 20 GB/s (not measured here)."""
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+_CHOICE = "%d ranks on %d devices (%s) talk over %s%s."
 
 
 def open_store(port: int | None, ranks: int) -> TCPStore:
@@ -49,23 +63,38 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
-def pick_backend(device: torch.device, ranks_on_host: int) -> tuple[str, bool]:
+def identity(device: torch.device) -> str:
+    """What no other device is called, on whichever host and by whatever number a rank sees it."""
+    found = getattr(torch.get_device_module(device), "get_device_properties", lambda _: None)(device)
+    unique = getattr(found, "uuid", None)
+    return str(unique) if unique else f"{socket.gethostname()}/{os.environ.get(VISIBLE, '')}/{device.index}"
+
+
+def pick_backend(device: torch.device, shared: bool) -> tuple[str, bool]:
     """The backend of torch.distributed, and whether tensors go through host memory: where the device's own
-    backend (NCCL, HCCL, XCCL) is missing, or ranks share a device, which it does not allow."""
+    backend (NCCL, HCCL, XCCL) is missing, or ranks share a device (`shared`), which it does not allow."""
     if device.type == "cpu":
         return "gloo", False
-    own = dist.get_default_backend_for_device(device)
-    if dist.is_backend_available(own) and ranks_on_host <= torch.accelerator.device_count():
+    try:
+        own = dist.get_default_backend_for_device(device)
+    except ValueError:  # torch knows of none
+        own = ""
+    if own and dist.is_backend_available(own) and not shared:
         return own, False
     return "gloo", True
+
+
+def _devices(store: Store, rank: int, ranks: int, device: torch.device) -> list[str]:
+    """Every rank's device, by what each of them says in the store."""
+    store.set(f"cineline/device/{rank}", "cpu" if device.type == "cpu" else identity(device))
+    return [store.get(f"cineline/device/{other}").decode() for other in range(ranks)]
 
 
 def join(
     store: Store | None,
     rank: int,
     parallel: ParallelConfig,
-    device: torch.device,
-    ranks_on_host: int,
+    device: DeviceQueue,
     traffic: Traffic,
 ) -> tuple[Edges, DeviceMesh | None]:
     """Meet the other ranks; this rank's ends of the edges, and the mesh (None for a single rank).
@@ -75,8 +104,7 @@ def join(
 
     Args:
         store: the rendezvous; None for a single rank, which has no edges.
-        device: where this rank computes.
-        ranks_on_host: how many share this host's devices.
+        device: the queue of where this rank computes.
         traffic: where the bytes sent over the edges are counted, by what is sent.
 
     Raises:
@@ -84,35 +112,49 @@ def join(
     """
     if parallel.ranks == 1:
         return Edges({}, {}), None
-    backend, staged = pick_backend(device, ranks_on_host)
+    assert store is not None
+    where, ranks = device.device, parallel.ranks
+    devices = len(set(_devices(store, rank, ranks, where)))
+    backend, staged = pick_backend(where, shared=devices < ranks)
     if staged and parallel.lanes > 1:
         raise InvalidConfig(
-            f"{parallel} needs an accelerator for each rank and its own backend: {ranks_on_host} ranks have "
-            f"{torch.accelerator.device_count()} here, where only pp and cfg work."
+            f"{parallel} needs an accelerator for each rank and its own backend: {ranks} ranks have {devices}, "
+            f"and the backend is {backend}, where only pp and cfg work."
         )
-    assert store is not None
-    dist.init_process_group(backend, store=store, rank=rank, world_size=parallel.ranks, timeout=WAIT_LIMIT)
-    mesh = init_device_mesh("cpu" if staged else device.type, parallel.sizes, mesh_dim_names=AXES)
+    if rank == 0:
+        through = ", through host memory" if staged else ""
+        log.log(logging.WARNING if staged else logging.INFO, _CHOICE, ranks, devices, where.type, backend, through)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=WAIT_LIMIT)
+    mesh = init_device_mesh("cpu" if staged else where.type, parallel.sizes, mesh_dim_names=AXES)
     for axis, size in zip(AXES, parallel.sizes, strict=True):
         if size > 1:
-            dist.all_reduce(torch.zeros(1, device="cpu" if staged else device), group=mesh.get_group(axis))
+            dist.all_reduce(torch.zeros(1, device="cpu" if staged else where), group=mesh.get_group(axis))
     return _open_edges(rank, parallel, device, staged, traffic), mesh
 
 
-def _open_edges(rank: int, parallel: ParallelConfig, device: torch.device, staged: bool, traffic: Traffic) -> Edges:
+def _open_edges(rank: int, parallel: ParallelConfig, device: DeviceQueue, staged: bool, traffic: Traffic) -> Edges:
     """This rank's ends of all edges, each with a group of its own that has been used once."""
     incoming: dict[Edge, Receiver] = {}
     outgoing: dict[Edge, Sender] = {}
     for edge in edges_of(parallel):
-        group = dist.new_group([edge.source, edge.target], timeout=WAIT_LIMIT)
+        group = dist.new_group([edge.source, edge.target], timeout=WAIT_LIMIT, pg_options=_edge_options())
         if rank not in (edge.source, edge.target):
             continue
         assert isinstance(group, dist.ProcessGroup)
-        probe = torch.zeros(1, device="cpu" if staged else device)
+        probe = torch.zeros(1, device="cpu" if staged else device.device)
         if rank == edge.source:
             dist.send(probe, edge.target, group=group)
-            outgoing[edge] = TorchSender(edge.target, group, staged, traffic)
+            outgoing[edge] = TorchSender(edge.target, group, device, staged, traffic)
         else:
             dist.recv(probe, edge.source, group=group)
             incoming[edge] = TorchReceiver(edge.source, group, device, staged)
     return Edges(incoming, outgoing)
+
+
+def _edge_options() -> Any:
+    """NCCL's receives are posted ahead and wait on the device: they are to hold few of its multiprocessors."""
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.max_ctas = EDGE_CTAS
+    return options

@@ -6,7 +6,7 @@ all experts, the text encoder's layers and the VAE decoder's units are shared ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from cineline.core.request import Job, Kind, WorkItem
+from cineline.core.request import Job, Kind, VideoRequest, WorkItem
 from cineline.families import snapshot
 from cineline.families.guidance import combine
 from cineline.families.part import Part
@@ -38,6 +38,9 @@ from cineline.families.wan.state import WanState
 from cineline.families.wan.text import TextPart
 from cineline.schedule.words import Value
 from cineline.transport.channel import TensorSpec
+
+REHEARSED_STEPS = 6
+"""Of each expert as many as the highest order of a solver, 3."""
 
 
 class WanStages(PipelineParallelMixin[WanState]):
@@ -82,6 +85,21 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def _solver(self, job: WanJob) -> Any:
         return make_solver(self.spec.scheduler_class, self.spec.scheduler, job, self._device)
+
+    def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
+        """A few tokens, as many steps as solvers have orders, both experts, three chunks; with an image and without."""
+        spec, (height, width) = self.spec, self.spec.grid
+        fields: dict[str, Any] = {
+            "height": 2 * height,
+            "width": 2 * width,
+            "num_frames": 9,
+            "num_inference_steps": REHEARSED_STEPS,
+        }
+        if len(spec.experts) > 1:
+            fields |= {"boundary_ratio": 0.5, "flow_shift": 1.0}
+        image = Image.new("RGB", (fields["width"], fields["height"]))
+        for given in {"ti2v": (None, image), "t2v": (None,), "i2v": (image,)}[spec.kind]:
+            yield spec.resolve(VideoRequest(prompt="a rehearsal", image=given, **fields), 0), given
 
     def expert(self, state: WanState, step: int) -> int:
         return state.steps[step].expert
