@@ -28,6 +28,7 @@ POLL_S = 0.1
 
 _REQUEST, _PARALLEL, _RUN = "The request", "The line", "The run"
 _CHOSEN = {"device": "cuda where there is one", "dtype": "float32 on the CPU", "text_encoder": ""}
+"""What the engine chooses; the last one's text begins with its default."""
 
 
 def _option(panel: str, text: str, *names: str) -> Any:
@@ -68,15 +69,7 @@ def generate(
     if launch == "torchrun" and torchrun_rank() != 0:
         sys.exit(serve_torchrun_rank(DeviceConfig(**devices).rank_environment(torchrun_world()[1])))
 
-    outputs = Outputs(output, output_dir, save_latents)
-    if requests is None:
-        if prompt is None:
-            raise InvalidRequest("There is no prompt: give one, or --requests FILE.jsonl.")
-        tasks = [single_task(prompt, fields, outputs)]
-    elif prompt is not None:
-        raise InvalidRequest(f"Both a prompt ({prompt!r}) and --requests {requests} are given: use one.")
-    else:
-        tasks = tasks_of_file(requests, fields, outputs)
+    tasks = _tasks(prompt, requests, fields, Outputs(output, output_dir, save_latents))
     if trace is not None:
         check_output(trace, (".json",))
     spec = open_model(model)
@@ -89,6 +82,16 @@ def generate(
         failed = _run(engine, tasks, quiet, console)
     if failed:
         raise failed
+
+
+def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Outputs) -> list[Task]:
+    if requests is None:
+        if prompt is None:
+            raise InvalidRequest("There is no prompt: give one, or --requests FILE.jsonl.")
+        return [single_task(prompt, fields, outputs)]
+    if prompt is not None:
+        raise InvalidRequest(f"Both a prompt ({prompt!r}) and --requests {requests} are given: use one.")
+    return tasks_of_file(requests, fields, outputs)
 
 
 def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, console: Console) -> CinelineError | None:
