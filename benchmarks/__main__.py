@@ -12,7 +12,7 @@ import typer
 from cineline.bench.measure import plain
 from cineline.bench.report import machine, report
 from cineline.cli import run
-from cineline.cli.options import DtypeName, InFlight, Json, Runs, axes_of, one_of, teller, whole_numbers
+from cineline.cli.options import InFlight, Json, Runs, axes_of, one_of, teller, whole_numbers
 from cineline.core.config import DeviceConfig, Dtype
 from cineline.errors import InvalidConfig
 from cineline.families.wan.shapes import WanKind
@@ -21,6 +21,7 @@ app = typer.Typer(help="Measure Cineline's own parts.", no_args_is_help=True, ad
 
 Kind = Annotated[str, typer.Option(help="Like which model: ti2v or t2v.")]
 Stages = Annotated[str, typer.Option(help="Stages, such as 1,2.")]
+DtypeName = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
 Steps = Annotated[int, typer.Option(help="Solver steps of a request.", min=1)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -17,8 +18,11 @@ from oracle import Checkpoint, Oracle
 from PIL import Image
 from safetensors.torch import load_file
 
-from cineline import VideoRequest
+from cineline import Engine, ParallelConfig, VideoRequest
 from cineline.cli import main
+from cineline.cli.generate import generate
+from cineline.cli.options import Fields
+from cineline.core.config import DeviceConfig, texts_of
 from cineline.families.wan.random_checkpoint import RandomConfig
 
 SMALL = ["--height", "32", "--width", "64", "--num-frames", "5", "--num-inference-steps", "2"]
@@ -75,6 +79,20 @@ def test_a_file_of_requests_is_numbered_by_line_with_options_as_defaults(
     )
     expected, _ = oracle.run(Path(ti2v), "float32", request)
     assert load_file(out / "0003.safetensors")["latents"].equal(expected)
+
+
+def test_the_options_of_generate_are_the_configs_fields() -> None:
+    options = inspect.signature(generate).parameters
+    for owner in (VideoRequest, ParallelConfig, DeviceConfig):
+        assert texts_of(owner).keys() <= options.keys()
+    assert not {"decode", "high_stages", "pin_cores"} & options.keys()
+    assert options["cfg"].default.default == ParallelConfig().cfg
+    assert all(options[name].default.default is None for name in ("pp", "device", "dtype"))
+    given = Fields(ParallelConfig, ["pp", "split", "text_split", "vae_decode"]).take(
+        {"pp": 2, "split": "3,1", "text_split": None, "vae_decode": "rows"}
+    )
+    assert given == {"pp": 2, "split": [3, 1], "vae_decode": "rows"}
+    assert inspect.signature(DeviceConfig).parameters.keys() <= inspect.signature(Engine).parameters.keys()
 
 
 def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:

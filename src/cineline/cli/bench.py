@@ -10,17 +10,21 @@ from typing import Annotated, Literal
 
 import typer
 
-from cineline.cli.options import DtypeName, InFlight, Json, Runs, axes_of, one_of, teller, whole_numbers
-from cineline.core.config import DeviceConfig, Dtype
+from cineline.cli.options import Fields, Given, InFlight, Json, Runs, axes_of, one_of, spread, teller, whole_numbers
+from cineline.core.config import DeviceConfig
 from cineline.core.extras import need
 from cineline.errors import InvalidConfig
 from cineline.families.wan.shapes import WanKind
 
 app = typer.Typer(help="Measure the line on this machine.", no_args_is_help=True)
 
+Devices = Annotated[Given, Fields(DeviceConfig, ["device", "dtype"])]
+
 
 @app.command()
+@spread
 def line(
+    *,
     arm: Annotated[
         list[str] | None, typer.Option(help="What is compared, such as pp=2 or pp=2,cfg=2; may be repeated; pp=2.")
     ] = None,
@@ -28,8 +32,7 @@ def line(
     kind: Annotated[str, typer.Option(help="Like which model: ti2v or t2v.")] = "ti2v",
     steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 4,
     runs: Runs = 4,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: DtypeName = "float32",
+    devices: Devices,
     json: Json = None,
 ) -> None:
     """Real compute, 8 blocks of width 512 at 1,536 tokens: divided against one rank and diffusers."""
@@ -40,14 +43,14 @@ def line(
     from cineline.bench.measure import plain
     from cineline.bench.report import machine, report
 
-    config = DeviceConfig(device, one_of("dtype", dtype, Dtype), pin_cores=device == "cpu")
+    config = DeviceConfig(**devices, pin_cores=devices["device"] == "cpu")
     case = LineCase(case_kind, [axes_of("arm", text) for text in arm or ["pp=2"]], counts, steps, runs)
     results = time_line(case, config, teller())
     report(
-        f"{kind}, 8 x 512, 1,536 tokens, {steps} steps, {dtype}, {runs} runs: median (range)",
+        f"{kind}, 8 x 512, 1,536 tokens, {steps} steps, {config.dtype}, {runs} runs: median (range)",
         COLUMNS,
         rows(case, results),
-        {"machine": machine(device), "case": asdict(case), "runs": plain(results)},
+        {"machine": machine(config.device), "case": asdict(case), "runs": plain(results)},
         json,
     )
 
@@ -89,22 +92,23 @@ def schedule(
 
 
 @app.command()
+@spread
 def exact(
+    *,
     model: Annotated[
         str | None,
         typer.Option(help="Folder, hub id or mini; a random checkpoint of each kind.", show_default=False),
     ] = None,
     pp: Annotated[str, typer.Option(help="Stages, such as 1,2.")] = "1,2",
     in_flight: InFlight = "1,3",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: DtypeName = "float32",
+    devices: Devices,
     json: Json = None,
 ) -> None:
     """What is equal to diffusers bit for bit on this device; exit code 1 where anything is not."""
     stages, counts = whole_numbers("pp", pp), whole_numbers("in_flight", in_flight)
     need("accelerate")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads changes bits on the CPU
-    config = DeviceConfig(device, one_of("dtype", dtype, Dtype))
+    config = DeviceConfig(**devices)
     from cineline.bench.exact import COLUMNS, compare, folders, rows
     from cineline.bench.report import machine, report
 
@@ -113,10 +117,10 @@ def exact(
         models = folders(model, Path(temporary))
         found = [row for folder in models for row in compare(folder, config, stages, counts, tell)]
     report(
-        f"Against diffusers on {device}, {dtype}: how many mixed requests are equal",
+        f"Against diffusers on {config.device}, {config.dtype}: how many mixed requests are equal",
         COLUMNS,
         rows(found),
-        {"machine": machine(device), "rows": [asdict(row) for row in found]},
+        {"machine": machine(config.device), "rows": [asdict(row) for row in found]},
         json,
     )
     if not all(row.exact for row in found):

@@ -1,15 +1,18 @@
-"""Options' texts to values, shared by the commands."""
+"""Options from the configs' fields, and options' texts to values; shared by the commands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
 
-from cineline.core.config import AXES, ParallelConfig
+from cineline.core.config import AXES, LEAST, ParallelConfig, texts_of
 from cineline.core.output import check_output
 from cineline.errors import InvalidConfig
 
@@ -26,7 +29,74 @@ Json = Annotated[
 ]
 Runs = Annotated[int, typer.Option(help="Runs of each arm, interleaved.", min=1)]
 InFlight = Annotated[str, typer.Option(help="Requests at once, M, such as 1,3.")]
-DtypeName = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
+
+Given = dict[str, Any]
+"""Values of fields by name."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """In a command's `Annotated[Given, ...]`: an option for each of these fields stands in the parameter's place.
+
+    Attributes:
+        owner: whose fields: a config's, or `VideoRequest`'s.
+        names: which; all that have a text where none is named.
+        panel: of --help, where a text ends with the default.
+        unset: fields that are left out of what is given unless their options are there, with what then holds.
+    """
+
+    owner: type
+    names: Sequence[str] = ()
+    panel: str | None = None
+    unset: Mapping[str, str] = field(default_factory=dict)
+
+    def options(self) -> list[inspect.Parameter]:
+        """As parameters that typer makes options of."""
+        texts, hints = texts_of(self.owner), get_type_hints(self.owner)
+        return [self._option(name, hints[name], texts[name]) for name in self.names or texts]
+
+    def _option(self, name: str, hint: Any, text: str) -> inspect.Parameter:
+        kind = next((known for known in (bool, int, float, Path) if known in (hint, *get_args(hint))), str)
+        default = None if name in self.unset else inspect.signature(self.owner).parameters[name].default
+        held = self.unset.get(name, "")
+        if self.panel and default is not None and kind is not bool:
+            held = str(default)
+        option = typer.Option(
+            default,
+            f"--{name.replace('_', '-')}",  # named, so that a bool has no --no- beside it
+            help=f"{text}; {held}." if held else f"{text}.",
+            rich_help_panel=self.panel,
+            show_default=self.panel is None,
+        )
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None)
+
+    def take(self, values: Given) -> Given:
+        """Take these fields out of a command's values, as the owner wants them, without those that are None."""
+        hints = get_type_hints(self.owner)
+        taken = {name: values.pop(name) for name in self.names or texts_of(self.owner)}
+        return {name: _read(name, hints[name], value) for name, value in taken.items() if value is not None}
+
+
+def _read(name: str, hint: Any, value: Any) -> Any:
+    if get_origin(hint) is Literal:
+        return one_of(name, value, hint)
+    return whole_numbers(name, value, LEAST[name]) if name in LEAST else value
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer is to see it, with options in place of each parameter that has `Fields` beside it."""
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    marks = {own.name: getattr(own.annotation, "__metadata__", (None,))[0] for own in parameters}
+    groups = {name: mark for name, mark in marks.items() if isinstance(mark, Fields)}
+
+    @wraps(command)
+    def called(**values: Any) -> None:
+        given = {name: group.take(values) for name, group in groups.items()}
+        command(**given, **values)
+
+    seen = [option for own in parameters for option in (groups[own.name].options() if own.name in groups else [own])]
+    called.__signature__ = inspect.Signature(seen)  # type: ignore[attr-defined]
+    return called
 
 
 def teller() -> Callable[[str], None]:

@@ -11,11 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cineline.cli.options import Json, one_of
-from cineline.core.config import Dtype
+from cineline.cli.options import Fields, Given, Json, spread
 from cineline.core.extras import need
 from cineline.core.family import plannable
 from cineline.core.output import check_output, whole_file
+from cineline.core.request import VideoRequest
 from cineline.core.trace import write_trace
 from cineline.engine.hub import open_model
 from cineline.families.registry import known_model
@@ -30,20 +30,18 @@ from cineline.schedule.timeline import PICTURE_SUFFIXES, draw_timeline
 FILE_WIDTH = 150
 """Columns of what is printed where there is no terminal."""
 
+_FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 
+
+@spread
 def plan(
+    *,
     model: Annotated[str, typer.Option(help="A hub id of Wan 2.2 (nothing is downloaded), or a folder.")],
     devices: Annotated[str, typer.Option(help="Such as 4xL40S, or 2xL40S,1xRTX4090 in the order of the stages.")],
     link: Annotated[str, typer.Option(help="pcie4, pcie5, nvlink3 to 5, ethernet10, 25, 100 or 400.")] = "pcie4",
-    height: Annotated[int | None, typer.Option(help="Pixels; the model's default.", show_default=False)] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the model's default.", show_default=False)] = None,
-    num_frames: Annotated[int | None, typer.Option(help="4k+1; the model's default.", show_default=False)] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Solver steps.", show_default=False)] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 for none.", show_default=False)] = None,
-    requests: Annotated[int, typer.Option(help="How many such requests wait at once.", min=1)] = 8,
-    in_flight: Annotated[int | None, typer.Option(help="Requests that denoise at once.", show_default=False)] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    vae_dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    fields: Annotated[Given, Fields(VideoRequest, _FIELDS, unset=dict.fromkeys(_FIELDS, "the model's default"))],
+    requests: Annotated[int, typer.Option(help="How many such requests wait at once.", min=1)] = Task.requests,
+    settings: Annotated[Given, Fields(Task)],
     json: Json = None,
     timeline: Annotated[
         Path | None,
@@ -64,23 +62,7 @@ def plan(
     if picture is not None:
         need("matplotlib")
     spec = plannable(known_model(model) or open_model(model))
-    fields = {
-        "height": height,
-        "width": width,
-        "num_frames": num_frames,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": guidance_scale,
-    }
-    task = Task(
-        spec=spec,
-        devices=devices_of(devices),
-        link=link_of(link),
-        job=planned_job(spec, {name: value for name, value in fields.items() if value is not None}),
-        requests=requests,
-        dtype=one_of("dtype", dtype, Dtype),
-        vae_dtype=one_of("vae_dtype", vae_dtype, Dtype),
-        in_flight=in_flight,
-    )
+    task = Task(spec, devices_of(devices), link_of(link), planned_job(spec, fields), requests, **settings)
     planning = compare(task)
     show(planning, task)
     if json is not None:

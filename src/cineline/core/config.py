@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from cineline.errors import InvalidConfig
 
@@ -34,6 +34,18 @@ MEANING = {
 
 
 UNITS = {"split": "blocks", "text_split": "layers of the text encoder", "vae_split": "units of the VAE's decoder"}
+LEAST = {"split": 1, "text_split": 0, "vae_split": 0}
+"""Of these units, on each stage."""
+
+
+def texts_of(owner: type) -> dict[str, str]:
+    """The fields that are options too, each with its help: the text in its annotation, else the `Literal`'s values."""
+    texts = {}
+    for name, hint in get_type_hints(owner, include_extras=True).items():
+        own = [text for text in getattr(hint, "__metadata__", ()) if isinstance(text, str)]
+        if own or get_origin(hint) is Literal:
+            texts[name] = own[0] if own else " or ".join(get_args(hint))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -76,17 +88,12 @@ class Cut:
 class ParallelConfig:
     """How a model is divided over ranks: the product of all axes is their number.
 
-    Attributes:
-        pp: pipeline stages, at least 1 and at most the model's number of blocks.
-        split: blocks on each stage, first to last; None cuts as evenly as can be.
-        cfg: 2 gives each branch of classifier-free guidance a line of its own.
-        ulysses, ring: ranks of a stage that share the tokens (heads travel, or keys and values do).
-        tp: ranks of a stage that share each block's weights.
+    Attributes, beyond what the options' texts say:
+        pp: at most the model's number of blocks.
+        split: first to last; None cuts as evenly as can be.
         expert_placement: "shared" gives every stage blocks of both experts; "split" gives the high-noise expert
             the first `high_stages` stages and the low-noise expert the others, and `split` has the blocks of both.
-        text_split: layers of the text encoder on each stage, which may be none; None balances weights.
-        vae_split: units of the VAE's decoder on each stage, which may be none; None balances time.
-        vae_decode: how the VAE decodes (see `VaeDecode`).
+        text_split, vae_split: a stage may have none.
         high_stages: with split experts; None shares the stages out by the steps of each (see the family's spec), or
             follows `split`.
 
@@ -94,17 +101,25 @@ class ParallelConfig:
         InvalidConfig: an axis below 1, more than two branches, or a split that does not fit.
     """
 
-    pp: int = 1
-    split: Sequence[int] | None = None
-    cfg: int = 1
-    ulysses: int = 1
-    ring: int = 1
-    tp: int = 1
-    expert_placement: ExpertPlacement = "shared"
+    pp: Annotated[int, "Pipeline stages"] = 1
+    split: Annotated[Sequence[int] | None, "Blocks on each stage, such as 5,2,1"] = None
+    cfg: Annotated[int, "2 runs both branches of guidance at once, on a line each"] = 1
+    ulysses: Annotated[int, "Ranks of a stage that share the tokens, by heads"] = 1
+    ring: Annotated[int, "Ranks of a stage that share the tokens, in a ring"] = 1
+    tp: Annotated[int, "Ranks of a stage that share each block's weights"] = 1
+    expert_placement: Annotated[ExpertPlacement, "shared, or split: the two experts on stages of their own"] = "shared"
     high_stages: int | None = None
-    text_split: Sequence[int] | None = None
-    vae_split: Sequence[int] | None = None
-    vae_decode: VaeDecode = "layers"
+    text_split: Annotated[
+        Sequence[int] | None, "Layers of the text encoder on each stage, such as 10,14; balances weights"
+    ] = None
+    vae_split: Annotated[
+        Sequence[int] | None, "Units of the VAE's decoder on each stage, such as 11,4; balances time"
+    ] = None
+    vae_decode: Annotated[
+        VaeDecode,
+        "layers: cut over the stages, exact; rows: each has some of the picture, close; tail: on the last stage; "
+        "tiled: there, lossy",
+    ] = "layers"
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -127,7 +142,7 @@ class ParallelConfig:
         if self.vae_decode not in get_args(VaeDecode):
             known = ", ".join(get_args(VaeDecode))
             raise InvalidConfig(f"vae_decode={self.vae_decode!r} is not known: use one of {known}.")
-        for name, least in (("split", 1), ("text_split", 0), ("vae_split", 0)):
+        for name, least in LEAST.items():
             self._check_split(name, least)
         if self.vae_split is not None and self.vae_decode != "layers":
             raise InvalidConfig(f"vae_split is for vae_decode='layers', not {self.vae_decode!r}: leave it out.")
@@ -323,22 +338,21 @@ def stages_alone(parallel: ParallelConfig) -> ParallelConfig:
 class DeviceConfig:
     """What the ranks compute on and in.
 
-    Attributes:
-        device: "cpu", or an accelerator's torch name ("cuda"); a rank takes the one of its local number.
+    Attributes, beyond what the options' texts say:
+        device: a rank takes the one of its local number.
         dtype: of the transformers and the text encoder.
-        vae_dtype: of the VAE.
-        text_encoder: where its layers are kept (see `TextEncoder`).
         pin_cores: pin rank r to core r modulo the host's cores (benchmarks).
-        allow_untested_device: try another of torch's accelerators (such as "npu" or "xpu"), on which nothing of
-            this has been run.
+        allow_untested_device: such as "npu" or "xpu"; nothing of this has been run there.
     """
 
-    device: str = "cpu"
+    device: Annotated[str, "cpu or cuda"] = "cpu"
     dtype: Dtype = "float32"
     vae_dtype: Dtype = "float32"
-    text_encoder: TextEncoder = "resident"
+    text_encoder: Annotated[
+        TextEncoder, "resident; reload: in memory only while prompts are encoded; cpu: kept and run there"
+    ] = "resident"
     pin_cores: bool = False
-    allow_untested_device: bool = False
+    allow_untested_device: Annotated[bool, "Let --device be another of torch's accelerators"] = False
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES and not self.allow_untested_device:

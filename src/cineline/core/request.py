@@ -28,20 +28,15 @@ Real = Annotated[float, BeforeValidator(_number)]
 class VideoRequest(BaseModel):
     """One video to generate. A field left out (None) takes the model's default.
 
-    Attributes:
+    Attributes, beyond what the options' texts say:
         prompt: what the video shows; not empty.
-        negative_prompt: what it should not show; used only with guidance on.
-        image: the first frame, a file's path or a PIL image; only for models that take one.
-        height, width: in pixels, on the model's grid (VAE scale x patch).
-        num_frames: 4k + 1 for Wan's VAEs.
-        num_inference_steps: solver steps, at least 1.
-        guidance_scale: classifier-free guidance is on when this is above 1.
-        guidance_scale_2: the low-noise expert's scale; only for models with two experts. Left out, it is the
-            kind's own (T2V-A14B 3, I2V-A14B 3.5), also beside a `guidance_scale` that is given.
-        flow_shift: the solver's time shift.
-        boundary_ratio: share of the training timesteps below which the low-noise expert runs.
-        seed: of the CPU generator that draws the noise, 0 <= seed < 2**63.
-        fps: frames a second of the video file.
+        negative_prompt: used only with guidance on.
+        image: a file's path or a PIL image.
+        height, width: the grid is VAE scale x patch.
+        guidance_scale_2: only for models with two experts. Left out, it is the kind's own (T2V-A14B 3, I2V-A14B
+            3.5), also beside a `guidance_scale` that is given.
+        boundary_ratio: share of the training timesteps below which that expert runs.
+        seed: of the CPU generator that draws it, 0 <= seed < 2**63.
         decode: False stops at the latents.
 
     Raises:
@@ -51,18 +46,18 @@ class VideoRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     prompt: str
-    negative_prompt: str = ""
-    image: Path | Image.Image | None = None
-    height: Whole | None = None
-    width: Whole | None = None
-    num_frames: Whole | None = None
-    num_inference_steps: Whole | None = None
-    guidance_scale: Real | None = None
-    guidance_scale_2: Real | None = None
-    flow_shift: Real | None = None
-    boundary_ratio: Real | None = None
-    seed: Whole = 0
-    fps: Whole | None = None
+    negative_prompt: Annotated[str, "What it should not show"] = ""
+    image: Annotated[Path | Image.Image | None, "First frame, for models that take one"] = None
+    height: Annotated[Whole | None, "Pixels, on the model's grid"] = None
+    width: Annotated[Whole | None, "Pixels, on the model's grid"] = None
+    num_frames: Annotated[Whole | None, "4k+1"] = None
+    num_inference_steps: Annotated[Whole | None, "Solver steps"] = None
+    guidance_scale: Annotated[Real | None, "Classifier-free guidance, on above 1"] = None
+    guidance_scale_2: Annotated[Real | None, "The low-noise expert's"] = None
+    flow_shift: Annotated[Real | None, "The solver's time shift"] = None
+    boundary_ratio: Annotated[Real | None, "Where the low-noise expert takes over"] = None
+    seed: Annotated[Whole, "Of the noise"] = 0
+    fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
 
     def __init__(self, **fields: Any) -> None:

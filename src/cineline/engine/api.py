@@ -72,15 +72,12 @@ class Engine:
             mini-ti2v.
         parallel: how the model is divided; "auto" lets the planner divide it over this machine's devices, for
             requests of the model's default size.
-        device: "cpu" or "cuda"; None takes cuda where there is one.
-        dtype: of transformers and text encoder; None is float32 on the CPU, bfloat16 elsewhere.
-        vae_dtype: of the VAE.
-        text_encoder: where its layers are kept, see `DeviceConfig`.
+        device: None takes cuda where there is one.
+        dtype: None is float32 on the CPU, bfloat16 elsewhere.
+        vae_dtype, text_encoder, pin_cores, allow_untested_device: as `device` and `dtype`, see `DeviceConfig`.
         in_flight: requests that denoise at once; None fills the line with one to spare.
         trace: write a Chrome trace there on close, where nothing was left undone.
         launcher: start the ranks here, or be rank 0 of a torchrun world.
-        pin_cores: pin rank r to core r (benchmarks).
-        allow_untested_device: try an accelerator other than CUDA, by torch's name for it.
 
     Attributes:
         bytes_read: of weights, by rank.
@@ -98,13 +95,13 @@ class Engine:
         *,
         device: str | None = None,
         dtype: Dtype | None = None,
-        vae_dtype: Dtype = "float32",
-        text_encoder: TextEncoder = "resident",
+        vae_dtype: Dtype = DeviceConfig.vae_dtype,
+        text_encoder: TextEncoder = DeviceConfig.text_encoder,
         in_flight: int | None = None,
         trace: str | Path | None = None,
         launcher: Launcher = "local",
-        pin_cores: bool = False,
-        allow_untested_device: bool = False,
+        pin_cores: bool = DeviceConfig.pin_cores,
+        allow_untested_device: bool = DeviceConfig.allow_untested_device,
     ) -> None:
         device = device or default_device()
         if in_flight is not None and (type(in_flight) is not int or in_flight < 1):

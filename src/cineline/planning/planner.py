@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
-from cineline.core.config import Dtype, ParallelConfig
+from cineline.core.config import DeviceConfig, Dtype, ParallelConfig
 from cineline.core.costs import LineCosts
 from cineline.core.family import PlannedFamily
 from cineline.core.hardware import Device, Link
@@ -37,8 +37,8 @@ class Task:
     Attributes:
         spec: the model. devices: all of them, in the order of the stages. link: between them.
         job: the request. requests: how many such wait at once.
+        in_flight: None for as many as fill the line and fit.
         dtype, vae_dtype: as in `DeviceConfig`.
-        in_flight: requests that denoise at once; None for as many as fill the line and fit.
     """
 
     spec: PlannedFamily
@@ -46,9 +46,9 @@ class Task:
     link: Link
     job: Job
     requests: int = 8
+    in_flight: Annotated[int | None, "Requests that denoise at once"] = None
     dtype: Dtype = "bfloat16"
-    vae_dtype: Dtype = "float32"
-    in_flight: int | None = None
+    vae_dtype: Dtype = DeviceConfig.vae_dtype
 
     def __post_init__(self) -> None:
         for name in ("requests", "in_flight"):

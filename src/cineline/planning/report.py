@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cineline.core.config import Place
+from cineline.core.config import AXES, LEAST, ParallelConfig, Place, texts_of
 from cineline.planning.plan import Plan
 from cineline.planning.planner import Planning, Task
 
@@ -36,16 +36,10 @@ def options_of(plan: Plan, task: Task) -> str:
     words = ['"PROMPT"', *(["--image FILE"] if job.has_image else []), f"--model {task.spec.folder}"]
     words += [f"--height {job.height} --width {job.width} --num-frames {job.num_frames}"]
     words += [f"--num-inference-steps {job.steps} --guidance-scale {job.guidance_scale:g}"]
-    words += [
-        f"--{axis} {size}" for axis in ("pp", "cfg", "ulysses", "ring", "tp") if (size := getattr(axes, axis)) > 1
-    ]
-    if axes.expert_placement == "split":
-        words.append("--expert-placement split")
-    if axes.pp > 1:
-        for name, split in (("split", axes.split), ("text-split", axes.text_split), ("vae-split", axes.vae_split)):
-            if split is not None:
-                words.append(f"--{name} {','.join(map(str, split))}")
-        words.append(f"--vae-decode {axes.vae_decode}")
+    for name in texts_of(ParallelConfig):
+        value = getattr(axes, name)
+        if value != getattr(ParallelConfig, name) and (name in AXES or axes.pp > 1):  # one stage has nothing to split
+            words.append(f"--{name.replace('_', '-')} {','.join(map(str, value)) if name in LEAST else value}")
     words.append(f"--in-flight {plan.in_flight} --dtype {task.dtype} --vae-dtype {task.vae_dtype}")
     return "cineline generate " + " ".join(words)
 
