@@ -18,7 +18,7 @@ from cineline.cli.progress import RequestProgress, make_view
 from cineline.core.config import AXES, DeviceConfig, ParallelConfig
 from cineline.core.output import check_output
 from cineline.core.request import Job, VideoRequest
-from cineline.engine.api import Engine
+from cineline.engine.api import Engine, default_device
 from cineline.engine.hub import MINIS, open_model
 from cineline.engine.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
 from cineline.engine.sink import Sink
@@ -67,7 +67,8 @@ def generate(
     console = Console(stderr=True)
     launch = _launcher(launcher)
     if launch == "torchrun" and torchrun_rank() != 0:
-        sys.exit(serve_torchrun_rank(DeviceConfig(**devices).rank_environment(torchrun_world()[1])))
+        config = DeviceConfig(**{"device": default_device(), **devices})
+        sys.exit(serve_torchrun_rank(config.rank_environment(torchrun_world()[1])))
 
     tasks = _tasks(prompt, requests, fields, Outputs(output, output_dir, save_latents))
     if trace is not None:

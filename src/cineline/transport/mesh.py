@@ -7,7 +7,6 @@ ahead and back may join the same two ranks. What the ranks of one stage do toget
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from datetime import timedelta
 from typing import Any
@@ -32,10 +31,6 @@ JOIN_LIMIT = timedelta(minutes=30)
 
 EDGE_CTAS = 2
 """Thread blocks of NCCL on an edge: one a multiprocessor, each good for some 20 GB/s (not measured here)."""
-
-VISIBLE = "CUDA_VISIBLE_DEVICES"
-
-_CHOICE = "%d ranks on %d devices (%s) talk over %s%s."
 
 
 def open_store(port: int | None, ranks: int) -> TCPStore:
@@ -64,10 +59,11 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 
 
 def identity(device: torch.device) -> str:
-    """What no other device is called, on whichever host and by whatever number a rank sees it."""
-    found = getattr(torch.get_device_module(device), "get_device_properties", lambda _: None)(device)
-    unique = getattr(found, "uuid", None)
-    return str(unique) if unique else f"{socket.gethostname()}/{os.environ.get(VISIBLE, '')}/{device.index}"
+    """What no other device is called, by whatever number a rank sees it (with `CUDA_VISIBLE_DEVICES` all may be 0);
+    where torch tells no UUID the host's name and that number."""
+    ask = getattr(getattr(torch, device.type, None), "get_device_properties", None)
+    unique = getattr(ask(device), "uuid", None) if ask else None
+    return str(unique) if unique else f"{socket.gethostname()}/{device.type}:{device.index}"
 
 
 def pick_backend(device: torch.device, shared: bool) -> tuple[str, bool]:
@@ -78,16 +74,32 @@ def pick_backend(device: torch.device, shared: bool) -> tuple[str, bool]:
     try:
         own = dist.get_default_backend_for_device(device)
     except ValueError:  # torch knows of none
-        own = ""
-    if own and dist.is_backend_available(own) and not shared:
+        own = "gloo"
+    if own != "gloo" and dist.is_backend_available(own) and not shared:
         return own, False
     return "gloo", True
 
 
-def _devices(store: Store, rank: int, ranks: int, device: torch.device) -> list[str]:
-    """Every rank's device, by what each of them says in the store."""
-    store.set(f"cineline/device/{rank}", "cpu" if device.type == "cpu" else identity(device))
-    return [store.get(f"cineline/device/{other}").decode() for other in range(ranks)]
+def choose_backend(store: Store, rank: int, parallel: ParallelConfig, device: torch.device) -> tuple[str, bool]:
+    """What `pick_backend` says once each rank has said in the store which device is its own; rank 0 logs it.
+
+    Raises:
+        InvalidConfig: ranks of a stage would have to go through host memory.
+    """
+    ranks = range(parallel.ranks)
+    store.set(f"cineline/device/{rank}", identity(device))
+    devices = len({store.get(f"cineline/device/{other}") for other in ranks})
+    backend, staged = pick_backend(device, shared=devices < len(ranks))
+    if staged and parallel.lanes > 1:
+        raise InvalidConfig(
+            f"{parallel} needs an accelerator for each rank and its own backend: {len(ranks)} ranks have {devices} "
+            f"here, and talk over {backend}, where only pp and cfg work."
+        )
+    if rank == 0 and device.type != "cpu":
+        way = ", through host memory: each message waits for the device" if staged else ""
+        level = logging.WARNING if staged else logging.INFO
+        log.log(level, "%d ranks on %d devices talk over %s%s.", len(ranks), devices, backend, way)
+    return backend, staged
 
 
 def join(
@@ -108,27 +120,18 @@ def join(
         traffic: where the bytes sent over the edges are counted, by what is sent.
 
     Raises:
-        InvalidConfig: ranks of a stage would have to share an accelerator.
+        InvalidConfig: ranks of a stage would have to go through host memory.
     """
     if parallel.ranks == 1:
         return Edges({}, {}), None
     assert store is not None
-    where, ranks = device.device, parallel.ranks
-    devices = len(set(_devices(store, rank, ranks, where)))
-    backend, staged = pick_backend(where, shared=devices < ranks)
-    if staged and parallel.lanes > 1:
-        raise InvalidConfig(
-            f"{parallel} needs an accelerator for each rank and its own backend: {ranks} ranks have {devices}, "
-            f"and the backend is {backend}, where only pp and cfg work."
-        )
-    if rank == 0:
-        through = ", through host memory" if staged else ""
-        log.log(logging.WARNING if staged else logging.INFO, _CHOICE, ranks, devices, where.type, backend, through)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=WAIT_LIMIT)
-    mesh = init_device_mesh("cpu" if staged else where.type, parallel.sizes, mesh_dim_names=AXES)
+    backend, staged = choose_backend(store, rank, parallel, device.device)
+    where = torch.device("cpu") if staged else device.device
+    dist.init_process_group(backend, store=store, rank=rank, world_size=parallel.ranks, timeout=WAIT_LIMIT)
+    mesh = init_device_mesh(where.type, parallel.sizes, mesh_dim_names=AXES)
     for axis, size in zip(AXES, parallel.sizes, strict=True):
         if size > 1:
-            dist.all_reduce(torch.zeros(1, device="cpu" if staged else where), group=mesh.get_group(axis))
+            dist.all_reduce(torch.zeros(1, device=where), group=mesh.get_group(axis))
     return _open_edges(rank, parallel, device, staged, traffic), mesh
 
 
