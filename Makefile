@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: video gpu test test-products lint types mini mini-ti2v mini-t2v mini-score setup clean
+.PHONY: video gpu test test-plans test-rules test-products lint types mini mini-ti2v mini-t2v mini-score setup clean
 
 ## make a video with the model that ships, on two stages
 video: setup
@@ -19,8 +19,19 @@ gpu: setup
 endif
 
 ## lint, type-check and test
-test: setup lint types
-	$(BIN)/pytest
+test: setup
+	$(MAKE) -j2 --output-sync=target lint types test-plans test-rules
+	$(BIN)/pytest $(addprefix --ignore=,$(PLANS) $(RULES))
+
+# What only computes, in one process on one core, where nothing is timed: two at once. The other tests start ranks.
+PLANS := $(addprefix tests/test_,$(addsuffix .py,costs planner spec structure))
+RULES := $(addprefix tests/test_,$(addsuffix .py,rule scheduler simulator))
+
+test-plans: setup
+	$(BIN)/pytest $(PLANS)
+
+test-rules: setup
+	$(BIN)/pytest $(RULES)
 
 ## all products of parallel axes, on four to eight ranks, of which `test` runs one: minutes more
 test-products: setup

@@ -9,9 +9,14 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
+from functools import cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
+
+import pytest
 
 from cineline.engine import launch
 from cineline.rank import worker
@@ -22,13 +27,14 @@ PRELOADED = [
     "cineline.transport.mesh",
     "diffusers.schedulers",
     "toy_family",
+    "pytest",  # the main module, which each process runs again
+    "frozen",
 ]
 
 FIXED = ("MKL_CBWR", "OMP_NUM_THREADS")
 """What must be set before torch loads."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)
 _start_ranks = launch.start_ranks
 
 
@@ -60,7 +66,17 @@ def start_forked(ranks: int, environment: Mapping[str, str], family: str | None)
     return [_fork(environment) for _ in range(ranks)]
 
 
+@cache
+def _start_server() -> None:
+    """With this process's path in the environment: Python before 3.13 does not pass it, and skips what is missing."""
+    _context.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        forkserver.ensure_running()
+
+
 def _fork(environment: Mapping[str, str]) -> tuple[Connection, ForkedRank]:
+    _start_server()
     ours, theirs = multiprocessing.Pipe()
     loopback = {"GLOO_SOCKET_IFNAME": "lo"}
     process = _context.Process(target=_serve, args=(theirs, {**loopback, **environment}), daemon=True)

@@ -79,27 +79,37 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert ratios(base, arm) == Summary(3.0, 2.0, 4.0)
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def bench_in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "cineline", "bench", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
-def test_schedule_prints_and_writes_its_runs(tmp_path: Path) -> None:
+def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """In this one, each run once, however much others use the machine: a new process and its ranks load for seconds."""
+    monkeypatch.setattr(measure, "OTHERS_LIMIT", float("inf"))
+    monkeypatch.setattr(sys, "argv", ["cineline", "bench", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+
+
+def test_schedule_prints_and_writes_its_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "s.json"
     sizes = ["--stage-ms", "5", "--hidden-mb", "0.1", "--steps", "3", "--runs", "2"]
-    done = bench("schedule", "--pp", "3", "--in-flight", "1,2", *sizes, "--json", str(file))
-    assert done.returncode == 0, done.stderr
+    bench(monkeypatch, "schedule", "--pp", "3", "--in-flight", "1,2", *sizes, "--json", str(file))
     result = json.loads(file.read_text())
     assert {count: len(runs) for count, runs in result["runs"].items()} == {"1": 2, "2": 2}
     assert all(run["seconds"] >= 3 * (3 + 1) * 0.005 for run in result["runs"]["1"])
     assert "torch" in result["machine"]
-    assert "1.50" in done.stdout  # 2MP / (P + 1)
+    assert "1.50" in capsys.readouterr().out  # 2MP / (P + 1)
 
 
 def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
     folder = str(checkpoint(RandomConfig("t2v", seed=3)))
-    done = bench("exact", "--model", folder, "--pp", "2", "--in-flight", "3", "--json", str(file))
+    done = bench_in_a_process("exact", "--model", folder, "--pp", "2", "--in-flight", "3", "--json", str(file))
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(file.read_text())["rows"]
     assert (row["latents"], row["frames"], row["requests"], row["deviation"]) == (3, 3, 3, 0.0)
@@ -114,11 +124,7 @@ def test_line_times_all_arms_in_one_run(
 
     file = tmp_path / "l.json"
     monkeypatch.setattr(LineCase, "requests", small_requests)
-    options = ["--in-flight", "2", "--steps", "2", "--runs", "1", "--json", str(file)]
-    monkeypatch.setattr(sys, "argv", ["cineline", "bench", "line", *options])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
+    bench(monkeypatch, "line", "--in-flight", "2", "--steps", "2", "--runs", "1", "--json", str(file))
     assert json.loads(file.read_text())["runs"]["2"].keys() == {"diffusers", "pp=1", "pp=2"}
     assert "x diffusers" in capsys.readouterr().out
 
