@@ -13,7 +13,8 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from cineline.core.config import ParallelConfig
 from cineline.errors import InvalidConfig
-from cineline.transport.mesh import choose_backend, identity, pick_backend
+from cineline.transport.channel import WAIT_LIMIT
+from cineline.transport.mesh import EDGE_CTAS, choose_backend, edge_options, identity, pick_backend
 
 FIRST = torch.device("cuda", 0)
 
@@ -83,6 +84,14 @@ def test_a_device_that_torch_has_no_backend_for_goes_through_host_memory() -> No
         dist.get_default_backend_for_device("mtia")
     assert pick_backend(torch.device("mtia"), shared=False) == ("gloo", True)
     assert pick_backend(torch.device("mps"), shared=False) == ("gloo", True)
+
+
+def test_an_edge_of_nccl_holds_few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [edge_options(backend) for backend in ("gloo", "xccl")] == [None, None]
+    options = SimpleNamespace(config=SimpleNamespace(max_ctas=32))
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=lambda: options), raising=False)
+    assert edge_options("nccl") is options
+    assert options.config.max_ctas == EDGE_CTAS and options._timeout == WAIT_LIMIT
 
 
 def test_a_device_without_a_uuid_is_known_by_host_and_number() -> None:

@@ -140,7 +140,9 @@ def _open_edges(rank: int, parallel: ParallelConfig, device: DeviceQueue, staged
     incoming: dict[Edge, Receiver] = {}
     outgoing: dict[Edge, Sender] = {}
     for edge in edges_of(parallel):
-        group = dist.new_group([edge.source, edge.target], timeout=WAIT_LIMIT, pg_options=_edge_options())
+        group = dist.new_group(
+            [edge.source, edge.target], timeout=WAIT_LIMIT, pg_options=edge_options(dist.get_backend())
+        )
         if rank not in (edge.source, edge.target):
             continue
         assert isinstance(group, dist.ProcessGroup)
@@ -154,10 +156,10 @@ def _open_edges(rank: int, parallel: ParallelConfig, device: DeviceQueue, staged
     return Edges(incoming, outgoing)
 
 
-def _edge_options() -> Any:
+def edge_options(backend: str) -> Any:
     """NCCL's receives are posted ahead and wait on the device: they are to hold few of its multiprocessors."""
-    if dist.get_backend() != "nccl":
+    if backend != "nccl":
         return None
     options = dist.ProcessGroupNCCL.Options()
-    options.config.max_ctas = EDGE_CTAS
+    options.config.max_ctas, options._timeout = EDGE_CTAS, WAIT_LIMIT
     return options
