@@ -8,14 +8,14 @@ BIN := $(VENV)/bin
 video: setup
 	$(BIN)/cineline generate "a red square moving left on a blue background" --pp 2 --output out.mp4
 
-## what a GPU shows, each step's result written at once; with an interpreter that has all: make gpu GPU_PYTHON=python3
-GPU_FOLDER ?= benchmarks/gpu-results
-ifdef GPU_PYTHON
+## what a GPU shows, each step's result written at once; with an interpreter that has all: make gpu PYTHON=python3
+FOLDER ?= benchmarks/gpu-results
+ifeq ($(origin PYTHON),command line)
 gpu:
-	$(GPU_PYTHON) -m benchmarks.gpu --folder $(GPU_FOLDER)
+	$(PYTHON) -m benchmarks.gpu --folder $(FOLDER)
 else
 gpu: setup
-	$(BIN)/python -m benchmarks.gpu --folder $(GPU_FOLDER)
+	$(BIN)/python -m benchmarks.gpu --folder $(FOLDER)
 endif
 
 ## lint, type-check and test

@@ -109,10 +109,10 @@ def test_schedule_prints_and_writes_its_runs(
 def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
     folder = str(checkpoint(RandomConfig("t2v", seed=3)))
-    done = bench_in_a_process("exact", "--model", folder, "--pp", "2", "--in-flight", "3", "--json", str(file))
+    done = bench_in_a_process("exact", "--model", folder, "--arm", "pp=2", "--in-flight", "3", "--json", str(file))
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(file.read_text())["rows"]
-    assert (row["latents"], row["frames"], row["requests"], row["deviation"]) == (3, 3, 3, 0.0)
+    assert (row["axes"], row["latents"], row["frames"], row["requests"], row["deviation"]) == ("pp=2", 3, 3, 3, 0.0)
 
 
 def test_line_times_all_arms_in_one_run(

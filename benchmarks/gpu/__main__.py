@@ -1,5 +1,7 @@
 """`make gpu`: every step in a process of its own, its result written at once; what is there already is not run again.
 
+Without a GPU all steps run small on the CPU, which shows that they work and nothing else.
+
 python -m benchmarks.gpu [--folder FOLDER] [--only STEP ...]
 """
 
@@ -33,11 +35,11 @@ def run_step(name: str, file: Path) -> None:
     from cineline.bench.report import machine
     from cineline.core.output import whole_file
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(_device())
     kind, _, what = name.partition("-")
     modules = {"bits": bits, "transformer": transformer, "decoder": decoder, "ranks": ranks, "waits": waits}
     facts = machine(device.type) | {"command": f"python -m benchmarks.gpu --only {name}"}
-    result: dict[str, Any] = {"step": name, "machine": facts, "complete": False, "rows": []}
+    result: dict[str, Any] = {"step": name, "device": device.type, "machine": facts, "complete": False, "rows": []}
     begun = time.monotonic()
     rows = partial(modules[kind].measure, what)(device)
     while not result["complete"]:
@@ -66,19 +68,33 @@ def main() -> None:
     if options.inside:
         run_step(options.only[0], options.folder / f"{options.only[0]}.json")
         return
-    failed = [name for name in options.only if not (_complete(options.folder, name) or _run(options.folder, name))]
+    device = _device()
+    if device == "cpu":
+        print("There is no GPU here: every step runs small, on the CPU.", flush=True)
+    found = {
+        name: _complete(options.folder, name, device) or _run(options.folder, name, device) for name in options.only
+    }
+    failed = [name for name, complete in found.items() if not complete]
     (options.folder / "table.md").write_text(table(options.folder))
     print(table(options.folder))
     if failed:
         raise SystemExit(f"not complete: {', '.join(failed)}; the same command goes on from here.")
 
 
-def _complete(folder: Path, name: str) -> bool:
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _complete(folder: Path, name: str, device: str) -> bool:
+    """Whether the step has been done on such a device; what the CPU has done a GPU does again."""
     file = folder / f"{name}.json"
-    return file.exists() and json.loads(file.read_text())["complete"]
+    result = json.loads(file.read_text()) if file.exists() else {}
+    return bool(result.get("complete")) and result["device"] == device
 
 
-def _run(folder: Path, name: str) -> bool:
+def _run(folder: Path, name: str, device: str) -> bool:
     print(f"{name} ...", flush=True)
     path = os.pathsep.join(filter(None, [str(HERE), str(HERE / "src"), os.environ.get("PYTHONPATH")]))
     environment = {"MKL_CBWR": "AUTO", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", **os.environ}
@@ -87,7 +103,7 @@ def _run(folder: Path, name: str) -> bool:
         subprocess.run(command, env={**environment, "PYTHONPATH": path}, cwd=HERE, check=True, timeout=STEP_LIMIT_S)
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         print(error, file=sys.stderr)
-    return _complete(folder, name)
+    return _complete(folder, name, device)
 
 
 def table(folder: Path) -> str:

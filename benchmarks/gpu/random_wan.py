@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cineline.families.pipeline_parallel import StagePart
-from cineline.families.wan import experts, stages, text, vae
+from cineline.families.wan import experts, text, vae
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.spec import WanSpec
@@ -87,7 +87,7 @@ class RandomStages(WanStages):
     def load(self, part: StagePart) -> int:
         for module in (experts, vae, text):
             vars(module)["Weights"] = RandomWeights
-        vars(stages)["Tokenizer"] = RandomTokenizer
+        vars(text)["Tokenizer"] = RandomTokenizer
         return super().load(part)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +25,22 @@ SIZES = [(2, 2, 2), (3, 3, 3), (1, 5, 1)]
 """Height and width in units of the model's grid, latent frames; one row a request. Odd numbers of tokens too:
 the last elements of a tensor may go through other code."""
 
-COLUMNS = ("model", "stages", "in flight", "latents", "frames", "largest difference")
+COLUMNS = ("model", "axes", "in flight", "latents", "frames", "largest difference")
 
 
 @dataclass(frozen=True)
 class Equality:
-    """One cut and number in flight, against diffusers.
+    """One division and number in flight, against diffusers.
 
     Attributes:
+        kind: of model. axes: of the division.
         latents, frames: of how many requests they are equal.
         requests: of how many.
         deviation: largest difference of two latents.
     """
 
     kind: str
-    stages: int
+    axes: str
     in_flight: int
     latents: int
     frames: int
@@ -60,9 +61,14 @@ def folders(model: str | None, temporary: Path) -> list[Path]:
 
 
 def compare(
-    folder: Path, config: DeviceConfig, stages: Iterable[int], in_flight: Sequence[int], tell: Callable[[str], None]
+    folder: Path,
+    config: DeviceConfig,
+    arms: Iterable[ParallelConfig],
+    in_flight: Sequence[int],
+    tell: Callable[[str], None],
 ) -> Iterator[Equality]:
-    """Compare each cut with each number in flight: sizes, guidance and without, images where the model takes them."""
+    """Compare each division with each number in flight: sizes, guidance and without, images where the model takes
+    them."""
     spec = WanSpec.open(folder)
     requests = _requests(spec)
     tell(f"{folder.name}: {len(requests)} requests through diffusers")
@@ -72,19 +78,20 @@ def compare(
             for number, request in enumerate(requests):
                 if (request.image is not None) == with_image:
                     expected[number] = pipeline.latents(request)[0], pipeline.frames(request)
-    for count in stages:
+    for parallel in arms:
         for many in in_flight:
-            tell(f"{folder.name}: pp={count}, {many} in flight")
-            with Engine(spec, ParallelConfig(pp=count), in_flight=many, **asdict(config)) as engine:
+            tell(f"{folder.name}: {parallel}, {many} in flight")
+            with Engine(spec, parallel, in_flight=many, **asdict(config)) as engine:
                 videos = [handle.result(WAIT_LIMIT_S) for handle in [engine.submit(request) for request in requests]]
-            yield _judge(spec.kind, count, many, videos, [expected[number] for number in range(len(videos))])
+            row = Equality(spec.kind, str(parallel), many, 0, 0, len(videos), 0.0)
+            yield _judged(row, videos, [expected[number] for number in range(len(videos))])
 
 
 def rows(found: Iterable[Equality]) -> list[list[str]]:
     """A row of `COLUMNS` each."""
     return [
         [
-            *(row.kind, str(row.stages), str(row.in_flight)),
+            *(row.kind, row.axes, str(row.in_flight)),
             *(f"{equal} of {row.requests}" for equal in (row.latents, row.frames)),
             f"{row.deviation:.1e}",
         ]
@@ -92,17 +99,16 @@ def rows(found: Iterable[Equality]) -> list[list[str]]:
     ]
 
 
-def _judge(
-    kind: str, stages: int, in_flight: int, videos: Sequence[Video], expected: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> Equality:
-    latents = frames = 0
-    deviation = 0.0
-    for video, (their_latents, their_frames) in zip(videos, expected, strict=True):
-        theirs = torch.from_numpy(their_latents)
-        latents += torch.equal(video.latents, theirs)
-        frames += video.frames is not None and np.array_equal(video.frames, their_frames)
-        deviation = max(deviation, float((video.latents - theirs).abs().max()))
-    return Equality(kind, stages, in_flight, latents, frames, len(videos), deviation)
+def _judged(row: Equality, videos: Sequence[Video], expected: Sequence[tuple[np.ndarray, np.ndarray]]) -> Equality:
+    pairs = [
+        (video, torch.from_numpy(latents), frames) for video, (latents, frames) in zip(videos, expected, strict=True)
+    ]
+    return replace(
+        row,
+        latents=sum(torch.equal(video.latents, latents) for video, latents, _ in pairs),
+        frames=sum(video.frames is not None and np.array_equal(video.frames, frames) for video, _, frames in pairs),
+        deviation=max(float((video.latents - latents).abs().max()) for video, latents, _ in pairs),
+    )
 
 
 def _requests(spec: WanSpec) -> list[VideoRequest]:

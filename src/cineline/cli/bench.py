@@ -99,13 +99,17 @@ def exact(
         str | None,
         typer.Option(help="Folder, hub id or mini; a random checkpoint of each kind.", show_default=False),
     ] = None,
-    pp: Annotated[str, typer.Option(help="Stages, such as 1,2.")] = "1,2",
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="How it is divided, such as pp=2 or pp=2,cfg=2; may be repeated; pp=1, pp=2."),
+    ] = None,
     in_flight: InFlight = "1,3",
     devices: Devices,
     json: Json = None,
 ) -> None:
     """What is equal to diffusers bit for bit on this device; exit code 1 where anything is not."""
-    stages, counts = whole_numbers("pp", pp), whole_numbers("in_flight", in_flight)
+    arms = [axes_of("arm", text) for text in arm or ["pp=1", "pp=2"]]
+    counts = whole_numbers("in_flight", in_flight)
     need("accelerate")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads changes bits on the CPU
     config = DeviceConfig(**devices)
@@ -115,7 +119,7 @@ def exact(
     tell = teller()
     with tempfile.TemporaryDirectory() as temporary:
         models = folders(model, Path(temporary))
-        found = [row for folder in models for row in compare(folder, config, stages, counts, tell)]
+        found = [row for folder in models for row in compare(folder, config, arms, counts, tell)]
     report(
         f"Against diffusers on {config.device}, {config.dtype}: how many mixed requests are equal",
         COLUMNS,

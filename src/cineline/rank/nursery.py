@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import importlib
 import os
 import signal
@@ -34,11 +35,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a program that ignores it would take the exit codes
     connection = Connection(options.fd)
+    gc.disable()  # what libraries make while they load stays
     for module in options.load.split(","):
         with contextlib.suppress(Exception):  # a rank that cannot load it says why
             importlib.import_module(module)
         if connection.poll():  # the engine says nothing yet: it is gone
             return
+    gc.freeze()  # else each rank's collections go through all of it, and copy the memory that it shares
+    gc.enable()
     ends = [int(end) for end in options.ranks.split(",")]
     pids = [_fork(connection, end, ends[number + 1 :]) for number, end in enumerate(ends)]
     _watch(connection, pids)
