@@ -1,10 +1,11 @@
 """The simulator's device-queue mode: hosts run ahead of devices, which follow NCCL's rules.
 
 Scripts and scheduler are the product's; a host does what `rank.loop`, `rank.pace` and `transport.channel` do. A device
-has a compute stream, and a communicator for each end of an edge. A message's two ends begin together, each when two
-things are done: what was in the compute stream when its host put it in the queue, and what was in the communicator. A
-receive that is posted is a kernel that waits for its sender. So a host that waits for its whole device, because its
-allocator gives memory back or a kernel is loaded late, waits for senders, too.
+has a compute stream, and a communicator for each end of an edge. A message's two ends begin together, each when what
+was in the communicator is done, and of the compute stream: before a send what was in it when its host put it in the
+queue, before a receive the last reader of its buffer. A receive that is posted is a kernel that waits for its sender.
+So a host that waits for its whole device, because its allocator gives memory back or a kernel is loaded late, waits
+for senders, too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from cineline.schedule.rule import Rule, Scripts, scripts_of
 from cineline.schedule.scheduler import Scheduler
 from cineline.schedule.simulator import Deed
 from cineline.schedule.wire import Clock
-from cineline.schedule.words import RECEIVES_AHEAD, SENDS_UNDERWAY, Compute, Do, Edge, Meet, Post, Script, Send, Wait
+from cineline.schedule.words import SENDS_UNDERWAY, Compute, Do, Edge, Free, Meet, Post, Script, Send, Wait
+from cineline.transport.queue import AcceleratorQueue
 
 Syncs = Callable[[int, int], bool]
 """Whether a rank's host waits for its whole device before its deed of that number."""
@@ -70,6 +72,11 @@ class Queues(Clock):
             happen()
 
 
+def buffers() -> deque[Work | None]:
+    """Of an edge, that nothing has read."""
+    return deque([None] * (AcceleratorQueue.looks_ahead + 1))
+
+
 @dataclass(eq=False)
 class Host:
     """A rank's host, and its ends of its device's queues.
@@ -77,6 +84,7 @@ class Host:
     Attributes:
         at: the item. waits_for: what it does; called: where it has nothing to do.
         compute: the stream's end. ends: of an edge, all that were put in its communicator.
+        free: of an edge's buffers that are not lent, what was in the compute stream when they were given back.
         said: reports of the item at work. underway: marks behind items, with theirs.
     """
 
@@ -90,6 +98,7 @@ class Host:
     waits_for: Work = field(default_factory=lambda: Work("nothing"))
     compute: Work | None = None
     ends: defaultdict[Edge, list[Work]] = field(default_factory=lambda: defaultdict(list))
+    free: defaultdict[Edge, deque[Work | None]] = field(default_factory=lambda: defaultdict(buffers))
     said: list[Deed] = field(default_factory=list)
     underway: deque[tuple[Work, list[Deed]]] = field(default_factory=deque)
 
@@ -106,6 +115,7 @@ class DeviceLine:
         launch_s: each rank's host needs for an item, while the device may compute it already.
         syncs: where a host waits for its whole device.
         waits: a host stops at a Wait until the message is here, as the product's does; else only the device does.
+        looks_ahead: items whose receives are posted, as the product's on an accelerator; elsewhere it looks further.
 
     Attributes:
         makespan_s: to the last request's end. stream: what the scheduler emitted. done: what each rank did, in order.
@@ -119,11 +129,13 @@ class DeviceLine:
         launch_s: Sequence[float],
         syncs: Syncs = lambda rank, deed: False,
         waits: bool = True,
+        looks_ahead: int = AcceleratorQueue.looks_ahead,
     ) -> None:
         self.makespan_s = 0.0
         self.stream: list[Group] = []
         self.done: dict[int, list[Deed]] = {rank: [] for rank in range(profile.parallel.ranks)}
-        self._profile, self._launch_s, self._syncs, self._waits = profile, launch_s, syncs, waits
+        self._profile, self._launch_s, self._syncs = profile, launch_s, syncs
+        self._waits, self._looks_ahead = waits, looks_ahead
         self._jobs = {job.id: job for job in jobs}
         self._unfinished = set(self._jobs)
         self._hosts = [Host(rank) for rank in self.done]
@@ -197,7 +209,7 @@ class DeviceLine:
             self._hear(deed)
 
     def _look_ahead(self, host: Host) -> Iterator[Work]:
-        while len(host.ahead) < RECEIVES_AHEAD:
+        while len(host.ahead) < self._looks_ahead:
             if host.coming:
                 group, script = host.coming.popleft()
                 host.ahead.append((group, script))
@@ -231,6 +243,8 @@ class DeviceLine:
         match deed.action:
             case Post() | Send() as message:
                 self._put(host, message, deed.group.request)
+            case Free(edge):
+                host.free[edge].append(host.compute)
             case Wait(_, item, value):
                 received = self._receives.pop((host.rank, deed.group.request, item, value))
                 if self._waits:
@@ -260,8 +274,15 @@ class DeviceLine:
         work = Work(f"the {value.value} of {slice_name(item)} over {edge}", parties=2)
         work.seconds = self._profile.transfer_s(value, item, self._jobs[request])
         work.met = self._met[edge, len(ends), item, value]
-        ends.append(self._queues.put(work, host.compute, *ends[-1:]))
+        ends.append(self._queues.put(work, self._before(host, message), *ends[-1:]))
         if isinstance(message, Post):
             self._receives[host.rank, request, message.item, value] = work
         elif len(ends) > SENDS_UNDERWAY:
             self._compute(host, Work("sends underway"), ends[-1 - SENDS_UNDERWAY])
+
+    @staticmethod
+    def _before(host: Host, message: Post | Send) -> Work | None:
+        """What a message waits for of the compute stream: a receive for the one that read its buffer before."""
+        if isinstance(message, Post) and not message.value.stays and host.free[message.edge]:
+            return host.free[message.edge].popleft()
+        return host.compute

@@ -41,9 +41,10 @@ def run(
     launch_s: Sequence[float],
     at: set[Place] | None = None,
     waits: bool = True,
+    looks_ahead: int = 1,
 ) -> DeviceLine:
     """With a host that waits for its whole device at each of these places."""
-    return DeviceLine(costs, jobs, in_flight, launch_s, lambda *place: place in (at or ()), waits).run()
+    return DeviceLine(costs, jobs, in_flight, launch_s, lambda *place: place in (at or ()), waits, looks_ahead).run()
 
 
 def computes(line: DeviceLine) -> list[Place]:
@@ -57,13 +58,18 @@ def computes(line: DeviceLine) -> list[Place]:
 
 
 def deadlocks(
-    costs: Costs, jobs: Sequence[Job], in_flight: int, launch_s: Sequence[float], waits: bool = True
+    costs: Costs,
+    jobs: Sequence[Job],
+    in_flight: int,
+    launch_s: Sequence[float],
+    waits: bool = True,
+    looks_ahead: int = 1,
 ) -> list[str]:
     """Of all places at which one host may wait for its device, before it computes."""
     found = []
-    for place in computes(run(costs, jobs, in_flight, launch_s, waits=waits)):
+    for place in computes(run(costs, jobs, in_flight, launch_s, None, waits, looks_ahead)):
         try:
-            run(costs, jobs, in_flight, launch_s, {place}, waits)
+            run(costs, jobs, in_flight, launch_s, {place}, waits, looks_ahead)
         except Deadlock as error:
             found.append(str(error))
     return found
@@ -91,7 +97,7 @@ def test_at_no_place_is_it_a_deadlock(stages: int, in_flight: int) -> None:
 def test_a_tail_that_says_begun_before_its_data_is_here_deadlocks(stages: int, in_flight: int) -> None:
     """The slow host has posted the receive of the next step, for which the whole line waits, when it is at this one."""
     costs = Costs(ParallelConfig(pp=stages), transfers_s=0.01)
-    found = deadlocks(costs, several(in_flight), in_flight, slow_at(1, stages), waits=False)
+    found = deadlocks(costs, several(in_flight), in_flight, slow_at(1, stages), waits=False, looks_ahead=2)
     here, ahead = r"rank 1 at (r\d) step 0 uncond", r"the hidden of \1 step 1 cond over edge ahead 0-1"
     assert any(re.search(rf"{here} waits for its whole device \({ahead}\)", error) for error in found)
 
@@ -120,55 +126,60 @@ def test_at_no_place_of_any_division_is_it_a_deadlock(seed: int) -> None:
         run(costs, jobs, in_flight, launch_s, {place})
 
 
-@pytest.mark.xfail(raises=Deadlock, strict=True, reason="the first line's tail says begun for both lines")
 @pytest.mark.parametrize("slow", [3, 4, 5])
 def test_with_two_lines_at_no_place_is_it_a_deadlock(slow: int) -> None:
-    """The second line's middle is late: it has posted the receive of the next step when it is at this one."""
+    """The first line's tail says begun for both; the second line's middle is late."""
     costs = Costs(ParallelConfig(pp=3, cfg=2), transfers_s=0.01)
-    if found := deadlocks(costs, several(1), 1, slow_at(slow, 6)):
-        raise Deadlock(found[0])
+    assert deadlocks(costs, several(1), 1, slow_at(slow, 6)) == []
+    assert deadlocks(costs, several(1), 1, slow_at(slow, 6), looks_ahead=2)
 
 
-@pytest.mark.xfail(raises=Deadlock, strict=True, reason="what comes next is posted before ranks meet")
 def test_where_ranks_decode_together_at_no_place_is_it_a_deadlock() -> None:
-    """The sender of what a rank has posted is in a collective, for which it waits for that rank."""
+    """With a receive posted ahead, its sender may be in a collective, for which it waits for that rank."""
     costs = Costs(ParallelConfig(pp=3, vae_decode="rows"), chunk_s=1.0, transfers_s=0.01)
     jobs = [job(number, 3, 2, chunks=3) for number in range(2)]
-    if found := deadlocks(costs, jobs, 1, [QUICK] * 3):
-        raise Deadlock(found[0])
+    assert deadlocks(costs, jobs, 1, [QUICK] * 3) == []
+    assert deadlocks(costs, jobs, 1, [QUICK] * 3, looks_ahead=2)
 
 
-@pytest.mark.xfail(raises=Deadlock, strict=True, reason="one has posted what the other has not sent, and the reverse")
-def test_at_all_places_at_once_it_is_no_deadlock() -> None:
-    at_all_places(ParallelConfig(pp=2))
-
-
-def at_all_places(parallel: ParallelConfig) -> None:
+def at_all_places(parallel: ParallelConfig, looks_ahead: int = 1) -> None:
     costs, launch_s = Costs(parallel, chunk_s=1.0, transfers_s=0.01), [QUICK] * parallel.ranks
     jobs = [job(number, 3, 2, chunks=3) for number in range(4)]
-    run(costs, jobs, 3, launch_s, set(computes(run(costs, jobs, 3, launch_s))))
+    places = set(computes(run(costs, jobs, 3, launch_s, looks_ahead=looks_ahead)))
+    run(costs, jobs, 3, launch_s, places, looks_ahead=looks_ahead)
 
 
-def test_where_receives_are_posted_at_an_items_turn_nothing_deadlocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A way out of all of these: what a host waits for was then put in queues for items that are through before it."""
-    monkeypatch.setattr("device_queue.RECEIVES_AHEAD", 1)
+def test_at_all_places_at_once_it_is_no_deadlock() -> None:
+    """Each host waits for its device before every computation, as `torch.accelerator.synchronize` in a loop would."""
     for parallel in (ParallelConfig(pp=2), ParallelConfig(pp=3, cfg=2), ParallelConfig(pp=3, vae_decode="rows")):
         at_all_places(parallel)
-    for seed in range(30):
-        plan = drawn_plan(random.Random(seed))
-        run(*plan, at=set(computes(run(*plan))))
+    with pytest.raises(Deadlock):  # one has posted what the other has not sent, and the reverse
+        at_all_places(ParallelConfig(pp=2), looks_ahead=2)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_hosts_that_wait_anywhere_and_often_do_not_deadlock(seed: int) -> None:
+    """Before whatever they do, all of it, or some of it."""
+    draw = random.Random(seed)
+    plan = drawn_plan(draw)
+    line = run(*plan)
+    places = [(rank, place) for rank, deeds in line.done.items() for place in range(len(deeds))]
+    run(*plan, at=set(places))
+    for share in (0.5, 0.1):
+        run(*plan, at=set(draw.sample(places, int(share * len(places)))))
 
 
 @pytest.mark.parametrize("transfers_s", [0.01, 0.05])
 @pytest.mark.parametrize("launch_s", [0.0, 0.1])
-@pytest.mark.parametrize("stages", [2, 3, 4])
-def test_a_host_that_waits_costs_next_to_nothing(stages: int, launch_s: float, transfers_s: float) -> None:
-    """Of the makespan: 0.11 % at most where the line is full, 0.55 % where a request is alone in it."""
+@pytest.mark.parametrize("stages", [2, 4])
+def test_what_prevents_it_costs_next_to_nothing(stages: int, launch_s: float, transfers_s: float) -> None:
+    """Of the makespan, against hosts that run on and look ahead: 0.20 % at most where the line is full and a message
+    takes 5 % of a computation, 0.12 % where it takes 1 %; a request alone 0.11 %."""
     costs = Costs(ParallelConfig(pp=stages), chunk_s=0.5, text_s=0.5, transfers_s=transfers_s)
-    for in_flight, limit in ((stages // 2 + 2, 0.0015), (1, 0.006)):
-        jobs = [job(number, 6, 2, True, 3) for number in range(2 * in_flight)]
-        waits, runs_on = (run(costs, jobs, in_flight, [launch_s] * stages, waits=waits) for waits in (True, False))
-        assert waits.makespan_s < (1 + limit) * runs_on.makespan_s
+    for in_flight in (stages // 2 + 2, 1):
+        jobs, hosts = [job(number, 40, 2, True, 3) for number in range(2 * in_flight)], [launch_s] * stages
+        freely = run(costs, jobs, in_flight, hosts, waits=False, looks_ahead=2)
+        assert run(costs, jobs, in_flight, hosts).makespan_s < 1.0025 * freely.makespan_s
 
 
 def turns(deeds: Sequence[Deed]) -> list[Deed]:
@@ -179,10 +190,10 @@ def turns(deeds: Sequence[Deed]) -> list[Deed]:
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_hosts_that_take_no_time_do_what_the_simulator_replays(stages: int, in_flight: int) -> None:
-    """The same order; a receive that is posted behind a computation may come a message's time later."""
+    """The same order, in nearly the same time."""
     costs, jobs = Costs(ParallelConfig(pp=stages), transfers_s=0.01), several(in_flight, steps=10)
     found, replayed = run(costs, jobs, in_flight, [0.0] * stages), simulate(costs, jobs, in_flight)
-    assert replayed.makespan_s - 1e-6 < found.makespan_s < replayed.makespan_s + 0.01 + 1e-6
+    assert found.makespan_s == pytest.approx(replayed.makespan_s, rel=1e-3)
     assert tuple(found.stream) == replayed.stream
     assert {rank: turns(deeds) for rank, deeds in found.done.items()} == {
         rank: turns(deeds) for rank, deeds in replayed.done.items()

@@ -18,7 +18,6 @@ from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, S
 from cineline.rank.pace import Pace
 from cineline.schedule.rule import Rule, Scripts, scripts_of
 from cineline.schedule.words import (
-    RECEIVES_AHEAD,
     Action,
     Compute,
     Do,
@@ -106,7 +105,7 @@ class StageLoop:
 
     def _look_ahead(self) -> bool:
         """Post the receives of the next items; waits only when there is nothing to do, false when there never will."""
-        while len(self._ahead) < RECEIVES_AHEAD:
+        while len(self._ahead) < self._device.looks_ahead:
             if self._coming:
                 turn = self._coming.popleft()
                 self._ahead.append(turn)
@@ -143,7 +142,7 @@ class StageLoop:
         posts = [action for action in actions if isinstance(action, Post) and not action.value.stays]
         messages = {(post.edge, self._family.specs(state, post.value, post.item)) for post in posts}
         for edge, specs in sorted(messages, key=lambda message: -sum(spec.nbytes for spec in message[1])):
-            count = RECEIVES_AHEAD + 1 if edge.way is Way.AHEAD else len(self._requests)
+            count = self._device.looks_ahead + 1 if edge.way is Way.AHEAD else len(self._requests)
             self._edges.incoming[edge].reserve(specs, count)
 
     def _execute(self, turn: _Turn) -> None:

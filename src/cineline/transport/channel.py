@@ -20,7 +20,7 @@ import torch.distributed as dist
 from cineline.errors import EdgeBroken
 from cineline.schedule.words import SENDS_UNDERWAY, Edge, Value
 from cineline.transport.axis import Traffic
-from cineline.transport.queue import DeviceQueue
+from cineline.transport.queue import DeviceQueue, Mark
 
 WAIT_LIMIT = timedelta(hours=2)
 """Last limit of a wait for a tensor; a peer's death is noticed through its process long before."""
@@ -146,7 +146,7 @@ class TorchReceiver:
         self._group = group  # used without the wrappers of `dist`, which take a tenth of a millisecond
         self._device = device
         self._staged = staged
-        self._free: list[torch.Tensor] = []
+        self._free: deque[tuple[torch.Tensor, Mark]] = deque()
         self._lent = 0
         self._size = 0
         self._posts = 0
@@ -154,20 +154,20 @@ class TorchReceiver:
 
     def reserve(self, specs: Sequence[TensorSpec], count: int) -> None:
         self._size = max(self._size, _message_size(specs))
-        self._free = [buffer for buffer in self._free if buffer.numel() >= self._size]
+        self._free = deque((buffer, mark) for buffer, mark in self._free if buffer.numel() >= self._size)
         while self._lent + len(self._free) < count:
             self._free.append(self._allocate(self._size))
 
     def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
         size = _message_size(specs)
         if keep:
-            buffer = self._allocate(size)
+            buffer, free = self._allocate(size)
         else:
             assert size <= self._size, "reserve comes first"
-            buffer = self._free.pop() if self._free else self._allocate(self._size)
+            buffer, free = self._free.popleft() if self._free else self._allocate(self._size)
             self._lent += 1
         with _edge(self._peer):
-            work = self._group.recv([buffer[:size]], self._place, 0)
+            work = self._device.receive(lambda: self._group.recv([buffer[:size]], self._place, 0), free)
         self._posts += 1
         return _TorchPending(self, self._posts, work, buffer, tuple(specs), keep)
 
@@ -192,12 +192,13 @@ class TorchReceiver:
         """A buffer that was lent; it goes where a larger one has been asked for since."""
         self._lent -= not pending.kept
         if not pending.kept and pending.buffer.numel() >= self._size:
-            self._free.append(pending.buffer)
+            self._free.append((pending.buffer, self._device.mark()))
 
-    def _allocate(self, size: int) -> torch.Tensor:
+    def _allocate(self, size: int) -> tuple[torch.Tensor, Mark]:
+        """A new buffer; its memory may have been another tensor's, which the device has not done with."""
         if self._staged:
-            return self._device.host_memory(size)
-        return torch.empty(size, dtype=torch.uint8, device=self._device.device)
+            return self._device.host_memory(size), self._device.mark()
+        return torch.empty(size, dtype=torch.uint8, device=self._device.device), self._device.mark()
 
 
 @dataclass(eq=False)

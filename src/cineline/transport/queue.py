@@ -7,11 +7,14 @@ the two is said here, and nowhere in loop, channel and pace.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from cineline.schedule.words import RECEIVES_AHEAD
 
 FAR_MS = 1e5
 """From where on an event's time is reckoned from a nearer one: float32 milliseconds have seven digits."""
@@ -28,6 +31,10 @@ class Mark(Protocol):
         """Wait until the device has got there."""
         ...
 
+    def wait(self) -> None:
+        """Have the current stream wait, and not the host."""
+        ...
+
 
 class TimedMark(Mark, Protocol):
     """A point in the device's queue that remembers when it was passed."""
@@ -42,11 +49,17 @@ class DeviceQueue(Protocol):
 
     Attributes:
         device: it.
+        looks_ahead: items whose receives are posted before their turn, the one whose turn it is included.
         prepares: whether the first use of a kernel may stop it, so that all are used once before requests come.
     """
 
     device: torch.device
+    looks_ahead: int
     prepares: bool
+
+    def receive(self, post: Callable[[], dist.Work], behind: Mark) -> dist.Work:
+        """Post a receive, whose buffer nobody reads any more behind that mark."""
+        ...
 
     def arrived(self, work: dist.Work) -> None:
         """Wait until a receive is here, for nothing else; what is put in the queue from now on may read it."""
@@ -86,7 +99,11 @@ class HostQueue:
     """The CPU, whose queue is always empty."""
 
     device = torch.device("cpu")
+    looks_ahead = RECEIVES_AHEAD
     prepares = False
+
+    def receive(self, post: Callable[[], dist.Work], behind: Mark) -> dist.Work:
+        return post()
 
     def arrived(self, work: dist.Work) -> None:
         work.wait()
@@ -122,6 +139,9 @@ class _Passed:
     def synchronize(self) -> None:
         pass
 
+    def wait(self) -> None:
+        pass
+
     def time_ns(self) -> int:
         return self._time_ns
 
@@ -130,8 +150,15 @@ _PASSED = _Passed()
 
 
 class AcceleratorQueue:
-    """One of torch's accelerators: its current stream, and one beside it, on which the host waits for what comes."""
+    """One of torch's accelerators: its current stream, and one beside it, on which the host waits for what comes.
 
+    A receive that is posted is a kernel that waits for its sender, and whatever makes the host wait for its whole
+    device (an allocator that gives memory back, a kernel that is loaded late) waits for that, too. So none is posted
+    before the item's turn: what a host then waits for is due for items that come before its own, never for a later one.
+    It runs beside the item before all the same, for it is behind nothing but the last reader of its buffer.
+    """
+
+    looks_ahead = 1
     prepares = True
 
     def __init__(self, device: torch.device) -> None:
@@ -148,6 +175,11 @@ class AcceleratorQueue:
         if self.device.type == "cuda":
             return torch.cuda.Event(enable_timing=timed, blocking=True)  # type: ignore[no-untyped-call]
         return torch.Event(self.device, enable_timing=timed)
+
+    def receive(self, post: Callable[[], dist.Work], behind: Mark) -> dist.Work:
+        with torch.Stream(self.device):  # one of torch's pool: NCCL's own waits for what is in it
+            behind.wait()
+            return post()
 
     def arrived(self, work: dist.Work) -> None:
         with self._aside:
@@ -206,6 +238,9 @@ class _TimedEvent:
 
     def synchronize(self) -> None:
         self._event.synchronize()
+
+    def wait(self) -> None:
+        self._event.wait()
 
     def time_ns(self) -> int:
         return self._queue.time_ns(self._event)
