@@ -228,7 +228,7 @@ class TiledDecoder:
         frames, height, width = state.shape[2:]
         scale = self._vae.config.scale_factor_spatial
         if chunk + 1 < frames:
-            return (torch.empty(0, height * scale, width * scale, 3, dtype=torch.uint8),)
+            return (torch.empty(0, height * scale, width * scale, 3, dtype=torch.uint8, device=self._device),)
         return (quantise(self._processor, self._vae.decode(state, return_dict=False)[0]),)
 
     def export(self, state: Tensor) -> Any:
