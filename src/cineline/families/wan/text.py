@@ -101,7 +101,7 @@ class TextSlice:
         given = {"input_ids" if self._is_first else "inputs_embeds": states.to(self._device)}
         made: Tensor = self._stack(attention_mask=mask.to(self._device), **given).last_hidden_state
         if self._is_last:
-            made[:, int(mask.sum()) :] = 0
+            made.masked_fill_(mask.to(self._device).unsqueeze(-1) == 0, 0)
         return made
 
     def release(self) -> None:
