@@ -5,9 +5,9 @@ program does, and what would have gone wrong on a device is found from the order
 are kept:
 
 - vector clocks (Fidge 1988, Mattern 1989) of the host, the streams and the communicators: two accesses to the same
-  memory, one of them a write, that nothing orders are a race. Events order streams and host, a communicator begins after
-  the stream that it was called from, and a wait for its work joins the current stream, as NCCL's does. Host memory
-  that an asynchronous copy uses takes part, and so does memory that is freed while another stream still uses it;
+  memory, one of them a write, that nothing orders are a race. Events order streams and host, a communicator begins
+  after the stream that it was called from, and a wait for its work joins the current stream, as NCCL's does. Host
+  memory that an asynchronous copy uses takes part, and so does memory that is freed while another stream uses it;
 - the host's stops: whatever waits for all that the current stream has to do, with its place in the source;
 - a pretended time: each kernel takes as long as it is told to, the host takes none.
 
@@ -16,17 +16,13 @@ Operators that would need all their tensors on the device refuse others, as CUDA
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
-from weakref import finalize
 
-import numpy as np
 import torch
+from pretended_machine import HOST_MEMORY, MACHINE, Event, Memory, Stream, host_memory, host_reads, place
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,162 +48,6 @@ STOPPING = {
 NO_SCALARS = ("stack", "cat", "mm", "bmm", "addmm", "convolution", "native_layer_norm", "gather", "index_select")
 """Operators that take not even a single number of the host."""
 
-Access = tuple[str, int]
-"""Who, and at what count of their own clock."""
-
-
-@dataclass
-class Actor:
-    """The host, a stream or a communicator: what it does is in order, and it knows what others have done before.
-
-    Attributes:
-        clock: by name, how far it knows of each actor. free_ns: when it will be through with what it has to do.
-    """
-
-    name: str
-    clock: dict[str, int] = field(default_factory=dict)
-    free_ns: int = 0
-
-    def tick(self) -> None:
-        self.clock[self.name] = self.clock.get(self.name, 0) + 1
-
-    def join(self, other: dict[str, int], time_ns: int) -> None:
-        """Go on after all that."""
-        for name, count in other.items():
-            if self.clock.get(name, 0) < count:
-                self.clock[name] = count
-        self.free_ns = max(self.free_ns, time_ns)
-
-    def knows(self, access: Access) -> bool:
-        return self.clock.get(access[0], 0) >= access[1]
-
-
-class Machine:
-    """The host, the device and what was noticed.
-
-    Attributes:
-        current: the stream that the host puts work in. label: what the host is at.
-        kernel_ns, attention_ns: how long a kernel takes on the device.
-        races: in words. stops: of the host, by label and place; stopped: how many.
-        waits: of the host for something that is on its way beside the current stream.
-    """
-
-    def __init__(self) -> None:
-        self.host = Actor("host")
-        self.current = self.default = Actor("compute")
-        self.streams = [self.default]
-        self.label = ""
-        self.kernel_ns, self.attention_ns = 1000, 1000
-        self.races: Counter[str] = Counter()
-        self.stops: Counter[tuple[str, str]] = Counter()
-        self.stopped = self.waits = 0
-
-    def actor(self, name: str) -> Actor:
-        """A new stream or communicator."""
-        self.streams.append(Actor(name))
-        return self.streams[-1]
-
-    def begin(self, actor: Actor) -> None:
-        """The actor gets something more to do, behind what the host knows of."""
-        actor.join(self.host.clock, self.host.free_ns)
-        actor.tick()
-
-    def count(self, what: str) -> None:
-        """A stop of the host."""
-        self.stops[self.label, f"{what} at {_place()}"] += 1
-        self.stopped += 1
-
-    def stop(self, what: str) -> None:
-        """The host waits until the current stream has nothing to do."""
-        self.count(what)
-        self.begin(self.current)
-        self.host.join(self.current.clock, self.current.free_ns)
-
-    def drain(self) -> None:
-        """The host waits for all streams, those that wait for other ranks included."""
-        self.stop("device-wide synchronisation")
-        for stream in self.streams:
-            self.host.join(stream.clock, stream.free_ns)
-
-    def race(self, what: str) -> None:
-        self.races[f"{what} at {_place()}"] += 1
-
-
-MACHINE = Machine()
-
-
-def _place() -> str:
-    """The innermost line of the project's, and where it called a library's."""
-    frame, library = sys._getframe(1), ""
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if "/cineline/" in file:
-            return f"{file.split('/cineline/')[-1]}:{frame.f_code.co_name}{library}"
-        if "site-packages" in file and "/torch/" not in file and not library:
-            library = f" in {file.split('/')[-1]}:{frame.f_code.co_name}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "?"
-
-
-class Memory:
-    """Bytes of the device or of the host, and who used them last.
-
-    Args:
-        owner: the stream that it was allocated for, which may get it again as soon as it is freed; None on the host.
-    """
-
-    def __init__(self, owner: Actor | None) -> None:
-        self.owner = owner
-        self.pinned = False
-        self.lent: set[str] = set()
-        self._written: Access | None = None
-        self._read: dict[str, int] = {}
-
-    def read(self, actor: Actor, what: str) -> None:
-        if self._written is not None and not actor.knows(self._written):
-            MACHINE.race(f"{what} on {actor.name} reads what {self._written[0]} still writes")
-        self._read[actor.name] = actor.clock[actor.name]
-
-    def write(self, actor: Actor, what: str) -> None:
-        for user, count in self._uses():
-            if not actor.knows((user, count)):
-                MACHINE.race(f"{what} on {actor.name} writes what {user} still uses")
-        self._written, self._read = (actor.name, actor.clock[actor.name]), {}
-
-    def _uses(self) -> Iterator[Access]:
-        yield from self._read.items()
-        if self._written is not None:
-            yield self._written
-
-    def __del__(self) -> None:
-        if self.owner is None:
-            return
-        self.owner.join(MACHINE.host.clock, 0)  # as whatever gets this memory next will be put in the queue
-        for access in self._uses():
-            if access[0] not in self.lent and not self.owner.knows(access):
-                MACHINE.race(f"{access[0]} still uses what is freed for {self.owner.name}")
-
-
-_host_memory: dict[int, Memory] = {}
-
-
-def host_memory(tensor: Tensor, known_only: bool = False) -> Memory | None:
-    """Of a tensor of the host, where it takes part in anything that is not done at once."""
-    storage = tensor.untyped_storage()
-    memory = _host_memory.get(storage._cdata)
-    if memory is None and not known_only:
-        memory = _host_memory[storage._cdata] = Memory(None)
-        finalize(storage, _host_memory.pop, storage._cdata, None)
-    return memory
-
-
-def host_reads(tensor: Tensor, what: str) -> None:
-    """The host looks at a tensor of its own."""
-    memory = host_memory(tensor, known_only=True)
-    if memory is not None:
-        MACHINE.host.tick()
-        memory.read(MACHINE.host, what)
-
 
 class DeviceTensor(Tensor):
     """A tensor of the device.
@@ -216,12 +56,12 @@ class DeviceTensor(Tensor):
         inner: its values. memory: shared with its views.
     """
 
-    inner: Tensor
+    inner: Tensor  # type: ignore[assignment]  # a product of vectors has that name in torch
     memory: Memory
 
     @staticmethod
     def __new__(cls, inner: Tensor, memory: Memory) -> DeviceTensor:
-        made: DeviceTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: DeviceTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.size(),
             strides=inner.stride(),
@@ -235,7 +75,9 @@ class DeviceTensor(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]  # torch's says that it is a function
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return dispatch(func, args, kwargs or {})
 
     def untyped_storage(self) -> torch.UntypedStorage:
@@ -250,10 +92,7 @@ class DeviceTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         MACHINE.stop("save")
-        return self.inner.__reduce_ex__(protocol)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"{NAME} {self.inner!r}"
+        return self.inner.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch's
 
 
 def on_device(inner: Tensor, what: str) -> DeviceTensor:
@@ -265,7 +104,7 @@ def on_device(inner: Tensor, what: str) -> DeviceTensor:
 
 def inner(value: Any) -> Any:
     """The same with CPU tensors for those of the device."""
-    if type(value) is DeviceTensor or isinstance(value, DeviceTensor):
+    if isinstance(value, DeviceTensor):
         return value.inner
     if isinstance(value, (list, tuple)):
         return type(value)(map(inner, value))
@@ -336,7 +175,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _on_host(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operator of the host, at once."""
     pinned = kwargs.get("pin_memory")
-    if _host_memory and func.namespace == "aten":  # what communicators do is not the host's
+    if HOST_MEMORY and func.namespace == "aten":  # what communicators do is not the host's
         MACHINE.host.tick()
         for use, tensor in _used(func, args, kwargs):
             if memory := host_memory(tensor, known_only=True):
@@ -386,7 +225,7 @@ def _check_devices(name: str, args: Any, given: list[Tensor]) -> None:
     elif not short.startswith(("copy_", *SHAPES_ONLY)):
         for tensor in hosts:
             if tensor.dim() or short in NO_SCALARS:
-                found = f"{short} is given one of cpu, {list(tensor.shape)}, at {_place()}"
+                found = f"{short} is given one of cpu, {list(tensor.shape)}, at {place()}"
                 raise RuntimeError(f"Expected all tensors to be on the same device, but {found}.")
 
 
@@ -422,9 +261,9 @@ def _wrapped(found: Any, given: dict[int, DeviceTensor], what: str) -> Any:
         return found
     if id(found) in given:
         return given[id(found)]
-    place = found.untyped_storage()._cdata
+    storage = found.untyped_storage()._cdata
     for tensor in given.values():
-        if tensor.inner.untyped_storage()._cdata == place:
+        if tensor.inner.untyped_storage()._cdata == storage:
             return DeviceTensor(found, tensor.memory)
     return on_device(found, what)
 
@@ -434,74 +273,6 @@ class Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return dispatch(func, args, kwargs or {})
-
-
-class Stream:
-    """As `torch.Stream`."""
-
-    def __init__(self, device: Any = None, actor: Actor | None = None) -> None:
-        self.actor = actor or MACHINE.actor(f"stream {len(MACHINE.streams)}")
-        self._before: list[Actor] = []
-
-    def __enter__(self) -> Stream:
-        self._before.append(MACHINE.current)
-        MACHINE.current = self.actor
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        MACHINE.current = self._before.pop()
-
-
-class Event:
-    """As `torch.Event`."""
-
-    def __init__(self, device: Any = None, enable_timing: bool = False) -> None:
-        self._timed = enable_timing
-        self._actor = MACHINE.current
-        self._clock: dict[str, int] = {}
-        self._time_ns = 0
-
-    def record(self, stream: Stream | None = None) -> None:
-        actor = stream.actor if stream else MACHINE.current
-        MACHINE.begin(actor)
-        self._actor, self._clock, self._time_ns = actor, dict(actor.clock), actor.free_ns
-
-    def wait(self, stream: Stream | None = None) -> None:
-        actor = stream.actor if stream else MACHINE.current
-        MACHINE.begin(actor)
-        actor.join(self._clock, self._time_ns)
-
-    def synchronize(self) -> None:
-        if self._actor is MACHINE.default:
-            MACHINE.count("wait for a mark")
-        else:
-            MACHINE.waits += 1
-        self._pass()
-
-    def query(self) -> bool:
-        passed = self._time_ns <= MACHINE.host.free_ns
-        if passed:
-            self._pass()
-        return passed
-
-    def _pass(self) -> None:
-        """The host knows that the device has got here."""
-        MACHINE.host.join(self._clock, self._time_ns)
-
-    def elapsed_time(self, end: Event) -> float:
-        """Milliseconds in single precision, as CUDA has them."""
-        assert self._timed and end._timed and self.query() and end.query(), "the device has not got there"
-        return float(np.float32((end._time_ns - self._time_ns) / 1e6))
-
-
-@contextmanager
-def labelled(label: str) -> Iterator[None]:
-    """What the host is at, for its stops."""
-    before, MACHINE.label = MACHINE.label, label
-    try:
-        yield
-    finally:
-        MACHINE.label = before
 
 
 def install(index: int, devices: int) -> None:

@@ -8,7 +8,6 @@ import signal
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,17 +17,21 @@ import pretended_device as device
 import torch
 import torch.distributed as dist
 from forked_ranks import ForkedRank, _context
-from pretended_device import MACHINE, DeviceTensor, host_memory, inner, labelled
+from pretended_device import DeviceTensor, inner
+from pretended_faults import FAULTS
+from pretended_machine import MACHINE, Actor, host_memory, labelled
 from torch import Tensor
 
 from cineline.rank import worker
 from cineline.rank.loop import StageLoop
 from cineline.schedule.words import Compute, Do, Send, Wait
 from cineline.transport import queue
-from cineline.transport.channel import TorchReceiver
 
 BACKEND = "pretended"
 POINT_TO_POINT = ("send", "recv")
+BETWEEN = "between items"
+"""What the host is at when nothing else is said."""
+
 COLLECTIVES = ("allreduce", "allgather", "alltoall_base", "broadcast")
 
 
@@ -110,7 +113,7 @@ def _serve(connection: Connection, environment: Mapping[str, str], pretence: Pre
             report = Report(MACHINE.races, MACHINE.stops, dict(counts))
             (pretence.folder / f"{rank}.report").write_bytes(pickle.dumps(report))
 
-    worker._serve = serve_pretending
+    setattr(worker, "_serve", serve_pretending)  # noqa: B010 (as a process's own)
     worker.serve(connection)
 
 
@@ -122,7 +125,7 @@ class PretendedWork:
         sent_ns: behind a receive, when the message was sent.
     """
 
-    def __init__(self, works: Sequence[dist.Work], actor: device.Actor, kept: Any, sent_ns: Tensor | None) -> None:
+    def __init__(self, works: Sequence[dist.Work], actor: Actor, kept: Any, sent_ns: Tensor | None) -> None:
         self._works, self._actor, self._kept, self._sent_ns = works, actor, kept, sent_ns
         self._clock = dict(actor.clock)
         self._time_ns = actor.free_ns
@@ -157,9 +160,9 @@ def _communicate(pretence: Pretence) -> None:
 
     if pretence.way == "nccl":
         dist.Backend.register_backend(BACKEND, make, devices=[device.NAME, "cpu"])
-    actors: dict[int, device.Actor] = {}
+    actors: dict[int, Actor] = {}
 
-    def begin(group: Any, tensors: Sequence[Tensor], written: Sequence[Tensor], what: str) -> device.Actor:
+    def begin(group: Any, tensors: Sequence[Tensor], written: Sequence[Tensor], what: str) -> Actor:
         own = {isinstance(tensor, DeviceTensor) for tensor in tensors}
         assert own == {pretence.way == "nccl"}, f"{what} of tensors of another device than the backend's"
         actor = actors.setdefault(id(group), MACHINE.actor(f"communicator {len(actors)}"))
@@ -182,7 +185,7 @@ def _communicate(pretence: Pretence) -> None:
         setattr(dist.ProcessGroup, name, _collective(name, getattr(dist.ProcessGroup, name), begin))
 
 
-def _message(name: str, call: Any, begin: Callable[..., device.Actor], message_ns: int) -> Any:
+def _message(name: str, call: Any, begin: Callable[..., Actor], message_ns: int) -> Any:
     """`send` or `recv`: beside each message another one says when it was sent."""
 
     def message(group: Any, tensors: list[Tensor], peer: int, tag: int) -> PretendedWork:
@@ -194,7 +197,7 @@ def _message(name: str, call: Any, begin: Callable[..., device.Actor], message_n
     return message
 
 
-def _collective(name: str, call: Any, begin: Callable[..., device.Actor]) -> Any:
+def _collective(name: str, call: Any, begin: Callable[..., Actor]) -> Any:
     def collective(group: Any, first: Any, *others: Any) -> PretendedWork:
         tensors = list(device.tensors_in((first, *others)))
         written = list(device.tensors_in((first,)))
@@ -209,7 +212,7 @@ def _collective(name: str, call: Any, begin: Callable[..., device.Actor]) -> Any
 
 def _name_the_work(counts: dict[str, Counter[tuple[int, int]]]) -> None:
     """Count the stops of admissions and of actions by what they are."""
-    admit, act = StageLoop._admit, StageLoop._act
+    run, admit, act = StageLoop.run, StageLoop._admit, StageLoop._act
 
     def counted(label: str, call: Callable[..., None], *args: Any) -> None:
         stopped, waits = MACHINE.stopped, MACHINE.waits
@@ -227,6 +230,11 @@ def _name_the_work(counts: dict[str, Counter[tuple[int, int]]]) -> None:
         else:
             act(self, turn, action)
 
+    def labelled_run(self: StageLoop) -> None:
+        with labelled(BETWEEN):
+            run(self)
+
+    StageLoop.run = labelled_run  # type: ignore[method-assign]
     StageLoop._admit = labelled_admit  # type: ignore[method-assign]
     StageLoop._act = labelled_act  # type: ignore[method-assign]
 
@@ -251,102 +259,3 @@ def _label(item: Any, action: Any) -> str:
         case Do.DONE | Do.MOVES:
             return "REPORT"
     return ""
-
-
-# Faults.
-
-
-def _no_join() -> None:
-    """A receive's wait is not made known to the compute stream."""
-
-    def arrived(self: queue.AcceleratorQueue, work: dist.Work) -> None:
-        with self._aside:
-            work.wait()
-
-    queue.AcceleratorQueue.arrived = arrived  # type: ignore[method-assign]
-
-
-def _one_buffer() -> None:
-    """All receives of an edge go into the same memory."""
-    allocate = TorchReceiver._allocate
-
-    def shared(self: Any, size: int) -> Tensor:
-        known = vars(self).setdefault("only", None)
-        if known is None or known.numel() < size:
-            self.only = allocate(self, size)
-        only: Tensor = self.only
-        return only
-
-    TorchReceiver._allocate = shared  # type: ignore[method-assign]
-
-
-def _tensor_of_the_host() -> None:
-    """Rotary embeddings that were left on the host reach a block."""
-    from cineline.families.wan.stages import WanStages
-
-    admit = WanStages.admit
-
-    def admit_with_host_rotary(self: WanStages, *args: Any) -> Any:
-        state = admit(self, *args)
-        state.rotary = state.rotary[0].cpu(), state.rotary[1].cpu()
-        return state
-
-    WanStages.admit = admit_with_host_rotary  # type: ignore[method-assign]
-
-
-def _read_in_a_forward() -> None:
-    from cineline.families.wan.experts import Experts
-
-    run = Experts.run
-
-    @wraps(run)
-    def run_and_look(self: Experts, *args: Any) -> Tensor:
-        hidden = run(self, *args)
-        assert hidden.isfinite().all()
-        return hidden
-
-    Experts.run = run_and_look  # type: ignore[method-assign]
-
-
-def _synchronise_the_device() -> None:
-    execute = StageLoop._execute
-
-    @wraps(execute)
-    def execute_and_wait(self: StageLoop, turn: Any) -> None:
-        execute(self, turn)
-        torch.accelerator.synchronize()
-
-    StageLoop._execute = execute_and_wait  # type: ignore[method-assign]
-
-
-def _give_up_early() -> None:
-    """Host memory is given back while the device still copies from it."""
-
-    def to_device(self: queue.AcceleratorQueue, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, non_blocking=True)
-
-    queue.AcceleratorQueue.to_device = to_device  # type: ignore[method-assign]
-
-
-def _send_early() -> None:
-    """A copy to the host is sent, or reported, before it is there."""
-    queue.AcceleratorQueue.mark = lambda self: queue._PASSED  # type: ignore[method-assign]
-
-
-def _free_early() -> None:
-    """Memory of the stream beside is not said to be used by the compute stream."""
-    DeviceTensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
-
-
-FAULTS: dict[str, Callable[[], None]] = {
-    "": lambda: None,
-    "no join on wait": _no_join,
-    "one receive buffer": _one_buffer,
-    "tensor of the host in a block": _tensor_of_the_host,
-    "host read in a forward": _read_in_a_forward,
-    "device-wide synchronisation": _synchronise_the_device,
-    "host memory used again early": _give_up_early,
-    "host memory sent early": _send_early,
-    "host memory reported early": _send_early,
-    "memory freed early": _free_early,
-}

@@ -19,7 +19,7 @@ import pytest
 import torch
 from oracle import Checkpoint
 from PIL import Image
-from pretended_ranks import Pretence, Report, reports_in
+from pretended_ranks import BETWEEN, Pretence, Report, reports_in
 
 from cineline import Engine, ParallelConfig, RankFailed, RequestCancelled, Video, VideoRequest
 from cineline.engine import api, launch
@@ -149,6 +149,9 @@ SENDS = {"nccl": (0,), "staged": (1,)}
 RECEIVES = {"nccl": (1,), "staged": (2,)}
 """How often the host waits for a message and nothing else: for it, and staged for its copy to the device."""
 
+PACE = "wait for a mark at rank/pace.py:_settle_oldest"
+"""Where the host stops between items."""
+
 EXACT = ("pp", "cfg", "expert_placement")
 """Axes that leave the CPU's bits as they are, whatever the sizes: a single rank's are what they are compared with."""
 
@@ -208,6 +211,7 @@ def assert_synchronisations(case: Case, way: str, reports: Sequence[Report]) -> 
     places = sorted(f"{label}: {place}" for report in reports for label, place in report.stops)
     assert stops == {label: (sends | of_items).get(label, (0,)) for label in stops}, places
     assert waits == {label: receives.get(label, (0,)) for label in waits}
+    assert {place for report in reports for label, place in report.stops if label == BETWEEN} <= {PACE}
 
 
 def assert_as_on_the_cpu(videos: Sequence[Video], wanted: Sequence[Video]) -> None:
@@ -304,10 +308,13 @@ def test_a_race_is_found(fault: str, way: str, found: str, checkpoint: Checkpoin
     assert any(found in race for race in races), races
 
 
-@pytest.mark.parametrize("fault", ["host read in a forward", "device-wide synchronisation"])
-def test_a_stop_is_found(fault: str, checkpoint: Checkpoint, pretending: Pretend) -> None:
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [("host read in a forward", "DENOISE"), ("device-wide synchronisation", "device-wide synchronisation at")],
+)
+def test_a_stop_is_found(fault: str, found: str, checkpoint: Checkpoint, pretending: Pretend) -> None:
     reports = with_fault(fault, "nccl", checkpoint, pretending)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=found):
         assert_synchronisations(Case("", "ti2v"), "nccl", reports)
 
 
