@@ -42,7 +42,7 @@ def measure(model: str, device: torch.device) -> Iterator[dict[str, Any]]:
 def _diffusers(spec: RandomSpec, latents: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
     forget(device)
     model, _ = load_half(spec.folder, DECODER, torch.float32, device)
-    mean, inverse_std = statistics(model.config, latents)
+    mean, inverse_std = statistics(model.config, latents.dtype, latents.device)
     frames: list[torch.Tensor] = []
 
     def decode() -> None:

@@ -178,8 +178,8 @@ class TorchReceiver:
             while self._dropped and self._dropped[0].number < pending.number:
                 self._dropped[0].work.wait()
                 self._take_back(self._dropped.popleft())
-        tensors = _unpack(pending.buffer, pending.specs)
-        return tuple(self._device.to_device(tensor) for tensor in tensors) if self._staged else tensors
+        message = pending.buffer[: _message_size(pending.specs)]
+        return _unpack(self._device.to_device(message) if self._staged else message, pending.specs)
 
     def release(self, pending: _TorchPending) -> None:
         """Take its buffer back, later if its message is not here."""

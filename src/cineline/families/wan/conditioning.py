@@ -154,19 +154,24 @@ def _time_rows(embedder: Any, timesteps: Tensor, dtype: torch.dtype, per_token: 
 
 
 def _distinct_rows(rows: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """The places [slots] of the first rows that differ in any bit, and each row's number among them, uint8 [S]."""
+    """The places [slots] of the first rows that differ in any bit, and each row's number among them, uint8 [S].
+
+    The host looks at the device once for each of them.
+    """
     rows = rows.view(torch.int32 if rows.dtype == torch.float32 else torch.int16)
-    number = torch.full(rows.shape[:1], slots, dtype=torch.uint8, device=rows.device)
-    places = torch.zeros(slots, dtype=torch.int64, device=rows.device)
+    count = rows.shape[0]
+    number = torch.zeros(count, dtype=torch.uint8, device=rows.device)
+    left = torch.ones(count, dtype=torch.bool, device=rows.device)
+    everywhere = torch.arange(count, device=rows.device)
+    places, place = torch.zeros(slots, dtype=torch.int64, device=rows.device), 0
     for slot in range(slots):
-        left = (number == slots).nonzero()
-        if not len(left):
+        places[slot] = place
+        alike = left & (rows == rows[place]).all(dim=1)
+        number.masked_fill_(alike, slot)
+        left &= ~alike
+        place = int(torch.where(left, everywhere, count).amin())
+        if place == count:
             break
-        places[slot] = left[0, 0]
-        alike = (rows == rows[left[0, 0]]).all(dim=1)
-        number[alike & (number == slots)] = slot
     else:
-        if (number == slots).any():
-            log.warning("The time embedding has more than %d distinct rows: bits may differ from diffusers'.", slots)
-            number[number == slots] = 0
+        log.warning("The time embedding has more than %d distinct rows: bits may differ from diffusers'.", slots)
     return places, number

@@ -93,6 +93,7 @@ class DecoderSlice:
         self.config = vae.config
         self._dtype = dtype
         self._device = device
+        self._statistics = statistics(vae.config, dtype, device)
         self._processor = VideoProcessor(vae_scale_factor=vae.config.scale_factor_spatial)
         self._activation = vae.decoder.nonlinearity
         self._modules: dict[str, nn.Module] = {}
@@ -117,7 +118,7 @@ class DecoderSlice:
         """Begin a request, with its final latents [1, C, F', H', W'] where the slice takes them."""
         if latents is not None:
             latents = latents.to(self._device, self._dtype)
-            mean, inverse_std = statistics(self.config, latents)
+            mean, inverse_std = self._statistics
             latents = self._modules["post_quant_conv"](latents / inverse_std + mean)
         return SliceState(latents, [None] * self._convolutions)
 
@@ -214,19 +215,20 @@ class TiledDecoder:
         self._vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
         self._dtype = dtype
         self._device = device
+        self._statistics = statistics(self._vae.config, dtype, device)
         self._processor = VideoProcessor(vae_scale_factor=self._vae.config.scale_factor_spatial)
 
     def start(self, latents: Tensor | None) -> Tensor:
         assert latents is not None
         latents = latents.to(self._device, self._dtype)
-        mean, inverse_std = statistics(self._vae.config, latents)
+        mean, inverse_std = self._statistics
         return latents / inverse_std + mean
 
     def run(self, state: Tensor, chunk: int, received: Tensors = ()) -> Tensors:
         frames, height, width = state.shape[2:]
         scale = self._vae.config.scale_factor_spatial
         if chunk + 1 < frames:
-            return (torch.empty(0, height * scale, width * scale, 3, dtype=torch.uint8),)
+            return (torch.empty(0, height * scale, width * scale, 3, dtype=torch.uint8, device=self._device),)
         return (quantise(self._processor, self._vae.decode(state, return_dict=False)[0]),)
 
     def export(self, state: Tensor) -> Any:

@@ -53,8 +53,11 @@ class DecoderPart:
         """Final latents [1, C, F', H', W'], where a decode begins; by rows that is on every stage."""
         if not self._part.parallel.decodes_together:
             return state.final_latents()
-        latents = state.final_latents() if self._part.is_tail else torch.empty(state.latent_shape)
-        return self._part.axis("pp").broadcast(latents.to(self._part.device), self._part.parallel.pp - 1)
+        if self._part.is_tail:
+            latents = state.final_latents()
+        else:
+            latents = torch.empty(state.latent_shape, device=self._part.device)
+        return self._part.axis("pp").broadcast(latents, self._part.parallel.pp - 1)
 
     def export(self, state: WanState) -> Any:
         """A copy of the decode under way; None where there is none."""

@@ -63,8 +63,10 @@ def make_steps(solver: Any, job: WanJob) -> list[Step]:
     """Timestep, expert and guidance of every step (as in diffusers' `WanPipeline.__call__`)."""
     boundary = None if job.boundary_ratio is None else job.boundary_ratio * solver.config.num_train_timesteps
     steps = []
-    for timestep in solver.timesteps:
-        expert = 0 if boundary is None or timestep >= boundary else 1
+    # The host compares its own copy: each look at one of an accelerator's would wait for all that is in its queue.
+    compared = solver.timesteps if boundary is None else solver.timesteps.cpu()
+    for timestep, known in zip(solver.timesteps, compared, strict=True):
+        expert = 0 if boundary is None or known >= boundary else 1
         guidance = job.guidance_scale if expert == 0 else job.guidance_scale_2
         assert guidance is not None
         steps.append(Step(timestep, expert, guidance))

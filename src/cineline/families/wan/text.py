@@ -67,6 +67,7 @@ class TextSlice:
         dtype, device: of the weights, and `home` where they are kept.
 
     Attributes:
+        device: where it runs.
         bytes_read: of the weights, so far.
     """
 
@@ -84,7 +85,7 @@ class TextSlice:
         self._layers = layers
         self._is_first, self._is_last = is_first, is_last
         self._dtype = dtype
-        self._device = torch.device("cpu") if home == "cpu" else device
+        self.device = torch.device("cpu") if home == "cpu" else device
         self._reloads = home == "reload"
         self._stack: Any = None
         self.bytes_read = 0
@@ -98,10 +99,11 @@ class TextSlice:
         """
         if self._stack is None:
             self._load()
-        given = {"input_ids" if self._is_first else "inputs_embeds": states.to(self._device)}
-        made: Tensor = self._stack(attention_mask=mask.to(self._device), **given).last_hidden_state
+        states, mask = states.to(self.device), mask.to(self.device)
+        given = {"input_ids" if self._is_first else "inputs_embeds": states}
+        made: Tensor = self._stack(attention_mask=mask, **given).last_hidden_state
         if self._is_last:
-            made[:, int(mask.sum()) :] = 0
+            made.masked_fill_(mask.unsqueeze(-1) == 0, 0)
         return made
 
     def release(self) -> None:
@@ -131,7 +133,7 @@ class TextSlice:
             stack.final_layer_norm = nn.Identity()
         stored = {name: f"encoder.{self._stored_name(name)}" for name in stack.state_dict()}
         stored = {name: aliases.get(whole_name, whole_name) for name, whole_name in stored.items()}
-        weights.load(stack, self._dtype, self._device, aliases=stored)
+        weights.load(stack, self._dtype, self.device, aliases=stored)
         self.bytes_read += weights.bytes_read
         self._stack = stack
 
@@ -166,6 +168,7 @@ class TextPart:
         """The prompt of the item's branch; behind the last layers it is an embedding."""
         assert self._slice is not None
         states, mask = self._tokens(state, item.branch) if starts else state.take_hidden()
+        mask = mask.to(self._slice.device)  # once, for the slice and for those behind it
         states = self._slice.run(states, mask).to(self._part.device)
         if item.branch is self._part.branches(state.job)[-1]:
             self._slice.release()

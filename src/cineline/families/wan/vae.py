@@ -38,11 +38,14 @@ def load_half(folder: Path, keep: tuple[str, ...], dtype: torch.dtype, device: t
     return vae, weights.bytes_read
 
 
-def statistics(config: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1 / standard deviation of the latents' channels, [1, C, 1, 1, 1], by the VAE's config."""
+def statistics(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and 1 / standard deviation of the latents' channels, [1, C, 1, 1, 1], by the VAE's config.
+
+    For loading: an accelerator stops for numbers that come from the host.
+    """
     shape = (1, config.z_dim, 1, 1, 1)
-    mean = torch.tensor(config.latents_mean).view(shape).to(latents.device, latents.dtype)
-    std = torch.tensor(config.latents_std).view(shape).to(latents.device, latents.dtype)
+    mean = torch.tensor(config.latents_mean).view(shape).to(device, dtype)
+    std = torch.tensor(config.latents_std).view(shape).to(device, dtype)
     return mean, 1.0 / std
 
 
@@ -57,6 +60,7 @@ class ImageEncoder:
         self._vae, self.bytes_read = load_half(folder, ENCODER, dtype, device)
         self._dtype = dtype
         self._device = device
+        self._statistics = statistics(self._vae.config, torch.float32, device)
         self._processor = VideoProcessor(vae_scale_factor=self._vae.config.scale_factor_spatial)
 
     def encode(self, image: Image.Image, height: int, width: int, num_frames: int) -> torch.Tensor:
@@ -69,6 +73,6 @@ class ImageEncoder:
         rest = first.new_zeros(1, first.shape[1], num_frames - 1, height, width)
         clip = torch.cat([first, rest], dim=2).to(self._dtype)
         latents = self._vae.encode(clip).latent_dist.mode().to(torch.float32)
-        mean, inverse_std = statistics(self._vae.config, latents)
+        mean, inverse_std = self._statistics
         normalised: torch.Tensor = (latents - mean) * inverse_std
         return normalised
