@@ -34,11 +34,11 @@ def _one_buffer() -> None:
     """All receives of an edge go into the same memory."""
     allocate = TorchReceiver._allocate
 
-    def shared(self: Any, size: int) -> Tensor:
+    def shared(self: Any, size: int) -> tuple[Tensor, queue.Mark]:
         known = vars(self).setdefault("only", None)
-        if known is None or known.numel() < size:
+        if known is None or known[0].numel() < size:
             self.only = allocate(self, size)
-        only: Tensor = self.only
+        only: tuple[Tensor, queue.Mark] = self.only
         return only
 
     TorchReceiver._allocate = shared  # type: ignore[method-assign]
