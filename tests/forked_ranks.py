@@ -5,6 +5,7 @@ What is tested is the same but for the start itself, which the tests of engine a
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -86,6 +87,7 @@ def _fork(environment: Mapping[str, str]) -> tuple[Connection, ForkedRank]:
 
 
 def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
+    gc.freeze()  # the libraries' objects stay: collections while a model is built would go through them all
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(environment)

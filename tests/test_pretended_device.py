@@ -36,7 +36,7 @@ class Case:
 
     Attributes:
         axes: of `ParallelConfig`. options: of `Engine`. pretence: of `Pretence`.
-        image: whether there is a first frame. guided: whether there are two branches. size: cells of the grid a side.
+        image: whether there is a first frame. guided: whether there are two branches.
         stops: where they are not those of `STOPS`.
     """
 
@@ -47,12 +47,11 @@ class Case:
     pretence: dict[str, Any] = field(default_factory=dict)
     image: bool = False
     guided: bool = True
-    size: int = 2
     frames: int = 5
     stops: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def requests(self, count: int = 2) -> list[VideoRequest]:
-        side = self.size * (32 if self.kind == "ti2v" else 16)
+        side = 64 if self.kind == "ti2v" else 32
         pixels = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
         return [
             VideoRequest(
@@ -86,7 +85,7 @@ CASES = [
     Case("split experts", "t2v", {"pp": 2, **SPLIT}, pretence=REHEARSED),
     Case("image and experts", "i2v", {"pp": 2}, image=True),
     Case("image and split experts", "i2v", {"pp": 3, **SPLIT}, image=True),
-    Case("ulysses", "ti2v", {"ulysses": 2}, size=4, pretence=REHEARSED),
+    Case("ulysses", "ti2v", {"ulysses": 2}),
     Case("ring", "ti2v", {"ring": 2}),
     Case("tensor parallel", "i2v", {"tp": 2}, image=True, stops={"ENCODE only": (0, 1)}),
     Case("by rows", "t2v", {"pp": 2, "vae_decode": "rows"}, pretence=REHEARSED),
@@ -187,7 +186,7 @@ def expected(folder: Path, case: Case) -> list[Video]:
     """The CPU's videos, made once for all cases that are to be alike."""
     together = case.axes.get("vae_decode") == "rows"
     axes = {name: value for name, value in case.axes.items() if together or name not in EXACT}
-    key = repr((folder, axes, case.options, case.image, case.guided, case.size, case.frames))
+    key = repr((folder, axes, case.options, case.image, case.guided, case.frames))
     if key not in _known:
         _known[key] = run(folder, axes, case.requests(), device="cpu", **case.options)
     return _known[key]
@@ -283,7 +282,7 @@ def test_a_trace_has_the_device_s_times(
 
 
 def with_fault(fault: str, way: str, checkpoint: Checkpoint, pretending: Pretend) -> list[Report]:
-    case = Case(fault, "ti2v", {"pp": 2}, frames=9)
+    case = Case(fault, "ti2v", {"pp": 2})
     pretence = pretending(fault=fault, way=way)
     run(checkpoint(RandomConfig("ti2v", heads=4)), case.axes, case.requests(), device="pretend")
     reports = reports_in(pretence.folder)
