@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import WanTransformer3DModel
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from oracle import Checkpoint
 from PIL import Image
 
@@ -19,7 +24,7 @@ from cineline import CheckpointError, InvalidRequest, VideoRequest
 from cineline.engine.hub import open_model
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
-from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.spec import TRANSFORMER_DEFAULTS, WanSpec
 
 Copy = Callable[[WanKind], Path]
 
@@ -144,6 +149,43 @@ def test_a_field_that_breaks_a_rule_is_refused_with_value_rule_and_remedy(
         assert word in str(refused.value)
 
 
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_experts_may_be_written_by_different_versions(data: st.DataObject, checkpoint: Checkpoint) -> None:
+    """A config may leave a default out, name it, or say null for it, and have keys that diffusers' class ignores."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "t2v"
+        shutil.copytree(checkpoint(RandomConfig("t2v", seed=3)), folder)
+        expected = WanSpec.open(folder)
+        path = folder / data.draw(st.sampled_from(["transformer", "transformer_2"])) / "config.json"
+        config = json.loads(path.read_text())
+        for name, default in TRANSFORMER_DEFAULTS.items():
+            if config.get(name, default) in (default, None):
+                written = data.draw(st.sampled_from(["default", "null", "nothing"]))
+                config |= {name: default if written == "default" else None}
+                if written == "nothing":
+                    del config[name]
+        config["a_key_of_a_later_version"] = data.draw(st.none() | st.integers())
+        path.write_text(json.dumps(config))
+        found = WanSpec.open(folder)
+        assert (found.layers, found.grid, found.kind) == (expected.layers, expected.grid, expected.kind)
+        assert {name: found.transformer[name] for name in TRANSFORMER_DEFAULTS} == dict(expected.transformer)
+
+
+def test_the_transformers_defaults_are_diffusers() -> None:
+    parameters = inspect.signature(WanTransformer3DModel.__init__).parameters
+    theirs = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+    assert theirs | {"patch_size": list(theirs["patch_size"])} == TRANSFORMER_DEFAULTS
+
+
+def test_the_original_repositorys_layout_is_refused_with_the_remedy(copy: Copy) -> None:
+    folder = copy("t2v")
+    (folder / "model_index.json").unlink()
+    (folder / "diffusion_pytorch_model-00001-of-00003.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="whose name ends with -Diffusers"):
+        open_model(folder)
+
+
 def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy: Copy, tmp_path: Path) -> None:
     def refusal(folder: Path) -> str:
         with pytest.raises(CheckpointError) as refused:
@@ -180,7 +222,7 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy: Copy, tmp_path: Pat
     index.write_text(good)
     config = folder / "transformer_2" / "config.json"
     change(config, num_layers=7)
-    assert "different configs" in refusal(folder)
+    assert "differ in 'num_layers', 4 and 7" in refusal(folder)
     change(config, num_layers=4)
     for name in ("transformer", "transformer_2"):
         change(folder / name / "config.json", in_channels=17)

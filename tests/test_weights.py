@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from oracle import Checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -30,9 +31,9 @@ COMPONENTS = ("transformer", "transformer_2", "text_encoder", "vae")
 VAE_ENCODER = ("encoder.", "quant_conv.")
 
 
-def load(folder: Path, stage: int = 0, stages: int = 1) -> int:
+def load(folder: Path, stage: int = 0, stages: int = 1, variant: str | None = None) -> int:
     """Bytes that one stage reads."""
-    spec = WanSpec.open(folder)
+    spec = WanSpec.open(folder, variant)
     parallel = spec.place(ParallelConfig(pp=stages))
     part = StagePart(
         Place(pp=stage), parallel, spec.cut(parallel, DeviceConfig())[stage], torch.device("cpu"), DeviceConfig()
@@ -178,6 +179,50 @@ def test_a_variant_beside_the_plain_file_is_left_alone(broken: Broken) -> None:
     expected = load(folder)
     (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
     assert load(folder) == expected
+
+
+@pytest.mark.parametrize("shard", ["50KB", "1GB"])
+def test_the_variant_that_is_asked_for_is_read_as_diffusers_writes_it(
+    shard: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint(RandomConfig("ti2v", seed=3)), folder)
+    plain = load(folder)
+    model = WanTransformer3DModel.from_pretrained(folder / "transformer").half()
+    model.save_pretrained(folder / "transformer", variant="fp16", max_shard_size=shard)
+    halves = [path for path in (folder / "transformer").glob("*.safetensors") if "fp16" in path.name]
+    assert (len(halves) > 2) == (shard == "50KB")
+    assert load(folder) == plain
+    transformer = sum(
+        size
+        for (component, _), size in stored(checkpoint(RandomConfig("ti2v", seed=3))).items()
+        if component == "transformer"
+    )
+    assert load(folder, variant="fp16") == plain - transformer // 2  # of the other components there are plain ones
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    assert load(folder) == plain - transformer // 2  # the only one that there is
+    model.save_pretrained(folder / "transformer", variant="bf16", max_shard_size=shard)
+    with pytest.raises(CheckpointError, match="choose one, such as --variant bf16"):
+        load(folder)
+    assert load(folder, variant="fp16") == plain - transformer // 2
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.pt"])
+def test_pickled_weights_are_refused_with_the_remedy(name: str, broken: Broken) -> None:
+    folder = broken("vae", lambda tensors: None)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / name)
+    with pytest.raises(CheckpointError, match="may run any code when they are loaded: use safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_eight_bits_are_refused(dtype: torch.dtype, broken: Broken) -> None:
+    def scaled(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith("weight"))
+        tensors[name] = tensors[name].to(dtype)
+
+    with pytest.raises(CheckpointError, match=r"is stored in 8 bits .* use a checkpoint in bfloat16"):
+        load(broken("transformer", scaled))
 
 
 def test_files_that_do_not_belong_together_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

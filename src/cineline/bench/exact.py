@@ -15,7 +15,7 @@ from cineline.bench.reference import reference
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
-from cineline.engine.hub import folder_of
+from cineline.engine.hub import fetch_weights, open_model
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
@@ -55,7 +55,10 @@ class Equality:
 def folders(model: str | None, temporary: Path) -> list[Path]:
     """That of a model by name, or a random checkpoint of each kind."""
     if model is not None:
-        return [folder_of(model)]
+        spec = open_model(model)
+        fetch_weights(spec)  # diffusers reads them first
+        assert isinstance(spec, WanSpec)
+        return [spec.folder]
     kinds: tuple[WanKind, ...] = ("ti2v", "t2v", "i2v")
     return [save_random_checkpoint(temporary / kind, RandomConfig(kind)) for kind in kinds]
 

@@ -16,10 +16,11 @@ from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of
 from cineline.cli.options import Fields, Given, spread
 from cineline.cli.progress import RequestProgress, make_view
 from cineline.core.config import AXES, DeviceConfig, ParallelConfig
+from cineline.core.family import FamilySpec
 from cineline.core.output import check_output
 from cineline.core.request import Job, VideoRequest
 from cineline.engine.api import Engine, default_device
-from cineline.engine.hub import MINIS, open_model
+from cineline.engine.hub import MINIS, missing_weights, open_model
 from cineline.engine.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
 from cineline.engine.sink import Sink
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
@@ -40,6 +41,7 @@ def generate(
     *,
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
     model: Annotated[str | None, _option(_RUN, "A folder in diffusers format, a hub id, mini-t2v; mini-ti2v.")] = None,
+    variant: Annotated[str | None, _option(_RUN, "Of its weights, such as fp16; the plain ones.")] = None,
     fields: Annotated[Given, Fields(VideoRequest, panel=_REQUEST)],
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
@@ -73,8 +75,10 @@ def generate(
     tasks = _tasks(prompt, requests, fields, Outputs(output, output_dir, save_latents))
     if trace is not None:
         check_output(trace, (".json",))
-    spec = open_model(model)
+    spec = open_model(model, variant)
     check_tasks(spec, tasks, requests)
+    spec.place(parallel)  # whatever can be refused is, before anything is downloaded
+    _tell_of_download(spec, quiet, console)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
         console.print(f"Loading {model or MINIS[0]} on {ranks}", highlight=False, soft_wrap=True)
@@ -83,6 +87,18 @@ def generate(
         failed = _run(engine, tasks, quiet, console)
     if failed:
         raise failed
+
+
+def _tell_of_download(spec: FamilySpec, quiet: bool, console: Console) -> None:
+    """What comes from the hub before the ranks can start, and how much; then the hub's own progress, unless `quiet`."""
+    missing = missing_weights(spec)
+    if missing and quiet:
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+
+        disable_progress_bars()
+    elif missing:
+        size = f"{len(missing.files)} files, {missing.nbytes / 1e9:.2f} GB"
+        console.print(f"Downloading {missing.hub_id}: {size}", highlight=False, soft_wrap=True)
 
 
 def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Outputs) -> list[Task]:

@@ -49,6 +49,21 @@ class FamilySpec(Protocol):
 
 
 @runtime_checkable
+class StoredFamily(FamilySpec, Protocol):
+    """A family whose models are checkpoints in diffusers format.
+
+    Attributes:
+        folder: the checkpoint's; it names the model.
+        variant: of its weights, such as fp16; None for the plain ones.
+    """
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def variant(self) -> str | None: ...
+
+
+@runtime_checkable
 class PlannedFamily(FamilySpec, Protocol):
     """A family that says what its models cost, so that the planner can divide them.
 

@@ -22,7 +22,7 @@ from cineline.core.request import Group, Job, VideoRequest
 from cineline.core.trace import write_trace
 from cineline.engine.auto import divide
 from cineline.engine.handle import RequestHandle
-from cineline.engine.hub import open_model
+from cineline.engine.hub import fetch_weights, open_model
 from cineline.engine.launch import (
     GRACE_S,
     Launcher,
@@ -72,6 +72,7 @@ class Engine:
             mini-ti2v.
         parallel: how the model is divided; "auto" lets the planner divide it over this machine's devices, for
             requests of the model's default size.
+        variant: of the checkpoint's weights, such as fp16, where it has several.
         device: None takes cuda where there is one.
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
         vae_dtype, text_encoder, pin_cores, allow_untested_device: as `device` and `dtype`, see `DeviceConfig`.
@@ -93,6 +94,7 @@ class Engine:
         model: str | Path | FamilySpec | None = None,
         parallel: ParallelConfig | Literal["auto"] | None = None,
         *,
+        variant: str | None = None,
         device: str | None = None,
         dtype: Dtype | None = None,
         vae_dtype: Dtype = DeviceConfig.vae_dtype,
@@ -112,7 +114,7 @@ class Engine:
             raise InvalidConfig("launcher='torchrun' needs a torchrun world: start the program with torchrun.")
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device)
-        self.spec = open_model(model)
+        self.spec = open_model(model, variant)
         if parallel == "auto":
             if launcher == "torchrun":
                 raise InvalidConfig("parallel='auto' is for ranks of this machine: give torchrun's a ParallelConfig.")
@@ -124,6 +126,7 @@ class Engine:
             _check_devices(parallel, config)
         cut = self.spec.cut(parallel, config)
         parallel = parallel.filled(cut)
+        fetch_weights(self.spec)
         self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:

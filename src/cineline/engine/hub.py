@@ -1,33 +1,51 @@
-"""From what a user calls a model to its spec: a mini model's name, a folder, or a hub id."""
+"""From what a user calls a model to its spec: a mini model's name, a folder, or a hub id.
+
+Of a hub id the configs come first, which is all that most questions need; weights come when ranks are to start.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cineline.core.family import FamilySpec
+from cineline.core.family import FamilySpec, StoredFamily
 from cineline.errors import CheckpointError
 from cineline.families.registry import open_checkpoint
+from cineline.weights.layout import choose, files_of, has_variant, shards_of
 
 MINIS = ("mini-ti2v", "mini-t2v")
 """Trained models that ship with the package, by the names they go by everywhere; the first is the default."""
 
-FILES = ["model_index.json", "cineline.json", "*/*.json", "*/*.safetensors", "tokenizer/*"]
+DIFFUSERS = "-Diffusers"
+"""How the names of those models end that were converted."""
+
+CONFIGS = ["model_index.json", "cineline.json", "*/*.json", "tokenizer/*"]
+WEIGHTS = ["*/*.safetensors", "*/*.bin"]
+
+CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
+"""A commit's folder in the hub's cache, from the cache's on."""
 
 
-def open_model(model: str | Path | FamilySpec | None) -> FamilySpec:
-    """The model's spec, downloading it first where it is a hub id.
+def open_model(model: str | Path | FamilySpec | None, variant: str | None = None) -> FamilySpec:
+    """The model's spec, downloading its configs where it is a hub id.
+
+    Args:
+        variant: of its weights, such as fp16, where there are several.
 
     Raises:
         CheckpointError: there is no such model, or it is none that Cineline runs.
     """
     if model is not None and not isinstance(model, (str, Path)):
         return model
-    return open_checkpoint(folder_of(model))
+    return open_checkpoint(folder_of(model), variant)
 
 
 def folder_of(model: str | Path | None) -> Path:
-    """Where its files are, downloading them first where it is a hub id.
+    """Where its configs are, downloading them first where it is a hub id.
 
     Raises:
         CheckpointError: there is no such model.
@@ -47,15 +65,99 @@ def folder_of(model: str | Path | None) -> Path:
         raise CheckpointError(
             f"model={str(model)!r} does not exist: give a folder, a hub id such as owner/name, or {' or '.join(MINIS)}."
         )
-    return _download(str(model))
+    folder = Path(_download(str(model), allow_patterns=CONFIGS))
+    if not (folder / "model_index.json").exists():
+        remedy = "give one that does" if str(model).endswith(DIFFUSERS) else f"try {model}{DIFFUSERS}"
+        raise CheckpointError(
+            f"model={str(model)!r} has no model_index.json, as models in diffusers format do: {remedy}."
+        )
+    return folder
 
 
-def _download(hub_id: str) -> Path:
+@dataclass(frozen=True)
+class Missing:
+    """Weights of a hub's model that are not here.
+
+    Attributes:
+        hub_id, commit: whose. files: their names. nbytes: of all of them.
+    """
+
+    hub_id: str
+    commit: str
+    files: Sequence[str]
+    nbytes: int
+
+
+def missing_weights(spec: FamilySpec) -> Missing | None:
+    """What `fetch_weights` would download; None where all is here, or nothing can be had.
+
+    Raises:
+        CheckpointError: the weights have no such variant, are in no format that is read, or the hub cannot be asked.
+    """
+    if not isinstance(spec, StoredFamily):
+        return None
+    folder, variant = spec.folder, spec.variant
+    components = sorted(path.parent for path in folder.glob("*/config.json"))
+    found = CACHED.search(folder.as_posix())
+    if found is None or all(_is_here(component, variant) for component in components):
+        _check_variant(variant, components, lambda component: {path.name for path in component.iterdir()})
+        return None
+    hub_id, commit = f"{found['owner']}/{found['name']}", found["commit"]
+    listed = {file.filename: file for file in _download(hub_id, revision=commit, allow_patterns=WEIGHTS, dry_run=True)}
+
+    def names(component: Path) -> set[str]:
+        there = {Path(name).name for name in listed if Path(name).parent.name == component.name}
+        return there | {path.name for path in component.iterdir()}
+
+    _check_variant(variant, components, names)
+    wanted = [name for component in components for name in _wanted(component, names(component), variant)]
+    files = [listed[name] for name in wanted if name in listed and listed[name].will_download]
+    return Missing(hub_id, commit, [file.filename for file in files], sum(file.file_size or 0 for file in files))
+
+
+def fetch_weights(spec: FamilySpec) -> None:
+    """Download the weights of a hub's model that are not here, with the hub's own progress on a terminal.
+
+    Raises:
+        CheckpointError: as `missing_weights`.
+    """
+    if missing := missing_weights(spec):
+        _download(missing.hub_id, revision=missing.commit, allow_patterns=list(missing.files))
+
+
+def _is_here(component: Path, variant: str | None) -> bool:
+    try:
+        return all(file.exists() for file in files_of(component, variant))
+    except CheckpointError:
+        return False
+
+
+def _wanted(component: Path, names: set[str], variant: str | None) -> Iterator[str]:
+    """The files of a component's weights, by their names in the repository."""
+    chosen = component / choose(names, component, variant)
+    for file in shards_of(chosen) if chosen.suffix == ".json" else [chosen]:
+        yield f"{component.name}/{file.name}"
+
+
+def _check_variant(variant: str | None, components: Sequence[Path], names: Callable[[Path], set[str]]) -> None:
+    if variant and not any(has_variant(names(component), variant) for component in components):
+        where = components[0].parent if components else "the model"
+        raise CheckpointError(f"variant={variant!r} is in no component of {where}: leave it out, or name one it has.")
+
+
+def _download(hub_id: str, **arguments: Any) -> Any:
     from huggingface_hub import snapshot_download
+
+    with _hub_errors(hub_id):
+        return snapshot_download(hub_id, **arguments)
+
+
+@contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=FILES))
+        yield
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).split("\n")[0]
         raise CheckpointError(

@@ -14,21 +14,26 @@ SPECS: Mapping[str, str] = {
     "WanPipeline": "cineline.families.wan.spec:WanSpec",
     "WanImageToVideoPipeline": "cineline.families.wan.spec:WanSpec",
 }
-"""diffusers' pipeline class to "module:Class" of a `FamilySpec`, whose `open(folder)` reads a checkpoint's configs."""
+"""diffusers' pipeline class to "module:Class" of a `FamilySpec`, whose `open(folder, variant)` reads configs alone."""
 
 
-def open_checkpoint(folder: Path) -> FamilySpec:
+def open_checkpoint(folder: Path, variant: str | None = None) -> FamilySpec:
     """The spec of a folder in diffusers format; no weights are read.
 
     Raises:
         CheckpointError: it is none, or of no family that there is.
     """
+    if not (folder / "model_index.json").exists() and any(folder.glob("*.safetensors*")):
+        raise CheckpointError(
+            f"{folder} has weights and no model_index.json, as the original repositories do: use the model in "
+            "diffusers format, whose name ends with -Diffusers."
+        )
     index = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
     pipeline = str(index.get("_class_name"))
     if pipeline not in SPECS:
         raise CheckpointError(f"{folder} holds a {pipeline!r}: Cineline runs {' and '.join(SPECS)} checkpoints.")
     module, name = SPECS[pipeline].split(":")
-    spec: FamilySpec = getattr(importlib.import_module(module), name).open(folder)
+    spec: FamilySpec = getattr(importlib.import_module(module), name).open(folder, variant)
     return spec
 
 

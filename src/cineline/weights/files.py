@@ -16,9 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cineline.errors import CheckpointError
-
-STEMS = ("diffusion_pytorch_model", "model")
-"""Names that diffusers and transformers give their files."""
+from cineline.weights.layout import files_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ class Weights:
 
     Args:
         folder: holds one `*.safetensors` file, or several and an index.
+        variant: of them, where the component has it.
 
     Attributes:
         bytes_read: of all tensors read so far.
@@ -60,39 +59,13 @@ class Weights:
         CheckpointError: no such file, or one that is truncated.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
         self._folder = folder
         self._stored: dict[str, StoredTensor] = {}
         self.bytes_read = 0
-        for file in self._files():
+        for file in files_of(folder, variant):
             for name, shape in _read_header(file).items():
                 self._stored[name] = StoredTensor(file, shape)
-
-    def _files(self) -> list[Path]:
-        """The plain files where there are variants such as `model.fp16.safetensors` too, else whatever there is."""
-        for stem in STEMS:
-            index, file = self._folder / f"{stem}.safetensors.index.json", self._folder / f"{stem}.safetensors"
-            if index.exists():
-                return self._indexed(index)
-            if file.exists():
-                return [file]
-        indexes = sorted(self._folder.glob("*.safetensors.index.json"))
-        if indexes:
-            return self._indexed(indexes[0])
-        files = sorted(self._folder.glob("*.safetensors"))
-        if len(files) != 1:
-            raise CheckpointError(
-                f"{self._folder} has {len(files)} safetensors files and no index: "
-                "it must hold one file, or several and their index."
-            )
-        return files
-
-    def _indexed(self, index: Path) -> list[Path]:
-        try:
-            names = json.loads(index.read_text())["weight_map"].values()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} cannot be read ({error!r}): download it again.") from None
-        return [self._folder / name for name in sorted(set(names))]
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
@@ -199,6 +172,12 @@ def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
             f"{file} is no safetensors file, or its header is truncated: download it again."
         ) from None
     header.pop("__metadata__", None)
+    eights = sorted(name for name, entry in header.items() if str(entry["dtype"]).startswith("F8"))
+    if eights:
+        raise CheckpointError(
+            f"{file}: tensor {eights[0]!r} is stored in 8 bits ({header[eights[0]]['dtype']}), whose scales Cineline "
+            "does not apply: use a checkpoint in bfloat16, float16 or float32."
+        )
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][1]):
         end = 8 + length + entry["data_offsets"][1]
         if end > size:

@@ -76,7 +76,7 @@ class DecoderSlice:
     """Some units of the VAE's decoder, with no other weights than theirs.
 
     Args:
-        folder: the checkpoint's.
+        folder: the checkpoint's. variant: of its weights.
         units: numbers of neighbours among the units (`VaeCosts.names`), maybe none; None for all.
         takes_latents: this slice is given the latents (the first one, which may have no units): their way
             into the decoder, `post_quant_conv`, is here.
@@ -86,9 +86,15 @@ class DecoderSlice:
     """
 
     def __init__(
-        self, folder: Path, units: range | None, dtype: torch.dtype, device: torch.device, takes_latents: bool
+        self,
+        folder: Path,
+        units: range | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        takes_latents: bool,
+        variant: str | None = None,
     ) -> None:
-        vae, weights = build_vae(folder)
+        vae, weights = build_vae(folder, variant)
         names = VaeCosts.of(vae.config).names
         self.config = vae.config
         self._dtype = dtype
@@ -210,8 +216,8 @@ class TiledDecoder:
         bytes_read: of the weights.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._vae, self.bytes_read = load_half(folder, DECODER, dtype, device)
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, variant: str | None = None) -> None:
+        self._vae, self.bytes_read = load_half(folder, DECODER, dtype, device, variant)
         self._vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
         self._dtype = dtype
         self._device = device

@@ -31,12 +31,13 @@ class DecoderPart:
         self.bytes_read = self._decoder.bytes_read if self._decoder else 0
 
     def _load(self, spec: WanSpec) -> Decoder:
-        folder, part, dtype, device = spec.folder, self._part, self._dtype, self._part.device
+        folder, variant, part = spec.folder, spec.variant, self._part
+        dtype, device = self._dtype, part.device
         if part.parallel.vae_decode == "rows":
-            return RowDecoder(folder, dtype, device, part.axis("pp"))
+            return RowDecoder(folder, dtype, device, part.axis("pp"), variant)
         if part.parallel.vae_decode == "tiled":
-            return TiledDecoder(folder, dtype, device)
-        return DecoderSlice(folder, part.cut.decoder, dtype, device, part.takes_latents)
+            return TiledDecoder(folder, dtype, device, variant)
+        return DecoderSlice(folder, part.cut.decoder, dtype, device, part.takes_latents, variant)
 
     def specs(self, state: WanState, item: WorkItem) -> tuple[TensorSpec, ...]:
         """Of what comes from the stage before."""

@@ -40,7 +40,7 @@ class Experts:
         self.models = [self._load(expert) for expert in range(len(spec.experts))]
 
     def _load(self, expert: int) -> Any:
-        weights = Weights(self._spec.folder / self._spec.experts[expert])
+        weights = Weights(self._spec.folder / self._spec.experts[expert], self._spec.variant)
         with torch.device("meta"):
             model = WanTransformer3DModel.from_config(self._spec.transformer)
         weights.check_names(model.state_dict(), ignored=model._keys_to_ignore_on_load_unexpected)

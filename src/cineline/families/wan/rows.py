@@ -178,10 +178,12 @@ class RowDecoder:
         bytes_read: of the weights.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, axis: Axis) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, axis: Axis, variant: str | None = None
+    ) -> None:
         self._axis = axis
         self._device = device
-        self._slice = DecoderSlice(folder, None, dtype, device, takes_latents=True)
+        self._slice = DecoderSlice(folder, None, dtype, device, takes_latents=True, variant=variant)
         self._costs = VaeCosts.of(self._slice.config)
         self.bytes_read = self._slice.bytes_read
         self._over_rows: list[_OverRows] = []

@@ -25,6 +25,7 @@ class WanShapes:
         experts: component names, high noise first.
         text, vae, scheduler: their configs; scheduler_class names a diffusers scheduler.
         boundary_ratio: share of the training timesteps where the low-noise expert takes over, if any.
+        variant: of the weights; None for the plain ones.
         defaults: default request, the kind's row updated by the folder's `cineline.json`.
     """
 
@@ -38,6 +39,7 @@ class WanShapes:
     scheduler_class: str
     boundary_ratio: float | None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    variant: str | None = None
 
     @property
     def layers(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -55,6 +55,26 @@ WAN_DEFAULTS: Mapping[WanKind, Defaults] = {
 
 DEFAULTS_FILE = "cineline.json"
 
+TRANSFORMER_DEFAULTS: Mapping[str, Any] = {
+    "patch_size": [1, 2, 2],
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": 1e-06,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "rope_max_seq_len": 1024,
+    "pos_embed_seq_len": None,
+}
+"""What diffusers' `WanTransformer3DModel` takes where a config says nothing."""
+
 NO_DEFAULTS = ("prompt", "image", "decode")
 """Request fields that a checkpoint cannot have defaults for."""
 
@@ -75,14 +95,14 @@ class WanSpec(WanShapes):
     stages_class: ClassVar[str] = "cineline.families.wan.stages:WanStages"
 
     @classmethod
-    def open(cls, folder: Path) -> WanSpec:
+    def open(cls, folder: Path, variant: str | None = None) -> WanSpec:
         """Read the configs of a folder in diffusers format; no weights.
 
         Raises:
             CheckpointError: the folder is no Wan 2.2 checkpoint.
         """
         try:
-            return cls._open(folder)
+            return replace(cls._open(folder), variant=variant)
         except KeyError as error:
             raise CheckpointError(f"{folder}: a config file lacks {error}; download the checkpoint again.") from None
 
@@ -92,13 +112,11 @@ class WanSpec(WanShapes):
         experts = tuple(name for name in ("transformer", "transformer_2") if _class_of(index, name))
         if not experts or experts[0] != "transformer":
             raise CheckpointError(f"{folder}/model_index.json names no 'transformer': use a whole checkpoint.")
-        configs = [read_json(folder / name / "config.json", "each component has one") for name in experts]
+        configs = [_filled(read_json(folder / name / "config.json", "each component has one")) for name in experts]
         vae = read_json(folder / "vae" / "config.json", "each component has one")
         text = read_json(folder / "text_encoder" / "config.json", "each component has one")
         kind = cls._kind(folder, index, configs[0], vae)
-        shapes = [{key: value for key, value in config.items() if not key.startswith("_")} for config in configs]
-        if any(shape != shapes[0] for shape in shapes):
-            raise CheckpointError(f"The two experts of {folder} have different configs: Wan 2.2's are alike.")
+        _check_alike(folder, configs)
         boundary = index.get("boundary_ratio")
         if boundary is not None and len(experts) == 1:
             raise CheckpointError(
@@ -193,6 +211,23 @@ class WanSpec(WanShapes):
     def resolve(self, request: VideoRequest, number: int) -> WanJob:
         """See `FamilySpec.resolve`."""
         return Rules(self).resolve(request, number)
+
+
+def _check_alike(folder: Path, filled: Sequence[Mapping[str, Any]]) -> None:
+    for name, value in filled[0].items():
+        for other in filled[1:]:
+            if other[name] != value:
+                raise CheckpointError(
+                    f"The experts of {folder} differ in {name!r}, {value} and {other[name]}: Wan 2.2's are alike, use "
+                    "the configs of one checkpoint."
+                )
+
+
+def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer's config as diffusers takes it: with defaults for what is left out or null, and no other keys."""
+    return {
+        name: default if config.get(name) is None else config[name] for name, default in TRANSFORMER_DEFAULTS.items()
+    }
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:

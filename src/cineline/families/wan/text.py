@@ -65,6 +65,7 @@ class TextSlice:
         layers: numbers of neighbours, maybe none.
         is_first, is_last: the embedding of tokens, and the norm behind the last layer, are here too.
         dtype, device: of the weights, and `home` where they are kept.
+        variant: of them.
 
     Attributes:
         device: where it runs.
@@ -80,8 +81,9 @@ class TextSlice:
         dtype: torch.dtype,
         device: torch.device,
         home: TextEncoder = "resident",
+        variant: str | None = None,
     ) -> None:
-        self._folder = folder
+        self._folder, self._variant = folder, variant
         self._layers = layers
         self._is_first, self._is_last = is_first, is_last
         self._dtype = dtype
@@ -121,7 +123,7 @@ class TextSlice:
             whole = UMT5EncoderModel(config)
         # The encoder has its own reference to the embedding; the outer one is not used in a forward.
         del whole.shared
-        weights = Weights(self._folder / "text_encoder")
+        weights = Weights(self._folder / "text_encoder", self._variant)
         own, tied = "encoder.embed_tokens.weight", "shared.weight"
         aliases = {} if own in weights else {own: tied}
         weights.check_names({aliases.get(name, name) for name in whole.state_dict()}, ignored=["shared"])
@@ -158,7 +160,7 @@ class TextPart:
         dtype, home = getattr(torch, part.config.dtype), part.config.text_encoder
         self._tokenizer = Tokenizer(spec.folder) if part.is_head and part.place.is_first_lane else None
         self._slice = (
-            TextSlice(spec.folder, part.cut.text, part.is_head, part.is_tail, dtype, part.device, home)
+            TextSlice(spec.folder, part.cut.text, part.is_head, part.is_tail, dtype, part.device, home, spec.variant)
             if part.place.is_first_lane
             else None
         )

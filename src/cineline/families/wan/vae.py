@@ -19,18 +19,20 @@ ENCODER = ("encoder", "quant_conv")
 DECODER = ("decoder", "post_quant_conv")
 
 
-def build_vae(folder: Path) -> tuple[Any, Weights]:
+def build_vae(folder: Path, variant: str | None = None) -> tuple[Any, Weights]:
     """The checkpoint's VAE on the meta device, and the weights that belong to it."""
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae"))
-    weights = Weights(folder / "vae")
+    weights = Weights(folder / "vae", variant)
     weights.check_names(vae.state_dict())
     return vae, weights
 
 
-def load_half(folder: Path, keep: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> tuple[Any, int]:
+def load_half(
+    folder: Path, keep: tuple[str, ...], dtype: torch.dtype, device: torch.device, variant: str | None = None
+) -> tuple[Any, int]:
     """The VAE with one of its halves only, and the bytes read for it."""
-    vae, weights = build_vae(folder)
+    vae, weights = build_vae(folder, variant)
     for name in (*ENCODER, *DECODER):
         if name not in keep:
             delattr(vae, name)
@@ -56,8 +58,8 @@ class ImageEncoder:
         bytes_read: of the weights.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._vae, self.bytes_read = load_half(folder, ENCODER, dtype, device)
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, variant: str | None = None) -> None:
+        self._vae, self.bytes_read = load_half(folder, ENCODER, dtype, device, variant)
         self._dtype = dtype
         self._device = device
         self._statistics = statistics(self._vae.config, torch.float32, device)

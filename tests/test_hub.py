@@ -1,0 +1,175 @@
+"""Models from the hub: configs first, checks second, weights last, and of those what is used; a hub of our own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from oracle import Checkpoint
+
+from cineline.families.wan.random_checkpoint import RandomConfig
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HUB_ID = "somebody/tiny-Diffusers"
+SMALL = ["--height", "32", "--width", "32", "--num-frames", "5", "--num-inference-steps", "1"]
+
+
+@dataclass
+class Hub:
+    """One repository over HTTP, as the hub's client asks for it.
+
+    Attributes:
+        address: of the server. home: of the client's cache. folder: what is in the repository.
+        fetched: names of files, in order.
+    """
+
+    address: str
+    home: Path
+    folder: Path
+    fetched: list[str] = field(default_factory=list)
+
+    @property
+    def weights(self) -> list[str]:
+        """Of what was fetched."""
+        return [name for name in self.fetched if name.endswith(".safetensors")]
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"HF_ENDPOINT": self.address, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-m", "cineline", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer(with_content=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_content=True)
+
+        def answer(self, with_content: bool) -> None:
+            path = self.path.split("?")[0]
+            if path.startswith(f"/api/models/{HUB_ID}/tree/"):
+                self.send(json.dumps(self.tree()).encode(), "application/json", with_content)
+                return
+            if path.startswith(f"/api/models/{HUB_ID}"):
+                facts = {"id": HUB_ID, "modelId": HUB_ID, "sha": COMMIT, "siblings": []}
+                self.send(json.dumps(facts).encode(), "application/json", with_content)
+                return
+            name = path.removeprefix(f"/{HUB_ID}/resolve/{COMMIT}/")
+            file = hub.folder / name
+            if name == path or not file.is_file():
+                self.send_error(404)
+                return
+            if with_content:
+                hub.fetched.append(name)
+            self.send(file.read_bytes(), "application/octet-stream", with_content)
+
+        def tree(self) -> list[dict[str, object]]:
+            files = sorted(path for path in hub.folder.rglob("*") if path.is_file())
+            return [
+                {
+                    "type": "file",
+                    "path": str(path.relative_to(hub.folder)),
+                    "size": path.stat().st_size,
+                    "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+                }
+                for path in files
+            ]
+
+        def send(self, content: bytes, kind: str, with_content: bool) -> None:
+            self.send_response(200)
+            headers = {"Content-Type": kind, "Content-Length": str(len(content)), "X-Repo-Commit": COMMIT}
+            for name, value in (headers | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if with_content:
+                self.wfile.write(content)
+
+    return Handler
+
+
+@pytest.fixture
+def hub(checkpoint: Checkpoint, tmp_path: Path) -> Iterator[Hub]:
+    folder = tmp_path / "repository"
+    shutil.copytree(checkpoint(RandomConfig("ti2v")), folder)
+    found = Hub("", tmp_path / "cache", folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(found))
+    found.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def add_variant(folder: Path, component: str, variant: str) -> None:
+    for file in (folder / component).glob("*.safetensors"):
+        shutil.copy(file, file.with_name(f"{file.stem}.{variant}.safetensors"))
+
+
+def test_a_request_that_is_refused_costs_configs_alone(hub: Hub) -> None:
+    done = hub.run("generate", "a cat", "--model", HUB_ID, "--height", "33", "--width", "32")
+    assert done.returncode == 2 and "height=33" in done.stderr
+    assert "model_index.json" in hub.fetched and not hub.weights
+
+
+def test_a_line_that_is_refused_costs_configs_alone(hub: Hub, tmp_path: Path) -> None:
+    done = hub.run("generate", "a cat", "--model", HUB_ID, "--tp", "5", "--output", str(tmp_path / "a.mp4"))
+    assert done.returncode == 2 and "tp=5" in done.stderr
+    assert not hub.weights
+
+
+def test_planning_costs_configs_alone(hub: Hub) -> None:
+    done = hub.run("plan", "--model", HUB_ID, "--devices", "2xL40S", "--requests", "1")
+    assert done.returncode == 0, done.stderr
+    assert hub.fetched and not hub.weights
+
+
+def test_weights_come_last_once_and_in_one_variant(hub: Hub, tmp_path: Path) -> None:
+    add_variant(hub.folder, "transformer", "fp16")
+    out = tmp_path / "a.safetensors"
+    arguments = ["generate", "a cat", "--model", HUB_ID, *SMALL, "--save-latents", str(out)]
+    done = hub.run(*arguments)
+    assert done.returncode == 0, done.stderr
+    plain = [f"{name}.safetensors" for name in ("text_encoder/model", "transformer/diffusion_pytorch_model")]
+    assert sorted(hub.weights) == [*plain, "vae/diffusion_pytorch_model.safetensors"]
+    nbytes = sum((hub.folder / name).stat().st_size for name in hub.weights)
+    assert f"Downloading {HUB_ID}: 3 files, {nbytes / 1e9:.2f} GB" in done.stderr
+    hub.fetched.clear()
+    again = hub.run(*arguments, "--quiet")
+    assert again.returncode == 0 and not hub.fetched and "Downloading" not in again.stderr
+
+
+def test_only_the_variant_that_is_asked_for_comes(hub: Hub, tmp_path: Path) -> None:
+    add_variant(hub.folder, "transformer", "fp16")
+    out = tmp_path / "a.safetensors"
+    arguments = ["generate", "a cat", "--model", HUB_ID, *SMALL, "--save-latents", str(out), "--quiet"]
+    done = hub.run(*arguments, "--variant", "fp16")
+    assert done.returncode == 0, done.stderr
+    assert "transformer/diffusion_pytorch_model.fp16.safetensors" in hub.weights
+    assert "transformer/diffusion_pytorch_model.safetensors" not in hub.weights
+    assert "Downloading" not in done.stderr
+    hub.fetched.clear()
+    refused = hub.run(*arguments, "--variant", "fp17")
+    assert refused.returncode == 1 and "variant='fp17' is in no component" in refused.stderr and not hub.fetched
+
+
+def test_a_repository_that_was_not_converted_is_refused_with_the_name_to_try(hub: Hub) -> None:
+    (hub.folder / "model_index.json").unlink()
+    done = hub.run("generate", "a cat", "--model", HUB_ID)
+    assert "has no model_index.json, as models in diffusers format do: give one that does" in done.stderr
