@@ -165,7 +165,7 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy: Copy, tmp_path: Pat
         change(index, scheduler=nothing)
         assert "scheduler None is not supported" in refusal(folder)
     change(index, scheduler=["diffusers", "FlowMatchLCMScheduler"])
-    assert "FlowMatchLCMScheduler is not supported" in refusal(folder)
+    assert "'FlowMatchLCMScheduler' is not supported" in refusal(folder)
     index.write_text(good)
     change(folder / "scheduler" / "scheduler_config.json", algorithm_type="sde-dpmsolver++")
     assert "noise of its own" in refusal(folder)
