@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from cineline.core.family import FamilySpec
-from cineline.errors import CheckpointError
+from cineline.errors import CheckpointError, reason, shown
 from cineline.families.registry import open_checkpoint
 
 MINIS = ("mini-ti2v", "mini-t2v")
@@ -38,14 +38,15 @@ def folder_of(model: str | Path | None) -> Path:
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
     except OSError as error:
-        raise CheckpointError(f"model={str(model)[:40]!r} cannot be a folder ({error.strerror}): give one.") from None
+        raise CheckpointError(f"model={shown(folder)} cannot be a folder ({reason(error)}): give one.") from None
     if is_folder:
         return folder
     if exists:
-        raise CheckpointError(f"model={str(model)!r} is a file: give the folder that holds model_index.json.")
+        raise CheckpointError(f"model={shown(folder)} is a file: give the folder that holds model_index.json.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise CheckpointError(
-            f"model={str(model)!r} does not exist: give a folder, a hub id such as owner/name, or {' or '.join(MINIS)}."
+            f"model={shown(folder)} does not exist: give a folder, a hub id such as owner/name, or "
+            f"{' or '.join(MINIS)}."
         )
     return _download(str(model))
 
@@ -57,8 +58,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=FILES))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).split("\n")[0]
         raise CheckpointError(
-            f"model={hub_id!r} is no folder here and cannot be downloaded ({type(error).__name__}: {reason}): "
-            "check the name and the network."
+            f"model={shown(hub_id)} is no folder here and cannot be downloaded ({type(error).__name__}: "
+            f"{reason(error)}): check the name and the network."
         ) from None
