@@ -209,6 +209,12 @@ def _check_solver(folder: Path, name: str | None, config: Mapping[str, Any]) -> 
     if name not in SOLVERS or noisy:
         kind = f"{shown(name)} with noise of its own" if noisy else shown(name)
         raise CheckpointError(f"{folder}: scheduler {kind} is not supported: use one of {', '.join(SOLVERS)}.")
+    prediction = config.get("prediction_type")
+    if not name.startswith("FlowMatch") and prediction != "flow_prediction":  # left out it is noise, for other models
+        raise CheckpointError(
+            f"{folder}: the scheduler's prediction_type is {shown(prediction)}, and Wan's transformers predict a flow: "
+            "set 'flow_prediction', or download the checkpoint again."
+        )
 
 
 def _defaults(kind: WanKind, own: Mapping[str, Any]) -> dict[str, Any]:
