@@ -161,6 +161,53 @@ def test_a_bad_option_is_refused_in_one_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["plan", "--model"], "cineline plan"),
+        (["plan", "--model", "x", "--no-such-option"], "cineline plan"),
+        (["plan"], "cineline plan"),
+        (["generate", "a cat", "--height"], "cineline generate"),
+        (["generate", "a cat", "--height", "tall"], "cineline generate"),
+        (["bench", "line", "--steps"], "cineline bench line"),
+        (["bench", "line", "--steps", "0"], "cineline bench line"),
+        (["bench", "no-such-command"], "cineline bench"),
+        (["eval", "compare", "one", "two", "--json"], "cineline eval compare"),
+        (["no-such-command"], "cineline"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_words_point_to_their_commands_help(
+    words: list[str], command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert complaint(capsys, monkeypatch, *words).endswith(f": see {command} --help.\n")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--height", "--seed", "--image", "--model", "--requests", "--output", "--output-dir", "--save-latents"),
+        *("--trace", "--pp", "--cfg", "--split", "--vae-split", "--vae-decode", "--expert-placement"),
+        *("--device", "--dtype", "--text-encoder", "--launcher", "--guidance-scale", "--no-such-option"),
+    ],
+)
+@pytest.mark.parametrize("value", ["x" * 100_000, "9" * 100_000, "9" * 4000], ids=["letters", "digits", "4000 digits"])
+def test_a_long_value_of_an_option_is_cut(
+    option: str,
+    value: str,
+    ti2v: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [option, value] if option != "--no-such-option" else [option + value]
+    error = complaint(capsys, monkeypatch, "generate", "x", *(["--model", ti2v] if option != "--model" else []), *given)
+    *_, sentence = error.splitlines()
+    assert sentence.startswith("cineline: ")
+    assert len(sentence) < 800
+
+
 def test_other_refusals(
     ti2v: str, t2v: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

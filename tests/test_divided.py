@@ -36,7 +36,7 @@ def test_text_slices_give_the_encoders_bits(cuts: list[int], dtype: torch.dtype,
         for stage, (start, size) in enumerate(zip(starts, cuts, strict=True))
     ]
     for prompt in ("a cat", "", "x" * 700):
-        states, mask = Tokenizer(folder)(prompt)
+        states, mask = Tokenizer(folder, whole.config.to_dict())(prompt)
         with torch.no_grad():
             for part in slices:
                 states = part.run(states, mask)

@@ -195,3 +195,17 @@ def test_flow_shift_and_boundary_ratio_of_a_request_replace_the_checkpoints(
         video = engine.submit(replaced).result(60)
     assert_equal(video, oracle.run(other, "float32", plain))
     assert not video.latents.equal(oracle.run(folder, "float32", plain)[0])
+
+
+@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+@pytest.mark.parametrize(("first", "second"), [(4.0, None), (1.0, 5.0), (0.5, None), (3.0, 1.0), (3.0, 0.5)])
+def test_both_experts_scales_are_diffusers(
+    kind: WanKind, first: float, second: float | None, checkpoint: Checkpoint, oracle: Oracle
+) -> None:
+    """A second scale left out is the first; the first alone turns guidance on, for both."""
+    folder = checkpoint(RandomConfig(kind, seed=3))
+    image = picture(32, 32, seed=1) if kind == "i2v" else None
+    sizes = {"height": 32, "width": 32, "num_frames": 1, "num_inference_steps": 6}
+    request = VideoRequest(prompt="a", image=image, guidance_scale=first, guidance_scale_2=second, **sizes)
+    with Engine(folder, device="cpu") as engine:
+        assert_equal(engine.submit(request).result(120), oracle.run(folder, "float32", request))

@@ -314,6 +314,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*arguments, "--width", "832", "--json", str(file)])
     assert done.exit_code == 0, done.output
     assert 'Run it: cineline generate "PROMPT" --model Wan-AI/Wan2.2-T2V-A14B-Diffusers' in done.output
+    assert "--guidance-scale 4 --guidance-scale-2 3 " in " ".join(done.output.split())  # one alone is both experts'
     written = json.loads(file.read_text())
     assert written["best"]["peak_gb"] <= 48
     assert sum(stage["text_layers"] for stage in written["best"]["stages"]) == 24

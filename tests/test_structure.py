@@ -29,7 +29,7 @@ ROOMS = [
 """Whatever is in a room imports from itself and from the rooms above it only, wherever in a file the import stands."""
 
 NO_TORCH = ["core", "schedule", "planning", "engine"]
-NO_TORCH += [f"families.wan.{name}" for name in ("spec", "constants", "costs", "job", "known")]
+NO_TORCH += [f"families.wan.{name}" for name in ("spec", "constants", "costs", "job", "known", "vocabulary")]
 """Rooms, or parts of one, whose modules need no torch."""
 
 

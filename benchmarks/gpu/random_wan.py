@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,9 +70,8 @@ class RandomWeights(Weights):
 class RandomTokenizer:
     """Any tokens, by the prompt."""
 
-    def __init__(self, folder: Path) -> None:
-        config = json.loads((folder / "text_encoder" / "config.json").read_text())
-        self._words = int(config["vocab_size"])
+    def __init__(self, folder: Path, text: Mapping[str, Any]) -> None:
+        self._words = int(text["vocab_size"])
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))

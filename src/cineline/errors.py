@@ -13,10 +13,39 @@ CinelineError
 ├── Deadlock            a simulated schedule in which nobody can go on
 └── EngineClosed        the engine was closed before the request was done
 
-A message is one sentence with the value, the rule and the remedy.
+A message is one sentence with the value, the rule and the remedy. Values are repeated by `shown`, the words of other
+libraries' errors by `reason`, so that a message stays one.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
+
+VALUE_LIMIT = 80
+"""Characters of a value that a message repeats."""
+
+PATH_LIMIT = 250
+"""Characters of a path that a message repeats whole: its end tells most."""
+
+REASON_LIMIT = 200
+"""Characters of another library's error that a message repeats."""
+
+
+def shown(value: object) -> str:
+    """A user's value as a message repeats it: on one line, and where it is long its beginning and its type."""
+    kind = type(value).__name__
+    try:
+        text = " ".join(repr(str(value) if isinstance(value, Path) else value).splitlines())
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        return f"({kind})"
+    limit = PATH_LIMIT if isinstance(value, Path) else VALUE_LIMIT
+    return text if len(text) <= limit else f"{text[:VALUE_LIMIT]}... ({kind})"
+
+
+def reason(error: BaseException) -> str:
+    """What another library's error says, without the paths that it repeats: the first line of it, not too long."""
+    words = (isinstance(error, OSError) and error.strerror) or str(error).strip().partition("\n")[0]
+    return words[:REASON_LIMIT] or type(error).__name__
 
 
 class CinelineError(Exception):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -16,7 +17,7 @@ from cineline.cli.evaluate import app as eval_app
 from cineline.cli.generate import generate
 from cineline.cli.plan import plan
 from cineline.engine.launch import QUIET
-from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError
+from cineline.errors import REASON_LIMIT, CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
 
 app = typer.Typer(
     help="Wan 2.2 video over pipeline stages: several requests in flight, bit for bit what one device gives.",
@@ -51,7 +52,7 @@ def run(app: typer.Typer) -> NoReturn:
     except typer.Abort:
         status = _refuse("Interrupted.", 130)
     except typer.TyperException as error:
-        status = _refuse(_sentence(error), error.exit_code)
+        status = _refuse(_sentence(error, app), error.exit_code)
     sys.exit(status)
 
 
@@ -61,14 +62,27 @@ def _refuse(sentence: str, status: int) -> int:
     return status
 
 
-def _sentence(error: typer.TyperException) -> str:
-    """What is wrong with the command's words; with the value, which typer leaves out."""
+def _sentence(error: typer.TyperException, app: typer.Typer) -> str:
+    """What is wrong with the command's words; with the value, which typer leaves out, and whose help says more."""
     message = error.format_message().rstrip(".")
+    message = message if len(message) <= REASON_LIMIT else f"{message[:REASON_LIMIT]}..."
     if isinstance(error.__context__, ValidationError):
-        message += f" (given: {error.__context__.errors()[0]['input']!r})"
+        message += f" (given: {shown(error.__context__.errors()[0]['input'])})"
     context = getattr(error, "ctx", None)
-    command = context.command_path if context else "cineline"
+    command = context.command_path if context else _named_command(app, sys.argv[1:])
     return message and f"{message}: see {command} --help."
+
+
+def _named_command(app: typer.Typer, words: Sequence[str]) -> str:
+    """The command that the words begin with: typer does not say whose option it is that lacks a value."""
+    path = ["cineline"]
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        command = getattr(command, "commands", {}).get(word)
+        if command is None:
+            break
+        path.append(word)
+    return " ".join(path)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -12,9 +12,10 @@ from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
 from cineline.core.output import LATENT_SUFFIXES, VIDEO_SUFFIXES, check_folder, check_output
 from cineline.core.request import VideoRequest
-from cineline.errors import InvalidRequest, OutputError
+from cineline.errors import InvalidRequest, OutputError, reason, shown
 
 DEFAULT_OUTPUT = Path("out.mp4")
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def single_task(prompt: str, fields: Mapping[str, Any], outputs: Outputs) -> Tas
         InvalidRequest, OutputError: a field or an output cannot be used.
     """
     if outputs.output and outputs.output_dir:
-        raise OutputError(f"Both --output {outputs.output} and --output-dir {outputs.output_dir} are given: use one.")
+        raise OutputError(
+            f"Both --output {shown(outputs.output)} and --output-dir {shown(outputs.output_dir)} are given: use one."
+        )
     latents_only = outputs.save_latents and not (outputs.output or outputs.output_dir)
     video = None
     if not latents_only:
@@ -61,7 +64,7 @@ def tasks_of_file(path: Path, fields: Mapping[str, Any], outputs: Outputs) -> li
         OutputError: an output cannot be used.
     """
     if outputs.output:
-        raise OutputError(f"--output {outputs.output} holds one video: use --output-dir with --requests.")
+        raise OutputError(f"--output {shown(outputs.output)} holds one video: use --output-dir with --requests.")
     for folder in (outputs.output_dir, outputs.save_latents):
         if folder is not None:
             check_folder(folder)
@@ -70,7 +73,10 @@ def tasks_of_file(path: Path, fields: Mapping[str, Any], outputs: Outputs) -> li
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"--requests {path} cannot be read ({error}): give a text file.") from None
+        raise InvalidRequest(
+            f"--requests {shown(path)} cannot be read ({reason(error)}): give a text file in UTF-8."
+        ) from None
+    lines = [line.removeprefix(BYTE_ORDER_MARK) for line in lines]  # files that were joined have it within
     tasks = [_task_of_line(path, number, line, fields, outputs) for number, line in enumerate(lines, 1) if line.strip()]
     if not tasks:
         raise InvalidRequest(f"--requests {path} has no requests: write one JSON object a line.")
@@ -82,11 +88,14 @@ def _task_of_line(path: Path, number: int, line: str, fields: Mapping[str, Any],
     try:
         own = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{where}: this is no JSON ({error}): write one JSON object a line.") from None
+        raise InvalidRequest(f"{where}: this is no JSON ({reason(error)}): write one JSON object a line.") from None
     if not isinstance(own, dict):
-        raise InvalidRequest(f"{where}: {line.strip()[:40]!r} is no JSON object: write one JSON object a line.")
+        raise InvalidRequest(f"{where}: {shown(own)} is no JSON object: write one JSON object a line.")
+    given = {"decode": outputs.output_dir is not None, **fields}
+    given = {name: value for name, value in given.items() if own.get(name) is None}
+    own = {name: value for name, value in own.items() if value is not None or name not in given}
     try:
-        request = VideoRequest(**{"decode": outputs.output_dir is not None, **fields, **own})
+        request = VideoRequest(**given, **own)
     except InvalidRequest as error:
         raise InvalidRequest(f"{where}: {error}") from None
     if request.decode and outputs.output_dir is None:

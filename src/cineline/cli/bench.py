@@ -13,7 +13,7 @@ import typer
 from cineline.cli.options import Fields, Given, InFlight, Json, Runs, axes_of, one_of, spread, teller, whole_numbers
 from cineline.core.config import DeviceConfig
 from cineline.core.extras import need
-from cineline.errors import InvalidConfig
+from cineline.errors import InvalidConfig, shown
 from cineline.families.wan.shapes import WanKind
 
 app = typer.Typer(help="Measure the line on this machine.", no_args_is_help=True)
@@ -75,7 +75,10 @@ def schedule(
     """
     counts = whole_numbers("in_flight", in_flight)
     if high_steps >= steps or (high_steps and pp < 2):
-        raise InvalidConfig(f"high_steps={high_steps} of steps={steps} on pp={pp}: use less, on two stages or more.")
+        raise InvalidConfig(
+            f"high_steps={shown(high_steps)} of steps={shown(steps)} on pp={shown(pp)}: use less, on two stages or "
+            "more."
+        )
     from cineline.bench.measure import plain
     from cineline.bench.report import machine, report
     from cineline.bench.schedule import COLUMNS, ScheduleCase, rows, time_schedule

@@ -23,7 +23,7 @@ from cineline.engine.api import Engine, default_device
 from cineline.engine.hub import MINIS, missing_weights, open_model
 from cineline.engine.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
 from cineline.engine.sink import Sink
-from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
+from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, shown
 
 POLL_S = 0.1
 
@@ -107,7 +107,7 @@ def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Ou
             raise InvalidRequest("There is no prompt: give one, or --requests FILE.jsonl.")
         return [single_task(prompt, fields, outputs)]
     if prompt is not None:
-        raise InvalidRequest(f"Both a prompt ({prompt!r}) and --requests {requests} are given: use one.")
+        raise InvalidRequest(f"Both a prompt ({shown(prompt)}) and --requests {shown(requests)} are given: use one.")
     return tasks_of_file(requests, fields, outputs)
 
 
@@ -153,9 +153,10 @@ def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, console: Console) -
 def _describe(job: Job) -> str:
     """The settings that the request runs with, given or not."""
     own = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in job.own_settings.items())
+    guidance = f"guidance {job.guidance_scale:g}" if job.branches > 1 else "no guidance"
     return (
         f"{job.width}x{job.height}, {job.num_frames} frames at {job.fps} fps, {job.steps} steps, "
-        f"guidance {job.guidance_scale:g}{own}, seed {job.seed}"
+        f"{guidance}{own}, seed {job.seed}"
     )
 
 
@@ -172,7 +173,7 @@ def _launcher(name: str | None) -> Launcher:
     if name == "local":
         return "local"
     if name != "torchrun":
-        raise InvalidConfig(f"launcher={name!r} is not known: use local or torchrun.")
+        raise InvalidConfig(f"launcher={shown(name)} is not known: use local or torchrun.")
     if not inside:
         raise InvalidConfig("launcher='torchrun' needs a torchrun world: start with torchrun -m cineline generate.")
     return "torchrun"

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cineline.core.config import AXES, LEAST, ParallelConfig, texts_of
 from cineline.core.output import check_output
-from cineline.errors import InvalidConfig
+from cineline.errors import InvalidConfig, shown
 
 
 def _json_file(path: Path | None) -> Path | None:
@@ -112,7 +112,7 @@ def one_of(name: str, value: str, known: Any) -> Any:
         InvalidConfig: it is none.
     """
     if value not in get_args(known):
-        raise InvalidConfig(f"{name}={value!r} is not known: use {' or '.join(get_args(known))}.")
+        raise InvalidConfig(f"{name}={shown(value)} is not known: use {' or '.join(get_args(known))}.")
     return value
 
 
@@ -125,8 +125,8 @@ def axes_of(name: str, text: str) -> ParallelConfig:
     sizes: dict[str, Any] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in AXES or not (size.isascii() and size.isdigit()):
-            raise InvalidConfig(f"{name}={text!r}: write axes as pp=2,cfg=2; they are {', '.join(AXES)}.")
+        if axis not in AXES or not _is_number(size):
+            raise InvalidConfig(f"{name}={shown(text)}: write axes as pp=2,cfg=2; they are {', '.join(AXES)}.")
         sizes[axis] = int(size)
     return ParallelConfig(**sizes)
 
@@ -138,6 +138,11 @@ def whole_numbers(name: str, text: str, least: int = 1) -> list[int]:
         InvalidConfig: there is something else between the commas.
     """
     numbers = [part.strip() for part in text.split(",")]
-    if not all(number.isascii() and number.isdigit() and int(number) >= least for number in numbers):
-        raise InvalidConfig(f"{name}={text!r} is no list of whole numbers from {least} on: write it as 5,2,1.")
+    if not all(_is_number(number) and int(number) >= least for number in numbers):
+        raise InvalidConfig(f"{name}={shown(text)} is no list of whole numbers from {least} on: write it as 5,2,1.")
     return [int(number) for number in numbers]
+
+
+def _is_number(text: str) -> bool:
+    """Whether it is a whole number, of no more digits than any size has."""
+    return text.isascii() and text.isdigit() and len(text) < 19

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
-from cineline.errors import InvalidConfig
+from cineline.errors import InvalidConfig, shown
 
 Dtype = Literal["float32", "bfloat16"]
 TextEncoder = Literal["resident", "reload", "cpu"]
@@ -34,6 +34,9 @@ MEANING = {
 
 
 UNITS = {"split": "blocks", "text_split": "layers of the text encoder", "vae_split": "units of the VAE's decoder"}
+MOST_RANKS = 100_000
+"""Along an axis; more is taken for a slip of the hand."""
+
 LEAST = {"split": 1, "text_split": 0, "vae_split": 0}
 """Of these units, on each stage."""
 
@@ -125,27 +128,31 @@ class ParallelConfig:
         for axis in AXES:
             size = getattr(self, axis)
             if type(size) is not int:
-                raise InvalidConfig(f"{axis}={size!r} is no whole number: give the number of {MEANING[axis]}.")
+                raise InvalidConfig(f"{axis}={shown(size)} is no whole number: give the number of {MEANING[axis]}.")
             if size < 1:
-                raise InvalidConfig(f"{axis}={size} is too small: give at least 1.")
+                raise InvalidConfig(f"{axis}={shown(size)} is too small: give at least 1.")
+            if size > MOST_RANKS:
+                raise InvalidConfig(f"{axis}={shown(size)} is above {MOST_RANKS}: give less.")
         if self.cfg > 2:
-            raise InvalidConfig(f"cfg={self.cfg} is too much: guidance has 2 branches, use cfg=2.")
+            raise InvalidConfig(f"cfg={shown(self.cfg)} is too much: guidance has 2 branches, use cfg=2.")
         if self.expert_placement not in get_args(ExpertPlacement):
-            raise InvalidConfig(f"expert_placement={self.expert_placement!r} is not known: use shared or split.")
+            raise InvalidConfig(f"expert_placement={shown(self.expert_placement)} is not known: use shared or split.")
         if self.expert_placement == "split" and self.pp < 2:
             raise InvalidConfig(f"expert_placement='split' needs a stage for each expert: pp={self.pp} is too small.")
         if self.high_stages is not None:
             if self.expert_placement == "shared":
-                raise InvalidConfig(f"high_stages={self.high_stages} is for expert_placement='split': leave it out.")
+                raise InvalidConfig(
+                    f"high_stages={shown(self.high_stages)} is for expert_placement='split': leave it out."
+                )
             if type(self.high_stages) is not int or not 1 <= self.high_stages < self.pp:
-                raise InvalidConfig(f"high_stages={self.high_stages!r} of pp={self.pp}: use 1 to {self.pp - 1}.")
+                raise InvalidConfig(f"high_stages={shown(self.high_stages)} of pp={self.pp}: use 1 to {self.pp - 1}.")
         if self.vae_decode not in get_args(VaeDecode):
             known = ", ".join(get_args(VaeDecode))
-            raise InvalidConfig(f"vae_decode={self.vae_decode!r} is not known: use one of {known}.")
+            raise InvalidConfig(f"vae_decode={shown(self.vae_decode)} is not known: use one of {known}.")
         for name, least in LEAST.items():
             self._check_split(name, least)
         if self.vae_split is not None and self.vae_decode != "layers":
-            raise InvalidConfig(f"vae_split is for vae_decode='layers', not {self.vae_decode!r}: leave it out.")
+            raise InvalidConfig(f"vae_split is for vae_decode='layers', not {shown(self.vae_decode)}: leave it out.")
 
     def _check_split(self, name: str, least: int) -> None:
         """A split as a tuple, one entry of at least so many units a stage."""
@@ -153,14 +160,16 @@ class ParallelConfig:
         if split is None:
             return
         if isinstance(split, str) or not all(type(size) is int for size in split):
-            raise InvalidConfig(f"{name}={split!r} is no list of whole numbers: give one such as [5, 2, 1].")
+            raise InvalidConfig(f"{name}={shown(split)} is no list of whole numbers: give one such as [5, 2, 1].")
         object.__setattr__(self, name, tuple(split))
         if len(split) != self.pp:
             raise InvalidConfig(
-                f"{name}={list(split)} has {len(split)} entries for pp={self.pp}: give one entry a stage."
+                f"{name}={shown(list(split))} has {len(split)} entries for pp={self.pp}: give one entry a stage."
             )
         if min(split) < least:
-            raise InvalidConfig(f"{name}={list(split)} has an entry below {least}: give each stage {least} or more.")
+            raise InvalidConfig(
+                f"{name}={shown(list(split))} has an entry below {least}: give each stage {least} or more."
+            )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -273,8 +282,8 @@ class ParallelConfig:
             if sum(self.split[:high]) == layers:
                 return replace(self, high_stages=high)
         raise InvalidConfig(
-            f"split={list(self.split)}: with split experts its first entries must add up to the {layers} blocks of an "
-            "expert, and so must the others."
+            f"split={shown(list(self.split))}: with split experts its first entries must add up to the {layers} blocks "
+            "of an expert, and so must the others."
         )
 
     def cut(self, layers: int, text_layers: int = 0, decoder_units: int = 0) -> tuple[Cut, ...]:
@@ -315,7 +324,8 @@ def _stretches(name: str, sizes: Sequence[int], count: int) -> list[range]:
     """Neighbouring ranges of these sizes, which must add up."""
     if sum(sizes) != count:
         raise InvalidConfig(
-            f"{name}={list(sizes)} adds up to {sum(sizes)}, but the model has {count} {UNITS[name]}: make it add up."
+            f"{name}={shown(list(sizes))} adds up to {sum(sizes)}, but the model has {count} {UNITS[name]}: "
+            "make it add up."
         )
     starts = [sum(sizes[:stage]) for stage in range(len(sizes))]
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
@@ -330,7 +340,7 @@ def stages_alone(parallel: ParallelConfig) -> ParallelConfig:
     if parallel.lanes > 1 or parallel.expert_placement == "split":
         raise InvalidConfig(f"{parallel}: this model can be divided by pp and cfg alone.")
     if parallel.vae_decode not in ("layers", "tail"):
-        raise InvalidConfig(f"vae_decode={parallel.vae_decode!r} is not for this model: use layers or tail.")
+        raise InvalidConfig(f"vae_decode={shown(parallel.vae_decode)} is not for this model: use layers or tail.")
     return parallel
 
 
@@ -357,15 +367,16 @@ class DeviceConfig:
     def __post_init__(self) -> None:
         if self.device not in DEVICES and not self.allow_untested_device:
             raise InvalidConfig(
-                f"device={self.device!r} has not been tried: use {' or '.join(DEVICES)}, or --allow-untested-device."
+                f"device={shown(self.device)} has not been tried: use {' or '.join(DEVICES)}, or "
+                "--allow-untested-device."
             )
         for name in ("dtype", "vae_dtype"):
             value = getattr(self, name)
             if value not in get_args(Dtype):
-                raise InvalidConfig(f"{name}={value!r} is not supported: use float32 or bfloat16.")
+                raise InvalidConfig(f"{name}={shown(value)} is not supported: use float32 or bfloat16.")
         if self.text_encoder not in get_args(TextEncoder):
             known = ", ".join(get_args(TextEncoder))
-            raise InvalidConfig(f"text_encoder={self.text_encoder!r} is not known: use one of {known}.")
+            raise InvalidConfig(f"text_encoder={shown(self.text_encoder)} is not known: use one of {known}.")
 
     def rank_environment(self, ranks_on_host: int) -> dict[str, str]:
         """Environment of a rank process, to be set before torch loads.

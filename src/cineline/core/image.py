@@ -6,19 +6,41 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from cineline.errors import InvalidRequest
+from cineline.errors import InvalidRequest, reason, shown
+
+DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
+"""Modes of 16-bit grey, which Pillow would clip at 255 on the way to RGB."""
+
+WHITELESS = ("I", "F")
+"""Modes whose values say nothing of where white is: 255, 65535, 1.0 or another."""
 
 
 def load_image(image: Path | Image.Image) -> Image.Image:
-    """The image in RGB; a file is turned upright (as diffusers' `load_image` does).
+    """The image in RGB and upright, as diffusers' `load_image` makes it.
+
+    16-bit grey keeps its upper 8 bits, as Pillow has it with 16-bit colour; in diffusers nearly all of it is white.
 
     Raises:
-        InvalidRequest: the file is missing or no image.
+        InvalidRequest: the file is missing or no image, it has no pixels, or no white that is known.
     """
     try:
-        loaded = (ImageOps.exif_transpose(Image.open(image)) if isinstance(image, Path) else image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"image={str(image)!r} cannot be read ({error}): give a PNG or JPEG file.") from None
+        upright = ImageOps.exif_transpose(Image.open(image) if isinstance(image, Path) else image)
+        if upright.mode in WHITELESS:
+            raise InvalidRequest(
+                f"The image has 32-bit values (mode {upright.mode!r}), and which of them is white is not known: give "
+                "one of 8 or 16 bits a channel, such as a PNG."
+            )
+        if upright.mode in DEEP:
+            upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        if isinstance(upright.info.get("transparency"), bytes):  # the same colours, without a warning on the way
+            upright = upright.convert("RGBA")
+        loaded = upright.convert("RGB")
+    except InvalidRequest:
+        raise
+    except Exception as error:  # a broken file's decoder may raise anything
+        raise InvalidRequest(
+            f"image={shown(image)} cannot be read ({reason(error)}): give a PNG or JPEG file."
+        ) from None
     if not (loaded.width and loaded.height):
         raise InvalidRequest(f"The image has {loaded.width}x{loaded.height} pixels: give one that is not empty.")
     return loaded

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cineline.errors import OutputError
+from cineline.errors import OutputError, reason, shown
 
 ANIMATION_SUFFIXES = (".webp", ".gif")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", *ANIMATION_SUFFIXES)
@@ -26,10 +26,10 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     if len(path.name.encode()) > NAME_LIMIT:
         raise OutputError(f"The file name {path.name[:20]}... is longer than {NAME_LIMIT} bytes: shorten it.")
     if path.suffix.lower() not in suffixes:
-        raise OutputError(f"{path} ends in {path.suffix!r}: use {' or '.join(suffixes)}.")
+        raise OutputError(f"{shown(path)} ends in {shown(path.suffix)}: use {' or '.join(suffixes)}.")
+    check_folder(path.parent)
     if path.is_dir():
         raise OutputError(f"{path} is a folder: give a file's name.")
-    check_folder(path.parent)
 
 
 def check_folder(folder: Path) -> None:
@@ -38,7 +38,11 @@ def check_folder(folder: Path) -> None:
     Raises:
         OutputError: it does not exist, is a file, or cannot be written.
     """
-    if not folder.exists():
+    try:
+        exists = folder.exists()
+    except OSError as error:  # a name that is too long
+        raise OutputError(f"{shown(folder)} cannot be a folder ({reason(error)}): give another.") from None
+    if not exists:
         raise OutputError(f"The folder {folder} does not exist: make it first.")
     if not folder.is_dir():
         raise OutputError(f"{folder} is no folder: give one.")
@@ -58,7 +62,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written ({error}): check the disk and the folder.") from None
+        raise OutputError(f"{path} cannot be written ({reason(error)}): check the disk and the folder.") from None
     finally:
         with suppress(OSError):  # the error that led here tells more
             temporary.unlink(missing_ok=True)

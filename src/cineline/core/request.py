@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError, model_validator
 
-from cineline.errors import InvalidRequest
+from cineline.errors import InvalidRequest, shown
 
 
 def _number(value: Any) -> Any:
@@ -32,9 +32,11 @@ class VideoRequest(BaseModel):
         prompt: what the video shows; not empty.
         negative_prompt: used only with guidance on.
         image: a file's path or a PIL image.
-        height, width: the grid is VAE scale x patch.
-        guidance_scale_2: only for models with two experts. Left out, it is the kind's own (T2V-A14B 3, I2V-A14B
-            3.5), also beside a `guidance_scale` that is given.
+        height, width: the grid is VAE scale x patch. With an image, one left out is the other in the image's shape, to
+            the nearest multiple of the grid; with both left out, the default area has that shape.
+        guidance_scale: 1 or less is no guidance, by either expert (as in diffusers).
+        guidance_scale_2: only for models with two experts. Left out, it is `guidance_scale` where that is given (as in
+            diffusers), else the kind's own (T2V-A14B 3, I2V-A14B 3.5).
         boundary_ratio: share of the training timesteps below which that expert runs.
         seed: of the CPU generator that draws it, 0 <= seed < 2**63.
         decode: False stops at the latents.
@@ -53,18 +55,26 @@ class VideoRequest(BaseModel):
     num_frames: Annotated[Whole | None, "4k+1"] = None
     num_inference_steps: Annotated[Whole | None, "Solver steps"] = None
     guidance_scale: Annotated[Real | None, "Classifier-free guidance, on above 1"] = None
-    guidance_scale_2: Annotated[Real | None, "The low-noise expert's"] = None
+    guidance_scale_2: Annotated[Real | None, "The low-noise expert's; as the first's where that is given"] = None
     flow_shift: Annotated[Real | None, "The solver's time shift"] = None
     boundary_ratio: Annotated[Real | None, "Where the low-noise expert takes over"] = None
     seed: Annotated[Whole, "Of the noise"] = 0
     fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         try:
             super().__init__(**fields)
         except ValidationError as error:
             raise InvalidRequest(_first_sentence(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_left_out(cls, given: Any) -> Any:
+        """Also of the fields that have another default."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
 
 
 def _first_sentence(error: ValidationError) -> str:
@@ -72,12 +82,12 @@ def _first_sentence(error: ValidationError) -> str:
     field = ".".join(str(part) for part in first["loc"][:1])
     if first["type"] == "extra_forbidden":
         known = ", ".join(VideoRequest.model_fields)
-        return f"Unknown request field {field!r}: the fields are {known}."
+        return f"Unknown request field {shown(field)}: the fields are {known}."
     if first["type"] == "missing":
-        return f"The request has no {field!r}: give one."
+        return f"The request has no {shown(field)}: give one."
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
-    return f"{field}={first['input']!r} cannot be used: {reason}; give a value of that type."
+    return f"{field}={shown(first['input'])} cannot be used: {reason}; give a value of that type."
 
 
 class Shape(NamedTuple):

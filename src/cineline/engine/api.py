@@ -38,6 +38,7 @@ from cineline.errors import (
     InvalidConfig,
     RankFailed,
     RequestCancelled,
+    shown,
 )
 from cineline.schedule.scheduler import Scheduler
 
@@ -107,9 +108,9 @@ class Engine:
     ) -> None:
         device = device or default_device()
         if in_flight is not None and (type(in_flight) is not int or in_flight < 1):
-            raise InvalidConfig(f"in_flight={in_flight!r} is no whole number from 1 on: give 1 or more.")
+            raise InvalidConfig(f"in_flight={shown(in_flight)} is no whole number from 1 on: give 1 or more.")
         if launcher not in get_args(Launcher):
-            raise InvalidConfig(f"launcher={launcher!r} is not known: use {' or '.join(get_args(Launcher))}.")
+            raise InvalidConfig(f"launcher={shown(launcher)} is not known: use {' or '.join(get_args(Launcher))}.")
         if launcher == "torchrun" and torchrun_rank() is None:
             raise InvalidConfig("launcher='torchrun' needs a torchrun world: start the program with torchrun.")
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
@@ -270,7 +271,7 @@ class Engine:
 def _check_devices(parallel: ParallelConfig, config: DeviceConfig) -> None:
     """Refuse what this machine's accelerators cannot run; stages may share them, the ranks of a stage may not."""
     if config.device not in DEVICES and parallel.ring > 1:
-        raise InvalidConfig(f"ring={parallel.ring} has no attention for device={config.device!r}: use ulysses.")
+        raise InvalidConfig(f"ring={parallel.ring} has no attention for device={shown(config.device)}: use ulysses.")
     if config.device == "cpu" or parallel.lanes == 1:
         return
     import torch

@@ -7,7 +7,7 @@ import logging
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec, plannable
 from cineline.core.hardware import Device
-from cineline.errors import InvalidConfig
+from cineline.errors import InvalidConfig, shown
 from cineline.planning.hardware import LINKS, device_named
 from cineline.planning.planner import Task, plan, planned_job
 from cineline.planning.report import exactness, name_of
@@ -30,7 +30,8 @@ def divide(spec: FamilySpec, config: DeviceConfig, in_flight: int | None) -> tup
         return ParallelConfig(), in_flight
     if config.text_encoder != "resident":
         raise InvalidConfig(
-            f"parallel='auto' plans for a resident text encoder, not {config.text_encoder!r}: give a ParallelConfig."
+            f"parallel='auto' plans for a resident text encoder, not {shown(config.text_encoder)}: "
+            "give a ParallelConfig."
         )
     planned = plannable(spec)
     task = Task(

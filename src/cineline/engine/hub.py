@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cineline.core.family import FamilySpec, StoredFamily
-from cineline.errors import CheckpointError
+from cineline.errors import CheckpointError, reason, shown
 from cineline.families.registry import open_checkpoint
 from cineline.weights.layout import choose, files_of, has_variant, shards_of
 
@@ -56,22 +56,23 @@ def folder_of(model: str | Path | None) -> Path:
     try:
         is_folder, exists = folder.is_dir(), folder.exists()
     except OSError as error:
-        raise CheckpointError(f"model={str(model)[:40]!r} cannot be a folder ({error.strerror}): give one.") from None
+        raise CheckpointError(f"model={shown(folder)} cannot be a folder ({reason(error)}): give one.") from None
     if is_folder:
         return folder
     if exists:
-        raise CheckpointError(f"model={str(model)!r} is a file: give the folder that holds model_index.json.")
+        raise CheckpointError(f"model={shown(folder)} is a file: give the folder that holds model_index.json.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise CheckpointError(
-            f"model={str(model)!r} does not exist: give a folder, a hub id such as owner/name, or {' or '.join(MINIS)}."
+            f"model={shown(folder)} does not exist: give a folder, a hub id such as owner/name, or "
+            f"{' or '.join(MINIS)}."
         )
-    folder = Path(_download(str(model), allow_patterns=CONFIGS))
-    if not (folder / "model_index.json").exists():
+    found = Path(_download(str(model), allow_patterns=CONFIGS))
+    if not (found / "model_index.json").exists():
         remedy = "give one that does" if str(model).endswith(DIFFUSERS) else f"try {model}{DIFFUSERS}"
         raise CheckpointError(
-            f"model={str(model)!r} has no model_index.json, as models in diffusers format do: {remedy}."
+            f"model={shown(folder)} has no model_index.json, as models in diffusers format do: {remedy}."
         )
-    return folder
+    return found
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ def _wanted(component: Path, names: set[str], variant: str | None) -> Iterator[s
 def _check_variant(variant: str | None, components: Sequence[Path], names: Callable[[Path], set[str]]) -> None:
     if variant and not any(has_variant(names(component), variant) for component in components):
         where = components[0].parent if components else "the model"
-        raise CheckpointError(f"variant={variant!r} is in no component of {where}: leave it out, or name one it has.")
+        raise CheckpointError(
+            f"variant={shown(variant)} is in no component of {where}: leave it out, or name one it has."
+        )
 
 
 def _download(hub_id: str, **arguments: Any) -> Any:
@@ -159,8 +162,7 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).split("\n")[0]
         raise CheckpointError(
-            f"model={hub_id!r} is no folder here and cannot be downloaded ({type(error).__name__}: {reason}): "
-            "check the name and the network."
+            f"model={shown(hub_id)} is no folder here and cannot be downloaded ({type(error).__name__}: "
+            f"{reason(error)}): check the name and the network."
         ) from None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cineline.core.output import whole_file
 from cineline.engine.handle import RequestHandle
-from cineline.errors import CinelineError, OutputError
+from cineline.errors import CinelineError, OutputError, reason
 from cineline.media.video import video_writer
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class Sink:
             if self._write is not None:
                 self._write(frames)
         except OSError as error:
-            raise OutputError(f"{self._video} cannot be written ({error}): check the disk and the folder.") from None
+            raise OutputError(
+                f"{self._video} cannot be written ({reason(error)}): check the disk and the folder."
+            ) from None
 
     def give_up(self, error: BaseException) -> None:
         """Leave no file that is not whole."""

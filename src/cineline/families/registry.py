@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cineline.core.family import FamilySpec
-from cineline.errors import CheckpointError
+from cineline.errors import CheckpointError, shown
 from cineline.families.configs import read_json
 
 SPECS: Mapping[str, str] = {
@@ -31,7 +31,7 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> FamilySpec:
     index = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
     pipeline = str(index.get("_class_name"))
     if pipeline not in SPECS:
-        raise CheckpointError(f"{folder} holds a {pipeline!r}: Cineline runs {' and '.join(SPECS)} checkpoints.")
+        raise CheckpointError(f"{folder} holds a {shown(pipeline)}: Cineline runs {' and '.join(SPECS)} checkpoints.")
     module, name = SPECS[pipeline].split(":")
     spec: FamilySpec = getattr(importlib.import_module(module), name).open(folder, variant)
     return spec

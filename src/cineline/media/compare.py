@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cineline.core.extras import need
 from cineline.core.output import ANIMATION_SUFFIXES, LATENT_SUFFIXES
-from cineline.errors import InvalidRequest
+from cineline.errors import InvalidRequest, reason
 
 WINDOW = 11
 """Side of SSIM's Gaussian window (Wang et al. 2004, Image Quality Assessment); smaller frames have no SSIM."""
@@ -113,7 +113,9 @@ def _latents(path: Path) -> Tensor:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InvalidRequest(f"{path} cannot be read ({error}): give a file that --save-latents wrote.") from None
+        raise InvalidRequest(
+            f"{path} cannot be read ({reason(error)}): give a file that --save-latents wrote."
+        ) from None
     latents: Tensor | None = tensors.get("latents")
     if latents is None or latents.ndim != 4:
         raise InvalidRequest(f"{path} holds no 'latents' of 4 dimensions: give a file that --save-latents wrote.")
@@ -131,7 +133,9 @@ def _video(path: Path) -> Iterator[Tensor]:
             count += 1
             yield torch.from_numpy(frame).permute(2, 0, 1)
     except (OSError, IndexError, SyntaxError, av.FFmpegError) as error:
-        raise InvalidRequest(f"{path} cannot be read as a video ({error}): give a file that Cineline wrote.") from None
+        raise InvalidRequest(
+            f"{path} cannot be read as a video ({reason(error)}): give a file that Cineline wrote."
+        ) from None
     if not count:
         raise InvalidRequest(f"{path} has no frames: give another.")
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 from cineline.core.hardware import Device, Link
-from cineline.errors import InvalidConfig
+from cineline.errors import InvalidConfig, shown
 
 LINK_SHARE = 0.8
 """Of the data sheet's rate that large messages reach: an assumption, as `core.hardware` has some for devices."""
@@ -60,11 +60,11 @@ def devices_of(text: str) -> tuple[Device, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:([1-9]\d{0,3})x)?([A-Za-z][\w-]*)\s*", part, re.ASCII)
         if match is None:
-            raise InvalidConfig(f"devices={text!r}: write them as 4xL40S or 2xL40S,1xRTX4090.")
+            raise InvalidConfig(f"devices={shown(text)}: write them as 4xL40S or 2xL40S,1xRTX4090.")
         device = DEVICES.get(match[2].lower())
         if device is None:
             known = ", ".join(entry.name for entry in DEVICES.values())
-            raise InvalidConfig(f"devices={text!r}: {match[2]} is not in the table; known are {known}.")
+            raise InvalidConfig(f"devices={shown(text)}: {shown(match[2])} is not in the table; known are {known}.")
         devices += [device] * int(match[1] or 1)
     return tuple(devices)
 
@@ -77,7 +77,7 @@ def link_of(name: str) -> Link:
     """
     link = LINKS.get(name.lower())
     if link is None:
-        raise InvalidConfig(f"link={name!r} is not in the table: use one of {', '.join(LINKS)}.")
+        raise InvalidConfig(f"link={shown(name)} is not in the table: use one of {', '.join(LINKS)}.")
     return link
 
 
@@ -91,6 +91,6 @@ def device_named(name: str, memory: float) -> Device:
     matches = [key for key in DEVICES if key.replace("-", "") in plain]
     if not matches:
         known = ", ".join(entry.name for entry in DEVICES.values())
-        raise InvalidConfig(f"device {name!r} is not in the planner's table ({known}): give the axes yourself.")
+        raise InvalidConfig(f"device {shown(name)} is not in the planner's table ({known}): give the axes yourself.")
     device = DEVICES[max(matches, key=len)]
     return replace(device, memory=min(device.memory, memory))

@@ -15,7 +15,7 @@ from cineline.core.costs import LineCosts
 from cineline.core.family import PlannedFamily
 from cineline.core.hardware import Device, Link
 from cineline.core.request import Job
-from cineline.errors import InvalidConfig
+from cineline.errors import InvalidConfig, shown
 from cineline.planning.fit import DECODES, Fit, fits
 from cineline.planning.plan import Plan
 from cineline.schedule.scheduler import default_in_flight
@@ -54,7 +54,7 @@ class Task:
         for name in ("requests", "in_flight"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InvalidConfig(f"{name}={value} is below 1: give 1 or more.")
+                raise InvalidConfig(f"{name}={shown(value)} is below 1: give 1 or more.")
 
 
 def planned_job(spec: PlannedFamily, fields: Mapping[str, int | float]) -> Job:

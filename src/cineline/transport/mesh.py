@@ -17,7 +17,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from cineline.core.config import AXES, ParallelConfig
-from cineline.errors import InvalidConfig
+from cineline.errors import InvalidConfig, shown
 from cineline.schedule.rule import edges_of
 from cineline.schedule.words import Edge
 from cineline.transport.axis import Traffic
@@ -51,7 +51,7 @@ def pick_device(name: str, local_rank: int) -> torch.device:
     if found is None or found.type != name:
         here = "none" if found is None else repr(found.type)
         raise InvalidConfig(
-            f"device={name!r}: torch {torch.__version__} finds {here} here as an accelerator: use --device cpu."
+            f"device={shown(name)}: torch {torch.__version__} finds {here} here as an accelerator: use --device cpu."
         )
     device = torch.device(name, local_rank % torch.accelerator.device_count())
     torch.accelerator.set_device_index(device.index)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cineline.errors import CheckpointError
+from cineline.errors import CheckpointError, reason, shown
 from cineline.weights.layout import files_of
 
 
@@ -84,14 +84,14 @@ class Weights:
         missing = sorted(wanted - self._stored.keys())
         if missing:
             raise CheckpointError(
-                f"{self._folder} lacks tensor {missing[0]!r} ({len(missing)} missing): download it again."
+                f"{self._folder} lacks tensor {shown(missing[0])} ({len(missing)} missing): download it again."
             )
         extra = sorted(
             name for name in self._stored.keys() - wanted if not any(part in name.split(".") for part in ignored)
         )
         if extra:
             raise CheckpointError(
-                f"{self._folder} has a tensor {extra[0]!r} that its config does not know ({len(extra)} extra): "
+                f"{self._folder} has a tensor {shown(extra[0])} that its config does not know ({len(extra)} extra): "
                 "use the config.json that belongs to it."
             )
 
@@ -110,12 +110,12 @@ class Weights:
         """
         stored = self._stored.get(name)
         if stored is None:
-            raise CheckpointError(f"{self._folder} lacks tensor {name!r}: download it again.")
+            raise CheckpointError(f"{self._folder} lacks tensor {shown(name)}: download it again.")
         expected = shape if shard is None else shard.whole(shape)
         if stored.shape != expected:
             raise CheckpointError(
-                f"{stored.file}: tensor {name!r} has shape {list(stored.shape)}, but the config says {list(expected)}: "
-                "use the config.json that belongs to it."
+                f"{stored.file}: tensor {shown(name)} has shape {list(stored.shape)}, but the config says "
+                f"{list(expected)}: use the config.json that belongs to it."
             )
         try:
             with safe_open(stored.file, framework="pt") as file:
@@ -123,7 +123,9 @@ class Weights:
                     file.get_tensor(name) if shard is None else file.get_slice(name)[shard.cut(shape)]
                 )
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{stored.file}: tensor {name!r} cannot be read ({error}).") from None
+            raise CheckpointError(
+                f"{stored.file}: tensor {shown(name)} cannot be read ({reason(error)}): download it again."
+            ) from None
         self.bytes_read += tensor.nbytes
         target = dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=target, copy=True)
@@ -182,6 +184,7 @@ def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
         end = 8 + length + entry["data_offsets"][1]
         if end > size:
             raise CheckpointError(
-                f"{file}: tensor {name!r} is truncated (it ends at byte {end}, the file at {size}): download it again."
+                f"{file}: tensor {shown(name)} is truncated (it ends at byte {end}, the file at {size}): download "
+                "it again."
             )
     return {name: tuple(entry["shape"]) for name, entry in header.items()}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from cineline.errors import CheckpointError
+from cineline.errors import CheckpointError, shown
 
 STEMS = ("diffusion_pytorch_model", "model")
 """Names that diffusers and transformers give their files."""
@@ -38,9 +38,9 @@ def shards_of(index: Path) -> list[Path]:
         CheckpointError: it cannot be read.
     """
     try:
-        names = json.loads(index.read_text())["weight_map"].values()
+        names = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({error!r}): download it again.") from None
+        raise CheckpointError(f"{index} cannot be read ({shown(error)}): download it again.") from None
     return [index.parent / name for name in sorted(set(names))]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cineline.errors import CheckpointError
+from cineline.errors import CheckpointError, shown
 from cineline.families.snapshot import copied
 from cineline.families.wan.job import WanJob
 
@@ -44,7 +44,9 @@ def make_solver(class_name: str, config: Mapping[str, Any], job: WanJob, device:
 
     solver_class = getattr(diffusers, class_name, None)
     if solver_class is None:
-        raise CheckpointError(f"The checkpoint's scheduler {class_name!r} is not in diffusers {diffusers.__version__}.")
+        raise CheckpointError(
+            f"The checkpoint's scheduler {shown(class_name)} is not in diffusers {diffusers.__version__}."
+        )
     shift = {}
     if job.flow_shift is not None:
         shift = {"shift" if class_name.startswith("FlowMatch") else "flow_shift": job.flow_shift}

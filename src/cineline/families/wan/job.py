@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from cineline.core.request import Job
 
@@ -19,3 +20,9 @@ class WanJob(Job):
     guidance_scale_2: float | None = None
     flow_shift: float | None = None
     boundary_ratio: float | None = None
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """See `Job.own_settings`; without guidance there is no second scale."""
+        off = {"guidance_scale_2"} if self.branches == 1 else set()
+        return {name: value for name, value in super().own_settings.items() if name not in off}

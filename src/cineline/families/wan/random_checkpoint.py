@@ -69,9 +69,10 @@ def _build(config: RandomConfig) -> WanPipeline | WanImageToVideoPipeline:
     two_experts = config.kind != "ti2v"
     vae = random_vae(config.kind, config.vae_width)
     channels = vae.config.z_dim
+    tokenizer = _tokenizer()
     components = {
-        "tokenizer": _tokenizer(),
-        "text_encoder": _text_encoder(config.text_layers, config.text_width),
+        "tokenizer": tokenizer,
+        "text_encoder": _text_encoder(len(tokenizer), config.text_layers, config.text_width),
         "vae": vae,
         "scheduler": UniPCMultistepScheduler(
             prediction_type="flow_prediction",
@@ -120,9 +121,9 @@ def random_vae(kind: WanKind, width: int = 4, **changes: Any) -> AutoencoderKLWa
     return AutoencoderKLWan(**shape | statistics | changes)
 
 
-def _text_encoder(layers: int, width: int) -> UMT5EncoderModel:
-    config = UMT5Config(vocab_size=300, d_model=width, d_kv=width // 4, d_ff=2 * width, num_layers=layers, num_heads=4)
-    return UMT5EncoderModel(config)
+def _text_encoder(tokens: int, layers: int, width: int) -> UMT5EncoderModel:
+    shape = {"d_model": width, "d_kv": width // 4, "d_ff": 2 * width, "num_layers": layers, "num_heads": 4}
+    return UMT5EncoderModel(UMT5Config(vocab_size=tokens, **shape))
 
 
 def _tokenizer() -> T5Tokenizer:

@@ -9,12 +9,15 @@ from PIL import Image
 
 from cineline.core.image import load_image
 from cineline.core.request import VideoRequest
-from cineline.errors import InvalidRequest
+from cineline.errors import InvalidRequest, shown
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.shapes import WanShapes
 
 MOST = {"num_inference_steps": 10_000, "fps": 1_000}
 """Largest values that are not taken for a slip of the hand."""
+
+
+SIDES = ("height", "width")
 
 
 class Rules:
@@ -30,32 +33,33 @@ class Rules:
             InvalidRequest: a field breaks one of the rules.
         """
         if not request.prompt.strip():
-            raise InvalidRequest(f"prompt={request.prompt!r} is empty: describe the video in at least one word.")
+            raise InvalidRequest(f"prompt={shown(request.prompt)} is empty: describe the video in at least one word.")
         self._check_image(request)
         height, width = self._size(request)
         value = {name: self._default(request, name) for name in ("num_frames", "num_inference_steps", "fps")}
         for name in ("num_inference_steps", "fps"):
             if value[name] < 1:
-                raise InvalidRequest(f"{name}={value[name]} is below 1: give 1 or more.")
+                raise InvalidRequest(f"{name}={shown(value[name])} is below 1: give 1 or more.")
             if value[name] > MOST[name]:
-                raise InvalidRequest(f"{name}={value[name]} is above {MOST[name]}: give less.")
+                raise InvalidRequest(f"{name}={shown(value[name])} is above {MOST[name]}: give less.")
         frames = value["num_frames"]
         if frames < 1 or frames % self._wan.vae_frames != 1 % self._wan.vae_frames:
             below = max(1, (frames - 1) // self._wan.vae_frames * self._wan.vae_frames + 1)
             raise InvalidRequest(
-                f"num_frames={frames} is not {self._wan.vae_frames}k+1: use {below} or {below + self._wan.vae_frames}."
+                f"num_frames={shown(frames)} is not {self._wan.vae_frames}k+1: use {shown(below)} or "
+                f"{shown(below + self._wan.vae_frames)}."
             )
         self._check_length("num_frames", frames, (frames - 1) // self._wan.vae_frames + 1)
         seed = self._default(request, "seed")
         if not 0 <= seed < 2**63:
-            raise InvalidRequest(f"seed={seed} is out of range: use 0 to 2**63 - 1.")
+            raise InvalidRequest(f"seed={shown(seed)} is out of range: use 0 to 2**63 - 1.")
         scale = self._scale(request, "guidance_scale")
         assert scale is not None
         boundary = self._boundary(request)
         scale_2 = self._second_scale(request, boundary, scale)
         shift = self._default(request, "flow_shift")
         if shift is not None and not (math.isfinite(shift) and shift > 0):
-            raise InvalidRequest(f"flow_shift={shift} is not a positive number: use 1 to 20.")
+            raise InvalidRequest(f"flow_shift={shown(shift)} is not a positive number: use 1 to 20.")
         return WanJob(
             id=number,
             prompt=request.prompt,
@@ -91,41 +95,67 @@ class Rules:
             raise InvalidRequest(f"{self._wan.folder} is an image-to-video model and needs an image: give one.")
 
     def _size(self, request: VideoRequest) -> tuple[int, int]:
-        if request.image is not None and request.height is None and request.width is None:
-            return self._size_like(load_image(request.image))
-        size = self._default(request, "height"), self._default(request, "width")
-        for name, pixels, step, scale in zip(
-            ("height", "width"), size, self._wan.grid, self._wan.patch[1:], strict=True
-        ):
-            if pixels < 1 or pixels % step:
-                below = max(1, pixels // step) * step
-                raise InvalidRequest(
-                    f"{name}={pixels} is not a positive multiple of {step} (VAE {self._wan.vae_scale} x patch "
-                    f"{scale}): use {below} or {below + step}."
-                )
-            self._check_length(name, pixels, pixels // step)
-        return size
+        given = request.height, request.width
+        size = given
+        if request.image is None:
+            size = self._default(request, "height"), self._default(request, "width")
+        for side, pixels in enumerate(size):
+            if pixels is not None:
+                self._check_side(side, pixels)
+        height, width = size
+        if height is not None and width is not None:
+            return height, width
+        assert request.image is not None  # every kind has a default size
+        return self._size_like(load_image(request.image), height, width)
 
-    def _size_like(self, image: Image.Image) -> tuple[int, int]:
-        """The image's aspect ratio at the default area, on the grid."""
-        aspect = image.height / image.width
-        area = self._wan.defaults["height"] * self._wan.defaults["width"]
+    def _check_side(self, side: int, pixels: int) -> None:
+        name, step = SIDES[side], self._wan.grid[side]
+        if pixels < 1 or pixels % step:
+            below = max(1, pixels // step) * step
+            raise InvalidRequest(
+                f"{name}={shown(pixels)} is not a positive multiple of {step} (VAE {self._wan.vae_scale} x patch "
+                f"{self._wan.patch[1 + side]}): use {shown(below)} or {shown(below + step)}."
+            )
+        self._check_length(name, pixels, pixels // step)
+
+    def _size_like(self, image: Image.Image, height: int | None, width: int | None) -> tuple[int, int]:
+        """A size in the image's shape: from the side that is given, or at the default area where none is.
+
+        What is not given is rounded to the nearest multiple of the grid, and is one multiple at least.
+        """
+        aspect, area = image.height / image.width, self._wan.defaults["height"] * self._wan.defaults["width"]
+        wanted = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if height is not None:
+            wanted = height, height / aspect
+        elif width is not None:
+            wanted = width * aspect, width
+        tokens = [max(1, round(pixels / step)) for pixels, step in zip(wanted, self._wan.grid, strict=True)]
+        for name, count, step in zip(SIDES, tokens, self._wan.grid, strict=True):
+            if count > self._most_tokens:
+                raise InvalidRequest(
+                    f"The image has {image.width}x{image.height} pixels, and a video of that shape {name}="
+                    f"{count * step}, which makes {count} tokens, more than the model's {self._most_tokens}: crop the "
+                    "image, or give both height and width."
+                )
         rows, columns = self._wan.grid
-        height = max(1, round(math.sqrt(area * aspect) / rows)) * rows
-        width = max(1, round(math.sqrt(area / aspect) / columns)) * columns
-        self._check_length("height", height, height // rows)
-        self._check_length("width", width, width // columns)
-        return height, width
+        return tokens[0] * rows, tokens[1] * columns
+
+    @property
+    def _most_tokens(self) -> int:
+        """Along each of a video's three sides."""
+        return int(self._wan.transformer.get("rope_max_seq_len", 1024))
 
     def _check_length(self, name: str, value: int, tokens: int) -> None:
-        limit = int(self._wan.transformer.get("rope_max_seq_len", 1024))
+        limit = self._most_tokens
         if tokens > limit:
-            raise InvalidRequest(f"{name}={value} makes {tokens} tokens, more than the model's {limit}: use less.")
+            raise InvalidRequest(
+                f"{name}={shown(value)} makes {shown(tokens)} tokens, more than the model's {limit}: use less."
+            )
 
     def _scale(self, request: VideoRequest, name: str) -> float | None:
         scale = self._default(request, name)
         if scale is not None and not math.isfinite(scale):
-            raise InvalidRequest(f"{name}={scale} is not a finite number: use 1 for no guidance, or up to 20.")
+            raise InvalidRequest(f"{name}={shown(scale)} is not a finite number: use 1 for no guidance, or up to 20.")
         return None if scale is None else float(scale)
 
     def _boundary(self, request: VideoRequest) -> float | None:
@@ -134,19 +164,24 @@ class Rules:
             return self._wan.boundary_ratio
         if len(self._wan.experts) == 1:
             raise InvalidRequest(
-                f"boundary_ratio={boundary} needs a model with two experts, {self._wan.folder} has one: leave it out."
+                f"boundary_ratio={shown(boundary)} needs a model with two experts, {self._wan.folder} has one: "
+                "leave it out."
             )
         if not 0 <= boundary <= 1:
-            raise InvalidRequest(f"boundary_ratio={boundary} is outside 0 to 1: use a share such as 0.875.")
+            raise InvalidRequest(f"boundary_ratio={shown(boundary)} is outside 0 to 1: use a share such as 0.875.")
         return boundary
 
     def _second_scale(self, request: VideoRequest, boundary: float | None, scale: float) -> float | None:
+        """The first one where that alone is given (as in diffusers), the model's own where neither is."""
+        given = request.guidance_scale_2
         if boundary is None:
-            if request.guidance_scale_2 is not None:
+            if given is not None:
                 raise InvalidRequest(
-                    f"guidance_scale_2={request.guidance_scale_2} needs a model with two experts and a boundary_ratio: "
+                    f"guidance_scale_2={shown(given)} needs a model with two experts and a boundary_ratio: "
                     "leave it out."
                 )
             return None
+        if given is None and request.guidance_scale is not None:
+            return scale
         second = self._scale(request, "guidance_scale_2")
         return scale if second is None else second

@@ -12,13 +12,14 @@ from PIL import Image
 from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
 from cineline.core.hardware import Device, Link
 from cineline.core.request import Job, VideoRequest
-from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest
+from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest, shown
 from cineline.families.configs import read_json
 from cineline.families.wan.costs.line import PlannedLine
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.rules import Rules
 from cineline.families.wan.shapes import WanKind, WanShapes
+from cineline.families.wan.vocabulary import check_tokenizer
 from cineline.planning.cut import default_cut
 
 Defaults = Mapping[str, float]
@@ -104,7 +105,7 @@ class WanSpec(WanShapes):
         try:
             return replace(cls._open(folder), variant=variant)
         except KeyError as error:
-            raise CheckpointError(f"{folder}: a config file lacks {error}; download the checkpoint again.") from None
+            raise CheckpointError(f"{folder}: a config file lacks {error}: download the checkpoint again.") from None
 
     @classmethod
     def _open(cls, folder: Path) -> WanSpec:
@@ -120,9 +121,10 @@ class WanSpec(WanShapes):
         boundary = index.get("boundary_ratio")
         if boundary is not None and len(experts) == 1:
             raise CheckpointError(
-                f"{folder}/model_index.json has boundary_ratio={boundary} but no 'transformer_2': "
+                f"{folder}/model_index.json has boundary_ratio={shown(boundary)} but no 'transformer_2': "
                 "add the second expert or remove the boundary."
             )
+        check_tokenizer(folder, text)
         scheduler = read_json(folder / "scheduler" / "scheduler_config.json", "each component has one")
         _check_solver(folder, _class_of(index, "scheduler"), scheduler)
         spec = cls(
@@ -135,11 +137,12 @@ class WanSpec(WanShapes):
             scheduler=scheduler,
             scheduler_class=str(_class_of(index, "scheduler")),
             boundary_ratio=boundary,
-            defaults={**WAN_DEFAULTS[kind], **_own_defaults(folder)},
+            defaults=_defaults(kind, _own_defaults(folder)),
         )
         if not (spec.layers > 0 and min(spec.grid) > 0):  # a config without their keys is refused here, too
             raise CheckpointError(
-                f"{folder}: {spec.layers} blocks on a grid of {spec.grid} is no model: download the checkpoint again."
+                f"{folder}: {shown(spec.layers)} blocks on a grid of {shown(spec.grid)} is no model: download the "
+                "checkpoint again."
             )
         return spec
 
@@ -159,8 +162,8 @@ class WanSpec(WanShapes):
         if channels == 2 * latent_channels + vae.get("scale_factor_temporal", 4):
             return "i2v"
         raise CheckpointError(
-            f"{folder}: a transformer with {channels} input channels does not fit a VAE with {latent_channels}: "
-            "use the components of one checkpoint."
+            f"{folder}: a transformer with {shown(channels)} input channels does not fit a VAE with "
+            f"{shown(latent_channels)}: use the components of one checkpoint."
         )
 
     def place(self, parallel: ParallelConfig) -> ParallelConfig:
@@ -239,8 +242,22 @@ def _class_of(index: Mapping[str, Any], name: str) -> str | None:
 def _check_solver(folder: Path, name: str | None, config: Mapping[str, Any]) -> None:
     noisy = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
     if name not in SOLVERS or noisy:
-        kind = f"{name} with noise of its own" if noisy else name
+        kind = f"{shown(name)} with noise of its own" if noisy else shown(name)
         raise CheckpointError(f"{folder}: scheduler {kind} is not supported: use one of {', '.join(SOLVERS)}.")
+    prediction = config.get("prediction_type")
+    if not name.startswith("FlowMatch") and prediction != "flow_prediction":  # left out it is noise, for other models
+        raise CheckpointError(
+            f"{folder}: the scheduler's prediction_type is {shown(prediction)}, and Wan's transformers predict a flow: "
+            "set 'flow_prediction', or download the checkpoint again."
+        )
+
+
+def _defaults(kind: WanKind, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The kind's, with a checkpoint's own before them; a first guidance scale alone means both there, too."""
+    defaults = {**WAN_DEFAULTS[kind], **own}
+    if "guidance_scale" in own and "guidance_scale_2" not in own:
+        defaults.pop("guidance_scale_2", None)
+    return defaults
 
 
 def _own_defaults(folder: Path) -> dict[str, Any]:
@@ -254,5 +271,7 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {error}") from None
     useless = [name for name in own if name in NO_DEFAULTS or own[name] is None]
     if useless:
-        raise CheckpointError(f"{path}: {useless[0]!r} cannot have the default {own[useless[0]]!r}: remove it.")
+        raise CheckpointError(
+            f"{path}: {shown(useless[0])} cannot have the default {shown(own[useless[0]])}: remove it."
+        )
     return checked.model_dump(include=set(own))

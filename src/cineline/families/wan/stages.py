@@ -53,11 +53,12 @@ class WanStages(PipelineParallelMixin[WanState]):
         self._part, self._device, self._dtype = part, part.device, getattr(torch, part.config.dtype)
         rope = spec.transformer["attention_head_dim"], spec.patch, spec.transformer["rope_max_seq_len"]
         self._rope = WanRotaryPosEmbed(*rope).to(self._device)
+        text = TextPart(spec, part)  # first, so that a tokenizer that is none is found before large weights are read
         self._experts = Experts(spec, part)
         self._conditioner = Conditioner(spec, part, self._experts)
         self._decoder = DecoderPart(spec, part)
         self._parts: Mapping[Kind, Part[WanState]] = {
-            Kind.TEXT: TextPart(spec, part),
+            Kind.TEXT: text,
             Kind.ENCODE: self._conditioner,
             Kind.DENOISE: self._experts,
             Kind.DECODE: self._decoder,

@@ -6,6 +6,7 @@ Legend: D the encoder's width.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from cineline.core.config import TextEncoder
 from cineline.core.request import Branch, WorkItem
-from cineline.errors import CheckpointError
+from cineline.errors import CheckpointError, reason
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import WanState
+from cineline.families.wan.vocabulary import check_numbers, check_special
 from cineline.weights.files import Weights
 
 log = logging.getLogger(__name__)
@@ -31,13 +33,24 @@ class Tokenizer:
 
     Args:
         folder: the checkpoint's, with `tokenizer`.
+        text: the config of the text encoder that it must belong to.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or belongs to another text encoder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, text: Mapping[str, Any]) -> None:
+        home = folder / "tokenizer"
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({error}).") from None
+            self._tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
+        except Exception as error:  # of files that are broken it raises anything
+            raise CheckpointError(
+                f"{home} cannot be loaded ({reason(error)}): download it again, or where it has a spiece.model alone "
+                "install sentencepiece and protobuf."
+            ) from None
+        check_numbers(home, set(self._tokenizer.get_vocab().values()), text)
+        check_special(home, "pad", self._tokenizer.pad_token_id, text)
+        check_special(home, "eos", self._tokenizer.eos_token_id, text)
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Token numbers int64 [1, 512] of one prompt, and its mask: 1 up to its last token, 0 behind."""
@@ -118,7 +131,9 @@ class TextSlice:
         try:
             config = UMT5Config.from_pretrained(self._folder / "text_encoder", local_files_only=True)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self._folder}: the text encoder cannot be loaded ({error}).") from None
+            raise CheckpointError(
+                f"{self._folder}: the text encoder cannot be loaded ({reason(error)}): download it again."
+            ) from None
         with torch.device("meta"):
             whole = UMT5EncoderModel(config)
         # The encoder has its own reference to the embedding; the outer one is not used in a forward.
@@ -158,7 +173,7 @@ class TextPart:
     def __init__(self, spec: WanSpec, part: StagePart) -> None:
         self._part = part
         dtype, home = getattr(torch, part.config.dtype), part.config.text_encoder
-        self._tokenizer = Tokenizer(spec.folder) if part.is_head and part.place.is_first_lane else None
+        self._tokenizer = Tokenizer(spec.folder, spec.text) if part.is_head and part.place.is_first_lane else None
         self._slice = (
             TextSlice(spec.folder, part.cut.text, part.is_head, part.is_tail, dtype, part.device, home, spec.variant)
             if part.place.is_first_lane
