@@ -20,8 +20,9 @@ from cineline.core.output import check_output
 from cineline.core.request import Job, VideoRequest
 from cineline.engine.api import Engine, default_device
 from cineline.engine.hub import MINIS, open_model
-from cineline.engine.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
+from cineline.engine.launch import Launcher, serve_torchrun_rank
 from cineline.engine.sink import Sink
+from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
 
 POLL_S = 0.1
@@ -63,9 +64,9 @@ def generate(
     black, moving left, right, up or down, growing or shrinking, on a
     background of another of these colours. Other words do no harm.
     """
-    parallel = ParallelConfig(**{"pp": _stages(line), **line})
-    console = Console(stderr=True)
     launch = _launcher(launcher)
+    parallel = ParallelConfig(**{"pp": _stages(line, launch), **line})
+    console = Console(stderr=True)
     if launch == "torchrun" and torchrun_rank() != 0:
         config = DeviceConfig(**{"device": default_device(), **devices})
         sys.exit(serve_torchrun_rank(config.rank_environment(torchrun_world()[1])))
@@ -143,20 +144,18 @@ def _describe(job: Job) -> str:
     )
 
 
-def _stages(line: Given) -> int:
+def _stages(line: Given, launcher: Launcher) -> int:
     """What the other axes leave of torchrun's world."""
     others = math.prod(line[axis] for axis in AXES if axis != "pp")
-    return torchrun_world()[0] // others or 1 if torchrun_rank() is not None and others > 0 else 1
+    return torchrun_world()[0] // others or 1 if launcher == "torchrun" and others > 0 else 1
 
 
 def _launcher(name: str | None) -> Launcher:
-    inside = torchrun_rank() is not None
     if name is None:
-        return "torchrun" if inside else "local"
+        return "local" if torchrun_rank() is None else "torchrun"
     if name == "local":
         return "local"
     if name != "torchrun":
         raise InvalidConfig(f"launcher={name!r} is not known: use local or torchrun.")
-    if not inside:
-        raise InvalidConfig("launcher='torchrun' needs a torchrun world: start with torchrun -m cineline generate.")
+    need_torchrun()
     return "torchrun"
