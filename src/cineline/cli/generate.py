@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
 from cineline.cli.options import Fields, Given, spread
@@ -18,14 +17,21 @@ from cineline.cli.progress import RequestProgress, make_view
 from cineline.core.config import AXES, DeviceConfig, ParallelConfig
 from cineline.core.output import check_output
 from cineline.core.request import Job, VideoRequest
+from cineline.core.streams import console
 from cineline.engine.api import Engine, default_device
 from cineline.engine.hub import MINIS, open_model
 from cineline.engine.launch import Launcher, serve_torchrun_rank
 from cineline.engine.sink import Sink
 from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
-from cineline.errors import CinelineError, InvalidConfig, InvalidRequest
+from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 POLL_S = 0.1
+
+NAMED = 5
+"""Files that an error names at most, of those that are not there."""
 
 _REQUEST, _PARALLEL, _RUN = "The request", "The line", "The run"
 _CHOSEN = {"device": "cuda where there is one", "dtype": "float32 on the CPU", "text_encoder": ""}
@@ -66,7 +72,7 @@ def generate(
     """
     launch = _launcher(launcher)
     parallel = ParallelConfig(**{"pp": _stages(line, launch), **line})
-    console = Console(stderr=True)
+    screen = console(stderr=True)
     if launch == "torchrun" and torchrun_rank() != 0:
         config = DeviceConfig(**{"device": default_device(), **devices})
         sys.exit(serve_torchrun_rank(config.rank_environment(torchrun_world()[1])))
@@ -78,12 +84,28 @@ def generate(
     check_tasks(spec, tasks, requests)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
-        console.print(f"Loading {model or MINIS[0]} on {ranks}", highlight=False, soft_wrap=True)
+        screen.print(f"Loading {model or MINIS[0]} on {ranks}", highlight=False, soft_wrap=True)
 
-    with Engine(spec, parallel, **devices, in_flight=in_flight, trace=trace, launcher=launch) as engine:
-        failed = _run(engine, tasks, quiet, console)
-    if failed:
-        raise failed
+    unmade: dict[Path, CinelineError] = {}
+    try:
+        with Engine(spec, parallel, **devices, in_flight=in_flight, trace=trace, launcher=launch) as engine:
+            unmade = _run(engine, tasks, quiet, screen)
+    except OutputError as error:
+        if trace is None or not unmade:
+            raise
+        unmade[trace] = error
+    if unmade:
+        raise _told(unmade)
+
+
+def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:
+    """The first error, with the names of all the files that are not there."""
+    first = next(iter(unmade.values()))
+    if len(unmade) > 1 or not any(str(path) in str(first) for path in unmade):
+        names = [path.name for path in unmade]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        first.add_note(f"Not made: {', '.join(names[:NAMED])}{more}.")
+    return first
 
 
 def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Outputs) -> list[Task]:
@@ -96,43 +118,56 @@ def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Ou
     return tasks_of_file(requests, fields, outputs)
 
 
-def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, console: Console) -> CinelineError | None:
-    """Submit all, write each result as it comes; the first error, after the others are done."""
+def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, screen: Console) -> dict[Path, CinelineError]:
+    """Submit all, write each result as it comes; the files that could not be made, after the others are done."""
     handles = [engine.submit(task.request) for task in tasks]
     labels = [(task.video or task.latents or Path()).name for task in tasks]
     if not quiet:
         for label, handle in zip(labels, handles, strict=True):
-            console.print(f"{label}: {_describe(handle.job)}", highlight=False, soft_wrap=True)
-    view = make_view(labels, quiet, console)
+            screen.print(f"{label}: {_describe(handle.job)}", highlight=False, soft_wrap=True)
+    view = make_view(labels, quiet, screen)
     states = [RequestProgress.of(handle) for handle in handles]
     sinks = {
         number: Sink(handle, task.video, task.latents)
         for number, (task, handle) in enumerate(zip(tasks, handles, strict=True))
     }
     del handles  # a sink that is done goes, and its video with it: that is large
-    failed: CinelineError | None = None
+    unmade: dict[Path, CinelineError] = {}
     try:
         while sinks:
             time.sleep(POLL_S)
             for number, sink in list(sinks.items()):
                 states[number] = RequestProgress.of(sink.handle)
                 try:
-                    sink.update()
-                    if states[number].done:
-                        del sinks[number]
-                        for path in sink.finish():
-                            print(path, flush=True)
+                    _write(sink, states[number].done)
                 except CinelineError as error:
-                    failed = failed or error
-                    sinks.pop(number, None)
                     sink.give_up(error)
                     sink.handle.cancel()  # nobody waits for it any more
+                    unmade |= dict.fromkeys(sink.missing, error.with_traceback(None))  # which would hold the video
+                else:
+                    if not states[number].done:
+                        continue
+                del sinks[number]
             view.update(states)
     finally:
         for sink in sinks.values():
             sink.give_up(KeyboardInterrupt())
         view.close()
-    return failed
+    return unmade
+
+
+def _write(sink: Sink, done: bool) -> None:
+    """Write what there is of a result, and print the files once they are there.
+
+    Raises:
+        CinelineError: not all of them will be.
+    """
+    sink.update()
+    if done:
+        for path in sink.finish():
+            print(path, flush=True)
+        if sink.failed is not None:
+            raise sink.failed
 
 
 def _describe(job: Job) -> str:
