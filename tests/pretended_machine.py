@@ -174,7 +174,7 @@ def host_reads(tensor: Tensor, what: str) -> None:
 class Stream:
     """As `torch.Stream`."""
 
-    def __init__(self, device: Any = None, actor: Actor | None = None) -> None:
+    def __init__(self, device: Any = None, actor: Actor | None = None, priority: int = 0) -> None:
         self.actor = actor or MACHINE.actor(f"stream {len(MACHINE.streams)}")
         self._before: list[Actor] = []
 

@@ -323,3 +323,11 @@ def test_torchrun_starts_the_same_line(ti2v: str, tmp_path: Path, oracle: Oracle
     assert done.returncode == 0, done.stderr
     request = VideoRequest(prompt="a cat", height=32, width=64, num_frames=5, num_inference_steps=2)
     assert load_file(latents)["latents"].equal(oracle.run(Path(ti2v), "float32", request)[0])
+
+
+def test_an_option_that_is_not_given_leaves_the_models_default_be() -> None:
+    """A checkpoint's own `negative_prompt` and `seed` hold unless the options are there."""
+    seen = inspect.signature(generate).parameters
+    defaults = {name: seen[name].default.default for name in texts_of(VideoRequest)}
+    assert {"negative_prompt", "seed"} <= defaults.keys()
+    assert Fields(VideoRequest).take(defaults) == {}

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
 
 import av
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from instant_line import InstantEngine
 from PIL import Image, ImageSequence
+from safetensors.torch import load
+from test_streams import file_limit
+from toy_family import ToySpec
 
-from cineline import OutputError, Video
-from cineline.core.output import whole_file
+from cineline import Engine, OutputError, RequestHandle, Video, VideoRequest
+from cineline.cli.batch import Task, check_tasks
+from cineline.cli.generate import _run, _told
+from cineline.core.output import VIDEO_SUFFIXES, whole_file
 from cineline.core.request import Branch, Kind, WorkItem
+from cineline.core.streams import console
 from cineline.core.trace import Slice, write_trace
+from cineline.engine.hub import open_model
+from cineline.engine.sink import Sink
+from cineline.media.compare import _video
 
 
 def colours(frames: int) -> np.ndarray:
@@ -90,3 +107,119 @@ def test_a_trace_has_a_row_a_stage_and_a_slice_a_work_item(tmp_path: Path) -> No
     first, second = (event for event in events if event["ph"] == "X")
     assert (first["name"], first["tid"], first["ts"], first["dur"]) == ("r3 decode 2", 0, 0.0, 2.0)
     assert (second["name"], second["tid"], second["ts"], second["dur"]) == ("r3 step 7 uncond", 1, 3.0, 4.0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 50), st.integers(1, 60))
+def test_a_gif_shows_each_frame_when_it_is_due(tmp_path_factory: Any, fps: int, count: int) -> None:
+    """Within the 5 ms that its clock of 1/100 s allows, and never for so short that players make it longer."""
+    ends = np.cumsum(delays(tmp_path_factory.mktemp("gif") / "a.gif", fps, count))
+    assert np.abs(ends - 1000 * np.arange(1, count + 1) / fps).max() <= 5
+    assert np.diff(ends, prepend=0).min() >= 20
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 1000), st.integers(2, 60))
+def test_a_webp_shows_each_frame_when_it_is_due(tmp_path_factory: Any, fps: int, count: int) -> None:
+    ends = np.cumsum(delays(tmp_path_factory.mktemp("webp") / "a.webp", fps, count))
+    assert np.abs(ends - 1000 * np.arange(1, count + 1) / fps).max() <= 0.5
+
+
+def delays(path: Path, fps: int, count: int) -> list[float]:
+    """Of an animation's frames, in ms."""
+    frames = np.zeros((count, 8, 8, 3), dtype=np.uint8)
+    frames[..., 0] = (np.arange(count) * 4)[:, None, None]
+    Video(torch.zeros(1), frames, fps).save(path)
+    with Image.open(path) as animation:
+        found = []
+        for picture in ImageSequence.Iterator(animation):
+            picture.load()  # WebP's says it only then
+            found.append(picture.info["duration"])
+        return found
+
+
+@given(st.integers(51, 1000))
+def test_a_gif_is_refused_at_rates_that_players_do_not_show(fps: int) -> None:
+    path = Path("a.gif")
+    with pytest.raises(OutputError, match=f"fps={fps}: a .gif has 50 at most"):
+        Video(torch.zeros(1), colours(1), fps).save(path)
+    task = Task(VideoRequest(prompt="x", fps=fps), path, None)
+    with pytest.raises(OutputError, match=f"fps={fps}: a .gif has 50 at most"):
+        check_tasks(open_model(None), [task], None)
+
+
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+def test_writing_a_video_prints_nothing(
+    suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for fps in (1, 24, 50):
+        Video(torch.zeros(1), colours(5), fps).save(tmp_path / f"a{suffix}")
+    assert caplog.records == []
+    assert capfd.readouterr() == ("", "")
+
+
+NAMES = st.binary(min_size=1, max_size=20).map(lambda name: os.fsdecode(name.replace(b"\0", b"0").replace(b"/", b"_")))
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from([None, *VIDEO_SUFFIXES]), st.booleans(), st.integers(0, 9000), NAMES, st.integers(1, 12))
+def test_on_a_full_disk_each_file_is_whole_or_not_there(
+    tmp_path_factory: Any, suffix: str | None, latents: bool, room: int, name: str, count: int
+) -> None:
+    folder = tmp_path_factory.mktemp("full")
+    video = None if suffix is None else folder / f"{name}{suffix}"
+    tensors = folder / f"{name}.safetensors" if latents or video is None else None
+    frames = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    job = ToySpec().resolve(VideoRequest(prompt="x", fps=24), 0)
+    handle = RequestHandle(job, lambda _: False)
+    handle._chunks = list(np.split(frames, [count // 2])) if video and count > 1 else []
+    left = None if handle._chunks or video is None else frames
+    wanted = torch.randn(1, 10 * count)
+    handle._future.set_result(Video(wanted, left, 24))
+    sink = Sink(handle, video, tensors)
+    there: list[Path] = []
+    with file_limit(room):
+        try:
+            sink.update()
+            there = sink.finish()
+        except OutputError as error:
+            assert error is sink.failed
+            sink.give_up(error)
+    assert sorted(folder.iterdir()) == sorted(there)
+    assert set(there) | set(sink.missing) == {video, tensors} - {None}
+    assert not set(there) & set(sink.missing)
+    assert (sink.failed is None) == (not sink.missing)
+    assert sink.failed is None or any(str(path) in str(sink.failed) for path in sink.missing)
+    assert sink.failed is None or "File too large" in str(sink.failed)
+    if tensors in there and tensors is not None:
+        assert load(tensors.read_bytes())["latents"].equal(wanted)
+    if tensors is not None and room > 200 + 40 * count:
+        assert tensors in there  # whatever became of the video
+    if video in there and video is not None:
+        assert len(list(_video(video))) == count
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=9))
+def test_a_batch_goes_on_and_says_what_was_not_made(tmp_path_factory: Any, possible: list[bool]) -> None:
+    folder = tmp_path_factory.mktemp("batch")
+    tasks = []
+    for number, right in enumerate(possible):
+        path = folder / str(number) / f"{number}.gif"
+        if right:
+            path.parent.mkdir()
+        tasks.append(Task(VideoRequest(prompt="x", num_frames=1), path, None))
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), patch("cineline.cli.generate.POLL_S", 0.0):
+        unmade = _run(cast(Engine, InstantEngine(ToySpec())), tasks, True, console())
+    made = [task.video for task, right in zip(tasks, possible, strict=True) if right]
+    assert out.getvalue() == "".join(f"{path}\n" for path in made)
+    assert sorted(path for path in folder.glob("*/*")) == sorted(path for path in made if path)
+    lost = [task.video for task, right in zip(tasks, possible, strict=True) if not right]
+    assert list(unmade) == lost
+    if len(lost) > 1:
+        names = ", ".join(path.name for path in lost[:5] if path)
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        assert _told(unmade).__notes__ == [f"Not made: {names}{more}."]
+    elif lost:
+        assert str(lost[0].parent) in str(_told(unmade)) if lost[0] else False

@@ -109,6 +109,12 @@ def test_a_broken_file_is_refused_in_one_sentence(
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize("address", ["https://host/cat.png", "http://host/cat.png?a=b", "file:///cat.png", "s3://a/b"])
+def test_an_address_is_no_file(address: str) -> None:
+    with pytest.raises(InvalidRequest, match="is an address, and nothing is downloaded: give a file"):
+        load_image(Path(address))
+
+
 extents = st.integers(1, 3000)
 
 

@@ -91,7 +91,7 @@ def _complete(folder: Path, name: str, device: str) -> bool:
     """Whether the step has been done on such a device; what the CPU has done a GPU does again."""
     file = folder / f"{name}.json"
     result = json.loads(file.read_text()) if file.exists() else {}
-    return bool(result.get("complete")) and result["device"] == device
+    return bool(result.get("complete")) and result.get("device") == device
 
 
 def _run(folder: Path, name: str, device: str) -> bool:

@@ -21,6 +21,12 @@ SPLIT = ParallelConfig(pp=2, expert_placement="split")
 IN_FLIGHT = 3
 
 
+def _lanes() -> tuple[ParallelConfig, ...]:
+    """Axes whose ranks need a device each; ring and tp are close to diffusers, not equal."""
+    two = torch.accelerator.device_count() >= 2
+    return (ParallelConfig(ulysses=2), ParallelConfig(ring=2), ParallelConfig(tp=2)) if two else ()
+
+
 def measure(dtype: Dtype, device: torch.device) -> Iterator[dict[str, Any]]:
     """Rows: of how many requests latents and frames are diffusers', bit for bit."""
     small = device.type == "cpu"
@@ -28,6 +34,6 @@ def measure(dtype: Dtype, device: torch.device) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         for kind in KINDS[:2] if small else KINDS:
             folder = save_random_checkpoint(Path(temporary) / kind, RandomConfig(kind))
-            arms = ARMS[:1] if small else (*ARMS, *([SPLIT] if kind == "t2v" else []))
+            arms = ARMS[:1] if small else (*ARMS, *([SPLIT] if kind == "t2v" else []), *_lanes())
             for row in compare(folder, config, arms, [IN_FLIGHT], print):
                 yield {"arm": f"{kind}, {row.axes}"} | asdict(row) | {"equal": row.exact}

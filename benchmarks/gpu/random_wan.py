@@ -38,7 +38,7 @@ class RandomSpec(WanSpec):
 class RandomWeights(Weights):
     """`Weights` of a folder without any: the same name gives the same values everywhere."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, variant: str | None = None) -> None:
         self._salt = folder.name
         self.bytes_read = 0
 

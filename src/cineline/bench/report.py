@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 
 from cineline.core.output import whole_file
+from cineline.core.streams import console
 
 LIBRARIES = ("cineline", "torch", "diffusers", "transformers")
 
@@ -57,11 +57,9 @@ def report(
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
-    console.print(table)
-    console.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
+    screen = console(width=FILE_WIDTH)
+    screen.print(table)
+    screen.print(", ".join(f"{name} {value}" for name, value in result["machine"].items()), highlight=False)
     if json_file is not None:
         with whole_file(json_file) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")

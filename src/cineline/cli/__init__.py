@@ -16,6 +16,7 @@ from cineline.cli.bench import app as bench_app
 from cineline.cli.evaluate import app as eval_app
 from cineline.cli.generate import generate
 from cineline.cli.plan import plan
+from cineline.core import streams
 from cineline.engine.launch import QUIET
 from cineline.errors import REASON_LIMIT, CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
 
@@ -43,16 +44,23 @@ def main() -> None:
 
 def run(app: typer.Typer) -> NoReturn:
     """Run a command line; one sentence and a non-zero exit for every error a user can cause."""
+    streams.secure()
     signal.signal(signal.SIGTERM, _terminated)
     os.environ.update(QUIET | os.environ)
     try:
         status = app(standalone_mode=False)
     except CinelineError as error:
-        status = _refuse(str(error), 2 if isinstance(error, (InvalidRequest, InvalidConfig, OutputError)) else 1)
+        code = 2 if isinstance(error, (InvalidRequest, InvalidConfig, OutputError)) else 1
+        status = _refuse(" ".join([str(error), *getattr(error, "__notes__", [])]), code)
     except typer.Abort:
         status = _refuse("Interrupted.", 130)
     except typer.TyperException as error:
         status = _refuse(_sentence(error, app), error.exit_code)
+    except OSError as error:  # of no file that was asked for: a temporary one, a pipe
+        status = _refuse(f"The operating system refused something ({error}): check disk, memory and limits.", 1)
+    lost = streams.failure_of(sys.stdout)
+    if lost is not None:
+        status = _refuse(f"Standard output lacks what was printed ({lost}): give it another place.", status or 1)
     sys.exit(status)
 
 

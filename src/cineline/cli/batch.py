@@ -10,7 +10,7 @@ from typing import Any
 
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
-from cineline.core.output import LATENT_SUFFIXES, VIDEO_SUFFIXES, check_folder, check_output
+from cineline.core.output import LATENT_SUFFIXES, VIDEO_SUFFIXES, check_folder, check_output, check_rate
 from cineline.core.request import VideoRequest
 from cineline.errors import InvalidRequest, OutputError, reason, shown
 
@@ -112,12 +112,15 @@ def check_tasks(spec: FamilySpec, tasks: list[Task], file: Path | None) -> None:
 
     Raises:
         InvalidRequest: with the line's number where the requests come from a file.
+        OutputError: a rate that the video's file cannot hold.
     """
     for number, task in enumerate(tasks):
         try:
             if task.request.image is not None:
                 load_image(task.request.image)
-            spec.resolve(task.request, number)
+            job = spec.resolve(task.request, number)
+            if task.video is not None:
+                check_rate(task.video, job.fps)
         except InvalidRequest as error:
             line = (task.video or task.latents or Path()).stem.lstrip("0")
             raise InvalidRequest(f"{file}, line {line}: {error}" if file else str(error)) from None

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
 from cineline.cli.options import Fields, Given, spread
@@ -19,15 +18,26 @@ from cineline.core.config import AXES, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.output import check_output
 from cineline.core.request import Job, VideoRequest
+from cineline.core.streams import console
 from cineline.engine.api import Engine, default_device
 from cineline.engine.hub import MINIS, missing_weights, open_model
-from cineline.engine.launch import Launcher, serve_torchrun_rank, torchrun_rank, torchrun_world
+from cineline.engine.launch import Launcher, serve_torchrun_rank
 from cineline.engine.sink import Sink
-from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, shown
+from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
+from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 POLL_S = 0.1
 
+NAMED = 5
+"""Files that an error names at most, of those that are not there."""
+
 _REQUEST, _PARALLEL, _RUN = "The request", "The line", "The run"
+_OF_THE_MODEL = {"negative_prompt": "", "seed": "0"}
+"""What a checkpoint may have a default for, which an option that is not there must not hide."""
+
 _CHOSEN = {"device": "cuda where there is one", "dtype": "float32 on the CPU", "text_encoder": ""}
 """What the engine chooses; the last one's text begins with its default."""
 
@@ -42,7 +52,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
     model: Annotated[str | None, _option(_RUN, "A folder in diffusers format, a hub id, mini-t2v; mini-ti2v.")] = None,
     variant: Annotated[str | None, _option(_RUN, "Of its weights, such as fp16; the plain ones.")] = None,
-    fields: Annotated[Given, Fields(VideoRequest, panel=_REQUEST)],
+    fields: Annotated[Given, Fields(VideoRequest, panel=_REQUEST, unset=_OF_THE_MODEL)],
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
     ] = None,
@@ -65,9 +75,9 @@ def generate(
     black, moving left, right, up or down, growing or shrinking, on a
     background of another of these colours. Other words do no harm.
     """
-    parallel = ParallelConfig(**{"pp": _stages(line), **line})
-    console = Console(stderr=True)
     launch = _launcher(launcher)
+    parallel = ParallelConfig(**{"pp": _stages(line, launch), **line})
+    screen = console(stderr=True)
     if launch == "torchrun" and torchrun_rank() != 0:
         config = DeviceConfig(**{"device": default_device(), **devices})
         sys.exit(serve_torchrun_rank(config.rank_environment(torchrun_world()[1])))
@@ -78,18 +88,34 @@ def generate(
     spec = open_model(model, variant)
     check_tasks(spec, tasks, requests)
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
-    _tell_of_download(spec, quiet, console)
+    _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
-        console.print(f"Loading {model or MINIS[0]} on {ranks}", highlight=False, soft_wrap=True)
+        screen.print(f"Loading {model or MINIS[0]} on {ranks}", highlight=False, soft_wrap=True)
 
-    with Engine(spec, parallel, **devices, in_flight=in_flight, trace=trace, launcher=launch) as engine:
-        failed = _run(engine, tasks, quiet, console)
-    if failed:
-        raise failed
+    unmade: dict[Path, CinelineError] = {}
+    try:
+        with Engine(spec, parallel, **devices, in_flight=in_flight, trace=trace, launcher=launch) as engine:
+            unmade = _run(engine, tasks, quiet, screen)
+    except OutputError as error:
+        if trace is None or not unmade:
+            raise
+        unmade[trace] = error
+    if unmade:
+        raise _told(unmade)
 
 
-def _tell_of_download(spec: FamilySpec, quiet: bool, console: Console) -> None:
+def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:
+    """The first error, with the names of all the files that are not there."""
+    first = next(iter(unmade.values()))
+    if len(unmade) > 1 or not any(str(path) in str(first) for path in unmade):
+        names = [path.name for path in unmade]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        first.add_note(f"Not made: {', '.join(names[:NAMED])}{more}.")
+    return first
+
+
+def _tell_of_download(spec: FamilySpec, quiet: bool, screen: Console) -> None:
     """What comes from the hub before the ranks can start, and how much; then the hub's own progress, unless `quiet`."""
     missing = missing_weights(spec)
     if missing and quiet:
@@ -98,7 +124,7 @@ def _tell_of_download(spec: FamilySpec, quiet: bool, console: Console) -> None:
         disable_progress_bars()
     elif missing:
         size = f"{len(missing.files)} files, {missing.nbytes / 1e9:.2f} GB"
-        console.print(f"Downloading {missing.hub_id}: {size}", highlight=False, soft_wrap=True)
+        screen.print(f"Downloading {missing.hub_id}: {size}", highlight=False, soft_wrap=True)
 
 
 def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Outputs) -> list[Task]:
@@ -111,43 +137,56 @@ def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Ou
     return tasks_of_file(requests, fields, outputs)
 
 
-def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, console: Console) -> CinelineError | None:
-    """Submit all, write each result as it comes; the first error, after the others are done."""
+def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, screen: Console) -> dict[Path, CinelineError]:
+    """Submit all, write each result as it comes; the files that could not be made, after the others are done."""
     handles = [engine.submit(task.request) for task in tasks]
     labels = [(task.video or task.latents or Path()).name for task in tasks]
     if not quiet:
         for label, handle in zip(labels, handles, strict=True):
-            console.print(f"{label}: {_describe(handle.job)}", highlight=False, soft_wrap=True)
-    view = make_view(labels, quiet, console)
+            screen.print(f"{label}: {_describe(handle.job)}", highlight=False, soft_wrap=True)
+    view = make_view(labels, quiet, screen)
     states = [RequestProgress.of(handle) for handle in handles]
     sinks = {
         number: Sink(handle, task.video, task.latents)
         for number, (task, handle) in enumerate(zip(tasks, handles, strict=True))
     }
     del handles  # a sink that is done goes, and its video with it: that is large
-    failed: CinelineError | None = None
+    unmade: dict[Path, CinelineError] = {}
     try:
         while sinks:
             time.sleep(POLL_S)
             for number, sink in list(sinks.items()):
                 states[number] = RequestProgress.of(sink.handle)
                 try:
-                    sink.update()
-                    if states[number].done:
-                        del sinks[number]
-                        for path in sink.finish():
-                            print(path, flush=True)
+                    _write(sink, states[number].done)
                 except CinelineError as error:
-                    failed = failed or error
-                    sinks.pop(number, None)
                     sink.give_up(error)
                     sink.handle.cancel()  # nobody waits for it any more
+                    unmade |= dict.fromkeys(sink.missing, error.with_traceback(None))  # which would hold the video
+                else:
+                    if not states[number].done:
+                        continue
+                del sinks[number]
             view.update(states)
     finally:
         for sink in sinks.values():
             sink.give_up(KeyboardInterrupt())
         view.close()
-    return failed
+    return unmade
+
+
+def _write(sink: Sink, done: bool) -> None:
+    """Write what there is of a result, and print the files once they are there.
+
+    Raises:
+        CinelineError: not all of them will be.
+    """
+    sink.update()
+    if done:
+        for path in sink.finish():
+            print(path, flush=True)
+        if sink.failed is not None:
+            raise sink.failed
 
 
 def _describe(job: Job) -> str:
@@ -160,20 +199,18 @@ def _describe(job: Job) -> str:
     )
 
 
-def _stages(line: Given) -> int:
+def _stages(line: Given, launcher: Launcher) -> int:
     """What the other axes leave of torchrun's world."""
     others = math.prod(line[axis] for axis in AXES if axis != "pp")
-    return torchrun_world()[0] // others or 1 if torchrun_rank() is not None and others > 0 else 1
+    return torchrun_world()[0] // others or 1 if launcher == "torchrun" and others > 0 else 1
 
 
 def _launcher(name: str | None) -> Launcher:
-    inside = torchrun_rank() is not None
     if name is None:
-        return "torchrun" if inside else "local"
+        return "local" if torchrun_rank() is None else "torchrun"
     if name == "local":
         return "local"
     if name != "torchrun":
         raise InvalidConfig(f"launcher={shown(name)} is not known: use local or torchrun.")
-    if not inside:
-        raise InvalidConfig("launcher='torchrun' needs a torchrun world: start with torchrun -m cineline generate.")
+    need_torchrun()
     return "torchrun"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from rich.console import Console
 
 from cineline.core.config import AXES, LEAST, ParallelConfig, texts_of
 from cineline.core.output import check_output
+from cineline.core.streams import console
 from cineline.errors import InvalidConfig, shown
 
 
@@ -101,8 +101,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
 def teller() -> Callable[[str], None]:
     """Prints a line on the side, where no result goes."""
-    console = Console(stderr=True)
-    return lambda text: console.print(text, highlight=False)
+    aside = console(stderr=True)
+    return lambda text: aside.print(text, highlight=False)
 
 
 def one_of(name: str, value: str, known: Any) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from cineline.cli.options import Fields, Given, Json, spread
@@ -16,6 +15,7 @@ from cineline.core.extras import need
 from cineline.core.family import plannable
 from cineline.core.output import check_output, whole_file
 from cineline.core.request import VideoRequest
+from cineline.core.streams import console
 from cineline.core.trace import write_trace
 from cineline.engine.hub import open_model
 from cineline.families.registry import known_model
@@ -90,27 +90,25 @@ def _replay(best: Plan, task: Task, timeline: Path | None, picture: Path | None)
 
 def show(planning: Planning, task: Task) -> None:
     """Print the plan and the alternatives."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=FILE_WIDTH)
+    screen = console(width=FILE_WIDTH)
     job, best = task.job, planning.best
     names = [device.name for device in task.devices]
     listed = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
-    console.print(
+    screen.print(
         f"{task.spec.folder}, {job.width}x{job.height}, {job.num_frames} frames, {job.steps} steps, {task.requests} "
         f"requests, on {listed} over {task.link.name}. Computed, not measured.",
         highlight=False,
         soft_wrap=True,
     )
-    console.print(_plans_table(planning, task))
-    console.print(_stages_table(best))
+    screen.print(_plans_table(planning, task))
+    screen.print(_stages_table(best))
     for sentence in (
         verdict(planning, task),
         f"Limited by {LIMITS[best.limit]}.",
         *([f"Start {best.replicas} of it, each with its own devices and requests."] if best.replicas > 1 else []),
         f"Run it: {options_of(best, task)}",
     ):
-        console.print(sentence, highlight=False, soft_wrap=True)
+        screen.print(sentence, highlight=False, soft_wrap=True)
 
 
 def _plans_table(planning: Planning, task: Task) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,13 +82,14 @@ class _Silent:
 class _Bars:
     def __init__(self, labels: Sequence[str], console: Console) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[phase]}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=console)
+        # Else rich would print on the bars' terminal what standard output is to have, a pipe perhaps.
+        self._progress = Progress(*columns, console=console, redirect_stdout=sys.stdout.isatty())
         self._bars: list[TaskID] = [
             self._progress.add_task(label, total=None, start=False, phase="waiting") for label in labels
         ]

@@ -21,6 +21,9 @@ VaeDecode = Literal["layers", "rows", "tail", "tiled"]
 of it on the last stage (exact), or there in overlapping tiles (lossy)."""
 DEVICES = ("cpu", "cuda")
 
+MOST_THREADS = 1024
+"""Of a rank. More than cores are slow, and give the bits of a larger machine."""
+
 AXES = ("cfg", "pp", "ring", "ulysses", "tp")
 """Of the mesh of ranks, the slowest to change first."""
 
@@ -383,12 +386,32 @@ class DeviceConfig:
 
         `MKL_CBWR` makes MKL's products independent of pointer alignment. On the CPU the host's
         cores are divided among its ranks unless `OMP_NUM_THREADS` says otherwise.
+
+        Raises:
+            InvalidConfig: what that says is no number of threads.
         """
         environment = dict(os.environ)
         environment.setdefault("MKL_CBWR", "AUTO")
         if self.device == "cpu":
-            threads = str(max(1, len(os.sched_getaffinity(0)) // ranks_on_host))
-            asked = environment.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is for nested regions
-            environment["OMP_NUM_THREADS"] = asked if asked.isascii() and asked.isdigit() and int(asked) else threads
+            threads = max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
+            environment["OMP_NUM_THREADS"] = str(asked_threads() or threads)
             environment.setdefault("MKL_NUM_THREADS", environment["OMP_NUM_THREADS"])
         return environment
+
+
+def asked_threads() -> int | None:
+    """What `OMP_NUM_THREADS` asks for; None where it is not set.
+
+    Raises:
+        InvalidConfig: it is no number of threads. It is not passed over, because bits depend on it.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "").strip()
+    first = given.partition(",")[0].strip()  # OpenMP takes a list, the others of which are for nested regions
+    if not given:
+        return None
+    if not (first.isascii() and first.isdigit() and len(first) < 10 and 1 <= int(first) <= MOST_THREADS):
+        raise InvalidConfig(
+            f"OMP_NUM_THREADS={given[:20]!r} is no whole number from 1 to {MOST_THREADS}: give the threads of a rank, "
+            "or unset it."
+        )
+    return int(first)

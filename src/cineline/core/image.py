@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -14,6 +15,9 @@ DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 WHITELESS = ("I", "F")
 """Modes whose values say nothing of where white is: 255, 65535, 1.0 or another."""
 
+ADDRESS = re.compile(r"(https?|ftp|s3|gs|data|file):", re.IGNORECASE)
+"""How a path begins that is none."""
+
 
 def load_image(image: Path | Image.Image) -> Image.Image:
     """The image in RGB and upright, as diffusers' `load_image` makes it.
@@ -23,6 +27,8 @@ def load_image(image: Path | Image.Image) -> Image.Image:
     Raises:
         InvalidRequest: the file is missing or no image, it has no pixels, or no white that is known.
     """
+    if isinstance(image, Path) and ADDRESS.match(str(image)):
+        raise InvalidRequest(f"image={shown(image)} is an address, and nothing is downloaded: give a file.")
     try:
         upright = ImageOps.exif_transpose(Image.open(image) if isinstance(image, Path) else image)
         if upright.mode in WHITELESS:

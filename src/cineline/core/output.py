@@ -11,6 +11,9 @@ from cineline.errors import OutputError, reason, shown
 
 ANIMATION_SUFFIXES = (".webp", ".gif")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", *ANIMATION_SUFFIXES)
+GIF_RATE = 50
+"""Frames a second."""
+
 NAME_LIMIT = 200
 """Bytes of a file's name; file systems take 255, and the temporary name is longer."""
 
@@ -23,13 +26,23 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
     Raises:
         OutputError: its suffix is not one of `suffixes`, its folder does not exist or cannot be written.
     """
-    if len(path.name.encode()) > NAME_LIMIT:
+    if len(os.fsencode(path.name)) > NAME_LIMIT:
         raise OutputError(f"The file name {path.name[:20]}... is longer than {NAME_LIMIT} bytes: shorten it.")
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"{shown(path)} ends in {shown(path.suffix)}: use {' or '.join(suffixes)}.")
     check_folder(path.parent)
     if path.is_dir():
         raise OutputError(f"{path} is a folder: give a file's name.")
+
+
+def check_rate(path: Path, fps: int) -> None:
+    """Refuse a rate that a file's format cannot hold.
+
+    Raises:
+        OutputError: a GIF's delays are whole 1/100 s, and players hold those below 2 for 10.
+    """
+    if path.suffix.lower() == ".gif" and fps > GIF_RATE:
+        raise OutputError(f"{path} cannot have fps={fps}: a .gif has {GIF_RATE} at most; use less, or .webp or .mp4.")
 
 
 def check_folder(folder: Path) -> None:
@@ -50,6 +63,11 @@ def check_folder(folder: Path) -> None:
         raise OutputError(f"The folder {folder} cannot be written: choose another, or change its permissions.")
 
 
+def unwritable(path: Path, error: OSError) -> str:
+    """What is said of it."""
+    return f"{path} cannot be written ({reason(error)}): check the disk and the folder."
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; it becomes `path` at the end, and goes if writing fails.
@@ -62,7 +80,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"{path} cannot be written ({reason(error)}): check the disk and the folder.") from None
+        raise OutputError(unwritable(path, error)) from None
     finally:
         with suppress(OSError):  # the error that led here tells more
             temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cineline.core import control
-from cineline.core.config import DEVICES, DeviceConfig, Dtype, ParallelConfig, Place, TextEncoder
+from cineline.core.config import DEVICES, DeviceConfig, Dtype, ParallelConfig, Place, TextEncoder, asked_threads
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
 from cineline.core.output import check_output
@@ -28,10 +28,9 @@ from cineline.engine.launch import (
     Launcher,
     launch_local,
     launch_torchrun,
-    torchrun_rank,
-    torchrun_world,
 )
 from cineline.engine.ranks import START_LIMIT_S, Ranks
+from cineline.engine.torchrun import need_torchrun, torchrun_world
 from cineline.errors import (
     CinelineError,
     EngineClosed,
@@ -111,8 +110,8 @@ class Engine:
             raise InvalidConfig(f"in_flight={shown(in_flight)} is no whole number from 1 on: give 1 or more.")
         if launcher not in get_args(Launcher):
             raise InvalidConfig(f"launcher={shown(launcher)} is not known: use {' or '.join(get_args(Launcher))}.")
-        if launcher == "torchrun" and torchrun_rank() is None:
-            raise InvalidConfig("launcher='torchrun' needs a torchrun world: start the program with torchrun.")
+        if launcher == "torchrun":
+            need_torchrun()
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device)
         self.spec = open_model(model, variant)
@@ -285,7 +284,12 @@ def _check_devices(parallel: ParallelConfig, config: DeviceConfig) -> None:
 
 
 def default_device() -> str:
-    """The device that is used where none is named."""
+    """The device that is used where none is named.
+
+    Raises:
+        InvalidConfig: torch, which is asked, would take the environment's threads for something else.
+    """
+    asked_threads()
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -23,6 +23,7 @@ from typing import Literal, Protocol
 from cineline.core.config import ParallelConfig
 from cineline.core.control import ENGINE_ADDRESS
 from cineline.engine.forked import ForkedRank, Nursery
+from cineline.engine.torchrun import LEAVE, WORLD, torchrun_host, torchrun_world
 from cineline.errors import InvalidConfig, RankFailed
 
 Launcher = Literal["local", "torchrun"]
@@ -34,6 +35,9 @@ LIBRARIES = ("cineline.rank.loop", "cineline.transport.mesh")
 """What every rank loads, beside its family's module: nothing that starts threads or runs torch in parallel."""
 
 POLL_S = 0.2
+
+LOOPBACK = "127.0.0.1"
+LOOPBACK_LIMIT_S = 5.0
 
 GRACE_S = 5.0
 """Seconds that a rank gets to end by itself before it is killed."""
@@ -99,7 +103,12 @@ def launch_local(ranks: int, environment: Mapping[str, str], family: str | None 
     Args:
         family: the module of their model's class, to fork them from one process that has loaded it; None to start each
             by itself.
+
+    Raises:
+        InvalidConfig: the ranks could not reach each other.
     """
+    if ranks > 1:
+        _check_loopback()
     started = start_ranks(ranks, environment, family)
     return [RankProcess(rank, rank, *ends) for rank, ends in enumerate(started)]
 
@@ -117,6 +126,18 @@ def start_ranks(ranks: int, environment: Mapping[str, str], family: str | None) 
     for _, end in pipes:
         end.close()
     return [(ours, ForkedRank(nursery, rank)) for rank, (ours, _) in enumerate(pipes)]
+
+
+def _check_loopback() -> None:
+    """Refuse what the ranks would wait for until their limit."""
+    try:
+        with socket.create_server((LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), LOOPBACK_LIMIT_S).close()
+    except OSError as error:
+        raise InvalidConfig(
+            f"Ranks meet at {LOOPBACK}, which cannot be reached ({error.strerror or error}): bring the loopback "
+            "interface up (ip link set lo up), or use one rank."
+        ) from None
 
 
 def _can_watch() -> bool:
@@ -138,8 +159,9 @@ def start_piped(
     """
     ours, theirs = Pipe()
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    own = {name: value for name, value in environment.items() if name not in WORLD}  # torch would heed them
     command = [module, "--fd", str(theirs.fileno()), *arguments]
-    process = _popen(command, {**loopback, **environment}, inherited=(theirs.fileno(), *inherited))
+    process = _popen(command, {**loopback, **own}, inherited=(theirs.fileno(), *inherited))
     theirs.close()
     return ours, process
 
@@ -162,18 +184,6 @@ def _has_descriptor() -> bool:
         return False
 
 
-def torchrun_rank() -> int | None:
-    """This process's rank in a torchrun world, or None outside one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ and "LOCAL_WORLD_SIZE" not in os.environ:
-        return None
-    return int(os.environ["RANK"])
-
-
-def torchrun_world() -> tuple[int, int]:
-    """Processes in this torchrun world, and on this host."""
-    return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-
-
 def launch_torchrun(parallel: ParallelConfig, environment: Mapping[str, str], limit_s: float) -> list[RankProcess]:
     """Rank 0 of a torchrun world: start the own rank and wait for the connections of all.
 
@@ -187,9 +197,12 @@ def launch_torchrun(parallel: ParallelConfig, environment: Mapping[str, str], li
         raise InvalidConfig(
             f"torchrun started {world} processes, but {parallel} is {ranks} ranks: {parallel.advice(world)}."
         )
-    host = socket.gethostbyname(os.environ["MASTER_ADDR"])
+    host = torchrun_host()
     key = secrets.token_bytes(32)
-    listener = Listener((host, 0), backlog=ranks, authkey=key)
+    try:
+        listener = Listener((host, 0), backlog=ranks, authkey=key)
+    except OSError as error:
+        raise InvalidConfig(f"MASTER_ADDR={host} is no address of this host ({error.strerror}): {LEAVE}") from None
     address = f"{host},{listener.address[1]},{key.hex()}"
     own = _popen([WORKER], {**environment, ENGINE_ADDRESS: address}, inherited=())
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cineline.core.output import whole_file
+from cineline.core.output import unwritable
 from cineline.engine.handle import RequestHandle
-from cineline.errors import CinelineError, OutputError, reason
+from cineline.errors import CinelineError, OutputError
+from cineline.media.result import save_latents
 from cineline.media.video import video_writer
 
 if TYPE_CHECKING:
@@ -26,10 +27,14 @@ class Sink:
 
     Attributes:
         handle: of the request.
+        missing: the files that are not there yet.
+        failed: why one of them will never be, if so; the other one is written all the same.
     """
 
     def __init__(self, handle: RequestHandle, video: Path | None, latents: Path | None) -> None:
         self.handle = handle
+        self.missing = [path for path in (latents, video) if path is not None]
+        self.failed: OutputError | None = None
         self._video = video
         self._latents = latents
         self._opened = ExitStack()
@@ -39,38 +44,54 @@ class Sink:
         """Write what has been decoded since the last time.
 
         Raises:
-            OutputError: the file cannot be written.
+            OutputError: the video cannot be written, and nothing else is wanted.
         """
         for frames in self.handle.take_frames():
             self._take(frames)
+        if self.failed is not None and self._latents is None:
+            raise self.failed
 
     def finish(self) -> list[Path]:
         """The request is done: write the rest; the files that are there now.
 
         Raises:
-            CinelineError: it was not done, or a file cannot be written.
+            CinelineError: it was not done.
         """
-        video = self.handle.result(0)
+        result = self.handle.result(0)
+        if result.frames is not None:  # decoded since `update`
+            self._take(result.frames)
+        there = []
+        if self._video is not None:
+            with self._noting(self._video):
+                self._opened.close()
+                there.append(self._video)
         if self._latents is not None:
-            from safetensors.torch import save_file
-
-            with whole_file(self._latents) as temporary:
-                save_file({"latents": video.latents.contiguous()}, temporary)
-        if video.frames is not None:  # decoded since `update`
-            self._take(video.frames)
-        self._opened.close()
-        return [path for path in (self._latents, self._video) if path is not None]
+            with self._noting(self._latents):
+                save_latents(result.latents, self._latents)
+                there.insert(0, self._latents)
+        self.missing = [path for path in self.missing if path not in there]
+        return there
 
     def _take(self, frames: np.ndarray) -> None:
-        if self._write is None and self._video is not None:
-            self._write = self._opened.enter_context(video_writer(self._video, self.handle.job.fps))
+        if self._video is None:
+            return
+        with self._noting(self._video):
+            if self._write is None:
+                self._write = self._opened.enter_context(video_writer(self._video, self.handle.job.fps))
+            self._write(frames)
+        if self.failed is not None:
+            self.give_up(self.failed)  # at once: the space may be what the others lack
+            self._video = None
+
+    @contextmanager
+    def _noting(self, path: Path) -> Iterator[None]:
+        """Goes on where a file cannot be written."""
         try:
-            if self._write is not None:
-                self._write(frames)
+            yield
+        except OutputError as error:
+            self.failed = self.failed or error
         except OSError as error:
-            raise OutputError(
-                f"{self._video} cannot be written ({reason(error)}): check the disk and the folder."
-            ) from None
+            self.failed = self.failed or OutputError(unwritable(path, error))
 
     def give_up(self, error: BaseException) -> None:
         """Leave no file that is not whole."""

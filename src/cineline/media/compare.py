@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageSequence
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from cineline.core.extras import need
@@ -111,7 +111,7 @@ def _psnr(error: float, peak: float) -> float | None:
 def _latents(path: Path) -> Tensor:
     """[F', C, H', W'] of a file that `--save-latents` wrote."""
     try:
-        tensors = load_file(path)
+        tensors = load(path.read_bytes())  # the library opens no path that is not UTF-8
     except (OSError, SafetensorError) as error:
         raise InvalidRequest(
             f"{path} cannot be read ({reason(error)}): give a file that --save-latents wrote."

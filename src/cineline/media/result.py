@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cineline.core.output import whole_file
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -34,3 +36,16 @@ class Video:
         from cineline.media.video import write_video
 
         write_video(self.frames, self.fps, Path(path))
+
+
+def save_latents(latents: torch.Tensor, path: Path) -> None:
+    """Write them as a .safetensors file, whole or not at all.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    # The library's own writer has an error of its own for a full disk.
+    with whole_file(path) as temporary:
+        temporary.write_bytes(save({"latents": latents.contiguous()}))

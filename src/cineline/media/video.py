@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -11,7 +12,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
-from cineline.core.output import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, check_output, whole_file
+from cineline.core.output import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, check_output, check_rate, whole_file
 from cineline.errors import OutputError
 
 
@@ -25,6 +26,7 @@ def video_writer(path: Path, fps: int) -> Iterator[Callable[[np.ndarray], None]]
         OutputError: the file cannot be written.
     """
     check_output(path, VIDEO_SUFFIXES)
+    check_rate(path, fps)
     opened = _animation if path.suffix.lower() in ANIMATION_SUFFIXES else _h264
     with whole_file(path) as temporary, opened(temporary, fps) as write:
         yield write
@@ -46,16 +48,23 @@ def write_video(frames: np.ndarray | None, fps: int, path: Path) -> None:
 
 @contextmanager
 def _animation(path: Path, fps: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """An endless animation, for web pages: WebP without loss, GIF with 256 colours and a rate of whole 10 ms."""
+    """An endless animation, for web pages: WebP without loss, GIF with 256 colours.
+
+    WebP's frames begin at whole milliseconds, GIF's at whole 1/100 s: each at the one nearest to its time.
+    """
     pictures: list[Image.Image] = []
     yield lambda frames: pictures.extend(Image.fromarray(frame) for frame in frames)
     first, *others = pictures
-    first.save(path, save_all=True, append_images=others, duration=1000 / fps, loop=0, lossless=True)
+    unit = 10 if path.suffix.lower() == ".gif" else 1
+    begins = [round(number * 1000 / fps / unit) * unit for number in range(len(pictures) + 1)]
+    delays = [after - begin for begin, after in pairwise(begins)]
+    first.save(path, save_all=True, append_images=others, duration=delays, loop=0, lossless=True)
 
 
 @contextmanager
 def _h264(path: Path, fps: int) -> Iterator[Callable[[np.ndarray], None]]:
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+    options = {} if path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium"})
         stream.pix_fmt = "yuv420p"
         stream.codec_context.colorspace = Colorspace.ITU709

@@ -68,7 +68,8 @@ class Row:
         costs = []
         for base, nbytes, busy in zip(self.base, self.nbytes, self.work, strict=True):
             left = above - base - nbytes
-            costs.append(np.where((left < 0) | (busy > work), np.inf, -np.floor(left / self.piece)))
+            pieces = np.floor(left / self.piece) if self.pieces else np.zeros_like(left)
+            costs.append(np.where((left < 0) | (busy > work), np.inf, -pieces))
         room, counts = cut_units(costs, np.add)
         return counts if -room >= self.pieces else None
 

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 
+from cineline.core import streams
 from cineline.core.control import FORKED
 from cineline.rank import worker
 
@@ -27,6 +28,7 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Load, fork, watch."""
+    streams.secure()
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--ranks", required=True)

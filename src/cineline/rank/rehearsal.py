@@ -1,7 +1,7 @@
-"""What a rank does once before it is ready: an item of each kind, so that no kernel is loaded while others wait for it.
+"""What a rank does once before it is ready: a small item of each kind, so that few kernels are loaded in the line.
 
-An accelerator's kernels may be loaded when they are first used, which stops the whole device, receives of others that
-wait on it included.
+An accelerator's kernels may be loaded when they are first used, which stops the whole device. That is no deadlock
+(`transport.queue`), but others wait for it. Libraries choose some kernels by size: those come with the first request.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import traceback
 from multiprocessing.connection import Client, Connection
 from typing import Any, NoReturn
 
-from cineline.core import control
+from cineline.core import control, streams
 from cineline.errors import CinelineError, EdgeBroken, InvalidConfig
 
 PARENT_EVERY_S = 0.5
@@ -26,6 +26,7 @@ PARENT_EVERY_S = 0.5
 
 def main() -> None:
     """Find the engine and serve it."""
+    streams.secure()  # the engine's may be gone, and a rank that cannot say why it fails must still tell the engine
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
     if "--fd" in sys.argv:
         serve(Connection(int(sys.argv[sys.argv.index("--fd") + 1])))

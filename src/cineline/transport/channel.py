@@ -223,9 +223,12 @@ class _TorchPending:
 
 @contextmanager
 def _edge(peer: int) -> Iterator[None]:
-    """Whatever goes wrong inside is the edge's, which the backend has as long a limit for as `WAIT_LIMIT`."""
+    """What goes wrong inside is the edge's, but for this rank's own device, which may say here what went wrong before.
+    The backend's limit is `WAIT_LIMIT`."""
     try:
         yield
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise
     except RuntimeError as error:
         raise EdgeBroken(f"the edge to or from rank {peer} broke ({error})") from None
 

@@ -7,10 +7,13 @@ ahead and back may join the same two ranks. What the ranks of one stage do toget
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from datetime import timedelta
+from socket import AF_INET, AF_INET6
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
@@ -28,6 +31,9 @@ log = logging.getLogger(__name__)
 
 JOIN_LIMIT = timedelta(minutes=30)
 """How long a rank waits for the others at start."""
+
+INTERFACES = "GLOO_SOCKET_IFNAME"
+"""The variable that says over which interfaces gloo talks."""
 
 EDGE_CTAS = 2
 """Thread blocks of NCCL on an edge: one a multiprocessor, each good for some 20 GB/s (not measured here)."""
@@ -102,6 +108,23 @@ def choose_backend(store: Store, rank: int, parallel: ParallelConfig, device: to
     return backend, staged
 
 
+def check_interfaces(given: str) -> None:
+    """Refuse names of interfaces, separated by commas, over which gloo could reach nobody.
+
+    Raises:
+        InvalidConfig: one of them is not there, not up, or without an address.
+    """
+    up = [name for name, state in psutil.net_if_stats().items() if state.isup]
+    addresses = psutil.net_if_addrs()
+    usable = [name for name in up if {one.family for one in addresses.get(name, ())} & {AF_INET, AF_INET6}]
+    for name in filter(None, given.split(",")):
+        if name not in usable:
+            raise InvalidConfig(
+                f"{INTERFACES}={given!r}: {name!r} is no network interface that is up and has an address "
+                f"(here: {', '.join(usable) or 'none'}): name one that is, or unset it."
+            )
+
+
 def join(
     store: Store | None,
     rank: int,
@@ -120,13 +143,15 @@ def join(
         traffic: where the bytes sent over the edges are counted, by what is sent.
 
     Raises:
-        InvalidConfig: ranks of a stage would have to go through host memory.
+        InvalidConfig: ranks of a stage would have to go through host memory, or gloo has no way.
     """
     if parallel.ranks == 1:
         return Edges({}, {}), None
     assert store is not None
     backend, staged = choose_backend(store, rank, parallel, device.device)
     where = torch.device("cpu") if staged else device.device
+    if backend == "gloo":
+        check_interfaces(os.environ.get(INTERFACES, ""))
     dist.init_process_group(backend, store=store, rank=rank, world_size=parallel.ranks, timeout=WAIT_LIMIT)
     mesh = init_device_mesh(where.type, parallel.sizes, mesh_dim_names=AXES)
     for axis, size in zip(AXES, parallel.sizes, strict=True):

@@ -19,6 +19,9 @@ from cineline.schedule.words import RECEIVES_AHEAD
 FAR_MS = 1e5
 """From where on an event's time is reckoned from a nearer one: float32 milliseconds have seven digits."""
 
+ASIDE = -1
+"""The priority of streams that hold no more than waits: of each torch has a pool, and NCCL's streams are of another."""
+
 
 class Mark(Protocol):
     """A point in the device's queue."""
@@ -163,7 +166,7 @@ class AcceleratorQueue:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._aside = torch.Stream(device)
+        self._aside = torch.Stream(device, priority=ASIDE)
         self.drain()
         self._origin = self._event(timed=True)
         self._origin.record()
@@ -177,7 +180,7 @@ class AcceleratorQueue:
         return torch.Event(self.device, enable_timing=timed)
 
     def receive(self, post: Callable[[], dist.Work], behind: Mark) -> dist.Work:
-        with torch.Stream(self.device):  # one of torch's pool: NCCL's own waits for what is in it
+        with torch.Stream(self.device, priority=ASIDE):  # one of a pool: NCCL's own waits for what is in it
             behind.wait()
             return post()
 

@@ -88,7 +88,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         return make_solver(self.spec.scheduler_class, self.spec.scheduler, job, self._device)
 
     def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
-        """A few tokens, as many steps as solvers have orders, both experts, three chunks; with an image and without."""
+        """A few tokens, as many steps as solvers have orders, both experts, three chunks, and an image."""
         spec, (height, width) = self.spec, self.spec.grid
         fields: dict[str, Any] = {
             "height": 2 * height,
@@ -99,8 +99,8 @@ class WanStages(PipelineParallelMixin[WanState]):
         if len(spec.experts) > 1:
             fields |= {"boundary_ratio": 0.5, "flow_shift": 1.0}
         image = Image.new("RGB", (fields["width"], fields["height"]))
-        for given in {"ti2v": (None, image), "t2v": (None,), "i2v": (image,)}[spec.kind]:
-            yield spec.resolve(VideoRequest(prompt="a rehearsal", image=given, **fields), 0), given
+        given = None if spec.kind == "t2v" else image
+        yield spec.resolve(VideoRequest(prompt="a rehearsal", image=given, **fields), 0), given
 
     def expert(self, state: WanState, step: int) -> int:
         return state.steps[step].expert

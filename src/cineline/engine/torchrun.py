@@ -1,0 +1,78 @@
+"""What torchrun says of its world, in the environment."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from cineline.errors import InvalidConfig
+
+SIGNS = ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE")
+"""Set by torchrun alone; others set the rest of its variables too."""
+
+WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What all of its processes have."""
+
+LEAVE = f"start with torchrun, or unset {' and '.join(SIGNS)}."
+"""The remedy where the environment is not torchrun's."""
+
+
+def torchrun_rank() -> int | None:
+    """This process's rank in a torchrun world, or None outside one.
+
+    Raises:
+        InvalidConfig: there is something of such a world, and not all of it.
+    """
+    signs = [name for name in SIGNS if os.environ.get(name)]
+    if not signs:
+        return None
+    missing = _missing()
+    if missing:
+        raise InvalidConfig(f"{signs[0]} is set as by torchrun, but not {', '.join(missing)}: {LEAVE}")
+    world = _number("WORLD_SIZE", 1)
+    local_world = _number("LOCAL_WORLD_SIZE", 1, world)
+    _number("LOCAL_RANK", 0, local_world - 1)
+    _number("MASTER_PORT", 1, 65535)
+    return _number("RANK", 0, world - 1)
+
+
+def torchrun_world() -> tuple[int, int]:
+    """Processes in this torchrun world, and on this host."""
+    return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+
+
+def need_torchrun() -> None:
+    """Refuse to be a rank of torchrun's outside its world.
+
+    Raises:
+        InvalidConfig: this is none, or not all of one.
+    """
+    if torchrun_rank() is None:
+        raise InvalidConfig(
+            "launcher='torchrun' needs a torchrun world: start with torchrun -m cineline generate, or your program "
+            f"with torchrun (not set: {', '.join([SIGNS[0], *_missing()])})."
+        )
+
+
+def torchrun_host() -> str:
+    """The address of rank 0's host.
+
+    Raises:
+        InvalidConfig: it cannot be found.
+    """
+    name = os.environ["MASTER_ADDR"]
+    try:
+        return socket.gethostbyname(name)
+    except (OSError, UnicodeError) as error:
+        raise InvalidConfig(f"MASTER_ADDR={name!r} is no host that can be found ({error}): {LEAVE}") from None
+
+
+def _number(name: str, least: int, most: int = 10**6) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
+        raise InvalidConfig(f"{name}={text!r} is no whole number from {least} to {most}: {LEAVE}")
+    return int(text)
+
+
+def _missing() -> list[str]:
+    return [name for name in WORLD if not os.environ.get(name)]

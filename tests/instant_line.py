@@ -1,0 +1,43 @@
+"""The command line with an engine that is done at once: what is printed and written, without ranks.
+
+`python instant_line.py ARGUMENTS` is `cineline ARGUMENTS`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from cineline import RequestHandle, Video, VideoRequest
+from cineline.cli import main
+from cineline.core.family import FamilySpec
+
+
+class InstantEngine:
+    """As far as `generate` uses one; the options of the command are not looked at."""
+
+    def __init__(self, spec: FamilySpec, *_: Any, **__: Any) -> None:
+        self._spec = spec
+        self._submitted = 0
+
+    def __enter__(self) -> InstantEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, request: VideoRequest) -> RequestHandle:
+        job = self._spec.resolve(request, self._submitted)
+        self._submitted += 1
+        handle = RequestHandle(job, lambda _: False)
+        frames = np.full((job.num_frames, job.height, job.width, 3), 90, dtype=np.uint8)
+        latents: Any = None  # torch takes seconds
+        handle._future.set_result(Video(latents, frames, job.fps))
+        return handle
+
+
+if __name__ == "__main__":
+    vars(sys.modules["cineline.cli.generate"])["Engine"] = InstantEngine
+    main()
