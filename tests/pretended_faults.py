@@ -78,12 +78,18 @@ def _synchronise_the_device() -> None:
 
 
 def _give_up_early() -> None:
-    """Host memory is given back while the device still copies from it."""
+    """Host memory is given back while the device still copies from it, and taken for the next message."""
+    take_back = TorchReceiver._take_back
 
     def to_device(self: queue.AcceleratorQueue, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
 
+    def take_back_first(self: TorchReceiver, pending: Any) -> None:
+        take_back(self, pending)
+        self._free.rotate(1)
+
     queue.AcceleratorQueue.to_device = to_device  # type: ignore[method-assign]
+    TorchReceiver._take_back = take_back_first  # type: ignore[method-assign]
 
 
 def _send_early() -> None:
