@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from oracle import Checkpoint
+from safetensors.torch import load_file, save_file
 
 from cineline.families.wan.random_checkpoint import RandomConfig
 
@@ -30,13 +31,14 @@ class Hub:
 
     Attributes:
         address: of the server. home: of the client's cache. folder: what is in the repository.
-        fetched: names of files, in order.
+        fetched: names of files, in order. commit: the newest.
     """
 
     address: str
     home: Path
     folder: Path
     fetched: list[str] = field(default_factory=list)
+    commit: str = COMMIT
 
     @property
     def weights(self) -> list[str]:
@@ -66,10 +68,10 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send(json.dumps(self.tree()).encode(), "application/json", with_content)
                 return
             if path.startswith(f"/api/models/{HUB_ID}"):
-                facts = {"id": HUB_ID, "modelId": HUB_ID, "sha": COMMIT, "siblings": []}
+                facts = {"id": HUB_ID, "modelId": HUB_ID, "sha": hub.commit, "siblings": []}
                 self.send(json.dumps(facts).encode(), "application/json", with_content)
                 return
-            name = path.removeprefix(f"/{HUB_ID}/resolve/{COMMIT}/")
+            name = path.removeprefix(f"/{HUB_ID}/resolve/{hub.commit}/")
             file = hub.folder / name
             if name == path or not file.is_file():
                 self.send_error(404)
@@ -92,7 +94,7 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def send(self, content: bytes, kind: str, with_content: bool) -> None:
             self.send_response(200)
-            headers = {"Content-Type": kind, "Content-Length": str(len(content)), "X-Repo-Commit": COMMIT}
+            headers = {"Content-Type": kind, "Content-Length": str(len(content)), "X-Repo-Commit": hub.commit}
             for name, value in (headers | {"ETag": f'"{hashlib.sha1(content).hexdigest()}"'}).items():
                 self.send_header(name, value)
             self.end_headers()
@@ -118,8 +120,9 @@ def hub(checkpoint: Checkpoint, tmp_path: Path) -> Iterator[Hub]:
 
 
 def add_variant(folder: Path, component: str, variant: str) -> None:
+    """The same weights in another file, as far as a cache can tell."""
     for file in (folder / component).glob("*.safetensors"):
-        shutil.copy(file, file.with_name(f"{file.stem}.{variant}.safetensors"))
+        save_file(load_file(file), file.with_name(f"{file.stem}.{variant}.safetensors"), {"variant": variant})
 
 
 def test_a_request_that_is_refused_costs_configs_alone(hub: Hub) -> None:
@@ -167,6 +170,46 @@ def test_only_the_variant_that_is_asked_for_comes(hub: Hub, tmp_path: Path) -> N
     hub.fetched.clear()
     refused = hub.run(*arguments, "--variant", "fp17")
     assert refused.returncode == 1 and "variant='fp17' is in no component" in refused.stderr and not hub.fetched
+
+
+def test_a_later_commit_of_the_repository_links_what_is_here(hub: Hub, tmp_path: Path) -> None:
+    arguments = ["generate", "a cat", "--model", HUB_ID, *SMALL, "--save-latents", str(tmp_path / "a.safetensors")]
+    assert hub.run(*arguments).returncode == 0
+    hub.commit = COMMIT[::-1]
+    config = hub.folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + "\n")
+    hub.fetched.clear()
+    done = hub.run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert not hub.weights and "Downloading" not in done.stderr
+
+
+def test_what_runs_does_not_depend_on_what_is_in_the_cache(hub: Hub, tmp_path: Path) -> None:
+    add_variant(hub.folder, "transformer", "fp16")
+    out = tmp_path / "a.safetensors"
+    arguments = ["generate", "a cat", "--model", HUB_ID, *SMALL, "--save-latents", str(out), "--quiet"]
+    assert hub.run(*arguments, "--variant", "fp16").returncode == 0
+    hub.fetched.clear()
+    assert hub.run(*arguments).returncode == 0
+    assert hub.weights == ["transformer/diffusion_pytorch_model.safetensors"]
+    hub.fetched.clear()
+    assert hub.run(*arguments, "--variant", "fp16").returncode == 0 and not hub.weights
+
+
+def test_the_command_line_lets_the_hub_show_its_progress(hub: Hub) -> None:
+    code = (
+        "import sys, cineline.cli as cli, typer\n"
+        "app = typer.Typer()\n"
+        "@app.command()\n"
+        "def look():\n"
+        "    from huggingface_hub.utils import are_progress_bars_disabled\n"
+        "    print(are_progress_bars_disabled())\n"
+        "sys.argv = ['look']\n"
+        "cli.run(app)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 def test_a_repository_that_was_not_converted_is_refused_with_the_name_to_try(hub: Hub) -> None:

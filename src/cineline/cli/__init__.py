@@ -17,7 +17,7 @@ from cineline.cli.evaluate import app as eval_app
 from cineline.cli.generate import generate
 from cineline.cli.plan import plan
 from cineline.core import streams
-from cineline.engine.launch import QUIET
+from cineline.engine.launch import PROGRESS, QUIET
 from cineline.errors import REASON_LIMIT, CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
 
 app = typer.Typer(
@@ -46,7 +46,8 @@ def run(app: typer.Typer) -> NoReturn:
     """Run a command line; one sentence and a non-zero exit for every error a user can cause."""
     streams.secure()
     signal.signal(signal.SIGTERM, _terminated)
-    os.environ.update(QUIET | os.environ)
+    quiet = {name: value for name, value in QUIET.items() if name != PROGRESS}  # a download may show how far it is
+    os.environ.update(quiet | os.environ)
     try:
         status = app(standalone_mode=False)
     except CinelineError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from cineline.core.request import Job, VideoRequest
 from cineline.core.streams import console
 from cineline.engine.api import Engine, default_device
 from cineline.engine.hub import MINIS, missing_weights, open_model
-from cineline.engine.launch import Launcher, serve_torchrun_rank
+from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
 from cineline.engine.sink import Sink
 from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
@@ -85,6 +86,8 @@ def generate(
     tasks = _tasks(prompt, requests, fields, Outputs(output, output_dir, save_latents))
     if trace is not None:
         check_output(trace, (".json",))
+    if quiet:
+        os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
     spec = open_model(model, variant)
     check_tasks(spec, tasks, requests)
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
@@ -117,12 +120,8 @@ def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:
 
 def _tell_of_download(spec: FamilySpec, quiet: bool, screen: Console) -> None:
     """What comes from the hub before the ranks can start, and how much; then the hub's own progress, unless `quiet`."""
-    missing = missing_weights(spec)
-    if missing and quiet:
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
-    elif missing:
+    missing = None if quiet else missing_weights(spec)
+    if missing and missing.nbytes:
         size = f"{len(missing.files)} files, {missing.nbytes / 1e9:.2f} GB"
         screen.print(f"Downloading {missing.hub_id}: {size}", highlight=False, soft_wrap=True)
 

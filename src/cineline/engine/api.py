@@ -126,7 +126,6 @@ class Engine:
             _check_devices(parallel, config)
         cut = self.spec.cut(parallel, config)
         parallel = parallel.filled(cut)
-        fetch_weights(self.spec)
         self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:
@@ -136,6 +135,7 @@ class Engine:
         self._lock = threading.RLock()
         self._line = _Line(Scheduler(parallel, in_flight, self._admit))
         environment = config.rank_environment(parallel.ranks if launcher == "local" else torchrun_world()[1])
+        fetch_weights(self.spec)
         if launcher == "local":
             family = self.spec.stages_class.partition(":")[0] if device == "cpu" else None
             self._ranks = Ranks(launch_local(parallel.ranks, environment, family))

@@ -5,6 +5,7 @@ Of a hub id the configs come first, which is all that most questions need; weigh
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from typing import Any
 from cineline.core.family import FamilySpec, StoredFamily
 from cineline.errors import CheckpointError, reason, shown
 from cineline.families.registry import open_checkpoint
-from cineline.weights.layout import choose, files_of, has_variant, shards_of
+from cineline.weights.layout import choose, files_of, has_variant, named_choice, shards_of
+
+log = logging.getLogger(__name__)
 
 MINIS = ("mini-ti2v", "mini-t2v")
 """Trained models that ship with the package, by the names they go by everywhere; the first is the default."""
@@ -40,6 +43,8 @@ def open_model(model: str | Path | FamilySpec | None, variant: str | None = None
         CheckpointError: there is no such model, or it is none that Cineline runs.
     """
     if model is not None and not isinstance(model, (str, Path)):
+        if variant is not None:
+            raise CheckpointError(f"variant={shown(variant)} is for a model by name: a spec has its own.")
         return model
     return open_checkpoint(folder_of(model), variant)
 
@@ -99,21 +104,30 @@ def missing_weights(spec: FamilySpec) -> Missing | None:
         return None
     folder, variant = spec.folder, spec.variant
     components = sorted(path.parent for path in folder.glob("*/config.json"))
-    found = CACHED.search(folder.as_posix())
-    if found is None or all(_is_here(component, variant) for component in components):
-        _check_variant(variant, components, lambda component: {path.name for path in component.iterdir()})
+    found = CACHED.search(folder.as_posix()) if _is_cached(folder) else None
+    if found is None:
+        _check_variant(variant, components, _names_here)
+        return None
+    if _is_here(components, variant):
         return None
     hub_id, commit = f"{found['owner']}/{found['name']}", found["commit"]
-    listed = {file.filename: file for file in _download(hub_id, revision=commit, allow_patterns=WEIGHTS, dry_run=True)}
+    try:
+        files = _download(hub_id, revision=commit, allow_patterns=WEIGHTS, dry_run=True)
+    except CheckpointError as error:
+        if not _is_all_there(components, variant):
+            raise
+        log.warning("%s The weights that are here are used.", error)
+        return None
+    listed = {file.filename: file for file in files}
 
     def names(component: Path) -> set[str]:
-        there = {Path(name).name for name in listed if Path(name).parent.name == component.name}
-        return there | {path.name for path in component.iterdir()}
+        return {Path(name).name for name in listed if Path(name).parent.name == component.name} | _names_here(component)
 
     _check_variant(variant, components, names)
     wanted = [name for component in components for name in _wanted(component, names(component), variant)]
-    files = [listed[name] for name in wanted if name in listed and listed[name].will_download]
-    return Missing(hub_id, commit, [file.filename for file in files], sum(file.file_size or 0 for file in files))
+    lacking = [name for name in wanted if name in listed and not (folder / name).exists()]
+    nbytes = sum(listed[name].file_size or 0 for name in lacking if listed[name].will_download)
+    return Missing(hub_id, commit, lacking, nbytes) if lacking else None
 
 
 def fetch_weights(spec: FamilySpec) -> None:
@@ -126,9 +140,28 @@ def fetch_weights(spec: FamilySpec) -> None:
         _download(missing.hub_id, revision=missing.commit, allow_patterns=list(missing.files))
 
 
-def _is_here(component: Path, variant: str | None) -> bool:
+def _is_cached(folder: Path) -> bool:
+    """Whether it is in the cache that is downloaded to."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE).resolve() in folder.resolve().parents
+
+
+def _names_here(component: Path) -> set[str]:
+    return {path.name for path in component.iterdir()}
+
+
+def _is_here(components: Sequence[Path], variant: str | None) -> bool:
+    """Whether nothing of a hub's model is missing: the plain weights or the variant, not another that happens to be."""
+    if variant and not any(has_variant(_names_here(component), variant) for component in components):
+        return False
+    named = all(named_choice(_names_here(component), variant) for component in components)
+    return named and _is_all_there(components, variant)
+
+
+def _is_all_there(components: Sequence[Path], variant: str | None) -> bool:
     try:
-        return all(file.exists() for file in files_of(component, variant))
+        return all(file.exists() for component in components for file in files_of(component, variant))
     except CheckpointError:
         return False
 

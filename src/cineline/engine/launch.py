@@ -42,10 +42,12 @@ LOOPBACK_LIMIT_S = 5.0
 GRACE_S = 5.0
 """Seconds that a rank gets to end by itself before it is killed."""
 
+PROGRESS = "HF_HUB_DISABLE_PROGRESS_BARS"
+
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    PROGRESS: "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -50,19 +50,15 @@ def choose(names: Collection[str], folder: Path, variant: str | None = None) -> 
     Raises:
         CheckpointError: as `files_of`.
     """
-    for wanted in (variant, None) if variant else (None,):
-        for stem in STEMS:
-            for name in (_index(stem, wanted), _file(stem, wanted)):
-                if name in names:
-                    return name
-    whole = [name for name in names if INDEX in name or (name.endswith(SUFFIX) and not SHARD.search(name))]
-    others = sorted(name for name in whole if INDEX in name) or sorted(whole)
-    if len(others) == 1:
+    if (named := named_choice(names, variant)) is not None:
+        return named
+    others = sorted(name for name in names if INDEX in name or (name.endswith(SUFFIX) and not SHARD.search(name)))
+    if len(others) == 1 and not variant:
         return others[0]
     if others:
         raise CheckpointError(
-            f"{folder} has {len(others)} sets of weights ({', '.join(others)[:200]}) and none without a variant: "
-            f"choose one, such as --variant {variant_of(others[0]) or 'fp16'}."
+            f"{folder} has {len(others)} sets of weights ({', '.join(others)[:200]}), none of which is meant by "
+            f"variant={shown(variant)}: choose one, such as --variant {variant_of(others[0]) or 'fp16'}."
         )
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         raise CheckpointError(
@@ -73,6 +69,16 @@ def choose(names: Collection[str], folder: Path, variant: str | None = None) -> 
     raise CheckpointError(
         f"{folder} has {shards} safetensors files and no index: it must hold one file, or several and their index."
     )
+
+
+def named_choice(names: Collection[str], variant: str | None = None) -> str | None:
+    """The same, where the variant or the plain weights are there."""
+    for wanted in (variant, None) if variant else (None,):
+        for stem in STEMS:
+            for name in (_index(stem, wanted), _file(stem, wanted)):
+                if name in names:
+                    return name
+    return None
 
 
 def has_variant(names: Collection[str], variant: str) -> bool:

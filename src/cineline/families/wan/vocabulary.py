@@ -49,7 +49,11 @@ def check_numbers(home: Path, numbers: Collection[int], text: Mapping[str, Any])
     Raises:
         CheckpointError: far fewer tokens than rows, or a number beyond them.
     """
-    rows = int(text.get("vocab_size", UMT5["vocab_size"]))
+    rows = UMT5["vocab_size"] if text.get("vocab_size") is None else text["vocab_size"]
+    if type(rows) is not int or rows < 1:
+        raise CheckpointError(
+            f"{home.parent}: the text encoder's vocab_size={shown(rows)} is no size: download it again."
+        )
     if len(numbers) < LEAST_SHARE * rows:
         raise CheckpointError(
             f"{home} has {len(numbers)} tokens, far fewer than the text encoder's {shown(rows)}: use the tokenizer "
@@ -70,7 +74,7 @@ def check_special(home: Path, name: str, number: int | None, text: Mapping[str, 
     """
     key = f"{name}_token_id"
     wanted = text.get(key, UMT5[key])
-    if number is None or wanted not in (None, number):
+    if number is None or number not in (wanted if isinstance(wanted, list) else [number if wanted is None else wanted]):
         raise CheckpointError(
             f"{home} has {name}_token number {number}, but the text encoder's config says {shown(wanted)}: use the "
             "tokenizer that belongs to it, or download it again."
