@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ import pytest
 from oracle import Checkpoint
 from safetensors.torch import load_file, save_file
 
+from cineline import CheckpointError
+from cineline.engine.hub import folder_of
 from cineline.families.wan.random_checkpoint import RandomConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -216,3 +219,14 @@ def test_a_repository_that_was_not_converted_is_refused_with_the_name_to_try(hub
     (hub.folder / "model_index.json").unlink()
     done = hub.run("generate", "a cat", "--model", HUB_ID)
     assert "has no model_index.json, as models in diffusers format do: give one that does" in done.stderr
+
+
+def test_a_full_disk_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fill)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be downloaded \(No space left on device\): check the disk, and HF_HOME"
+    ):
+        folder_of(HUB_ID)

@@ -5,6 +5,7 @@ Of a hub id the configs come first, which is all that most questions need; weigh
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,9 @@ DIFFUSERS = "-Diffusers"
 
 CONFIGS = ["model_index.json", "cineline.json", "*/*.json", "tokenizer/*"]
 WEIGHTS = ["*/*.safetensors", "*/*.bin"]
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+"""Errors of the place that is written to."""
 
 CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
 """A commit's folder in the hub's cache, from the cache's on."""
@@ -195,6 +199,11 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        if getattr(error, "errno", None) in DISK:
+            raise CheckpointError(
+                f"model={shown(hub_id)} cannot be downloaded ({reason(error)}): check the disk, and HF_HOME, which "
+                "says where it goes."
+            ) from None
         raise CheckpointError(
             f"model={shown(hub_id)} is no folder here and cannot be downloaded ({type(error).__name__}: "
             f"{reason(error)}): check the name and the network."
