@@ -37,6 +37,7 @@ MEANING = {
 
 
 UNITS = {"split": "blocks", "text_split": "layers of the text encoder", "vae_split": "units of the VAE's decoder"}
+
 MOST_RANKS = 100_000
 """Along an axis; more is taken for a slip of the hand."""
 

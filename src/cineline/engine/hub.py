@@ -108,8 +108,8 @@ def missing_weights(spec: FamilySpec) -> Missing | None:
         return None
     folder, variant = spec.folder, spec.variant
     components = sorted(path.parent for path in folder.glob("*/config.json"))
-    found = CACHED.search(folder.as_posix()) if _is_cached(folder) else None
-    if found is None:
+    found = CACHED.search(folder.as_posix())
+    if found is None or not _is_cached(folder):
         _check_variant(variant, components, _names_here)
         return None
     if _is_here(components, variant):
