@@ -13,6 +13,7 @@ import numpy as np
 from cineline import RequestHandle, Video, VideoRequest
 from cineline.cli import main
 from cineline.core.family import FamilySpec
+from cineline.engine.handle import Ticket
 
 
 class InstantEngine:
@@ -31,11 +32,11 @@ class InstantEngine:
     def submit(self, request: VideoRequest) -> RequestHandle:
         job = self._spec.resolve(request, self._submitted)
         self._submitted += 1
-        handle = RequestHandle(job, lambda _: False)
+        ticket = Ticket(job)
         frames = np.full((job.num_frames, job.height, job.width, 3), 90, dtype=np.uint8)
         latents: Any = None  # torch takes seconds
-        handle._future.set_result(Video(latents, frames, job.fps))
-        return handle
+        ticket.future.set_result(Video(latents, frames, job.fps))
+        return RequestHandle(ticket, lambda _: False)
 
 
 if __name__ == "__main__":

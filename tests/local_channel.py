@@ -41,6 +41,9 @@ class LocalChannel:
             self._match()
         return pending
 
+    def settle(self) -> None:
+        pass  # nothing is ever under way
+
     def _match(self) -> None:
         while self._sent and self._posted:
             self._posted.popleft().message.set_result(self._sent.popleft())

@@ -17,6 +17,7 @@ from cineline.core.control import Admit, Begun, Done, Message, Stop
 from cineline.core.request import Group, Job
 from cineline.families.pipeline_parallel import StagePart
 from cineline.rank.loop import StageLoop
+from cineline.rank.pulse import Pulse
 from cineline.schedule.rule import edges_of
 from cineline.schedule.scheduler import Scheduler
 from cineline.transport.channel import Edges
@@ -52,7 +53,9 @@ class LocalLine:
             incoming = {edge: channel for edge, channel in channels.items() if edge.target == rank}
             outgoing = {edge: channel for edge, channel in channels.items() if edge.source == rank}
             edges = Edges(incoming, outgoing)
-            self.loops.append(StageLoop(family, part, edges, HostQueue(), self._inboxes[rank], self.reports.put))
+            self.loops.append(
+                StageLoop(family, part, edges, HostQueue(), self._inboxes[rank], self.reports.put, Pulse())
+            )
         self._threads = [threading.Thread(target=loop.run, daemon=True) for loop in self.loops]
         for thread in self._threads:
             thread.start()

@@ -18,8 +18,7 @@ from plans import Plan
 
 from cineline.core.config import Place
 from cineline.core.request import Branch, Group, Job, Kind, WorkItem
-from cineline.rank.loop import DROP
-from cineline.schedule.rule import Rule, Scripts, scripts_of
+from cineline.schedule.rule import Rule, Scripts, drop_of, scripts_of
 from cineline.schedule.scheduler import Scheduler
 from cineline.schedule.words import (
     RECEIVES_AHEAD,
@@ -356,7 +355,8 @@ class SymbolicLine:
             if isinstance(message, Job):
                 rank.admit(message)
             elif message.request in rank.states and message.kind is Kind.DROP:
-                rank.coming.append((message, DROP))
+                place = self.plan.parallel.place(rank.number)
+                rank.coming.append((message, drop_of(self.plan.parallel, place)))
             elif message.request in rank.states:
                 scripts = rank.scripts[message.request].get(message._replace(request=0), ())
                 rank.coming.extend((message, script) for script in scripts)
@@ -390,7 +390,8 @@ class SymbolicLine:
             case Do.BEGUN:
                 self.words[rank.number].append((action, rank.group))
             case Do.DONE | Do.MOVES:
-                rank.answer(rank.group)
+                if rank.group.kind is not Kind.DROP:
+                    rank.answer(rank.group)
                 self.words[rank.number].append((action, rank.group))
             case Do.DENOISED:
                 rank.state.denoised = True

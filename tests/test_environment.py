@@ -86,7 +86,7 @@ def test_a_host_that_cannot_be_found_is_named(name: str) -> None:
         environment(WORLD | {"MASTER_ADDR": name, "WORLD_SIZE": "2"}),
         pytest.raises(InvalidConfig, match="MASTER_ADDR="),
     ):
-        launch.launch_torchrun(ParallelConfig(pp=2), {}, 1.0)
+        launch.check_launch("torchrun", ParallelConfig(pp=2))
 
 
 def test_a_host_that_is_not_this_one_is_named() -> None:
@@ -94,7 +94,7 @@ def test_a_host_that_is_not_this_one_is_named() -> None:
         environment(WORLD | {"MASTER_ADDR": "192.0.2.1", "WORLD_SIZE": "2"}),
         pytest.raises(InvalidConfig, match=r"192\.0\.2\.1 is no address of this host"),
     ):
-        launch.launch_torchrun(ParallelConfig(pp=2), {}, 1.0)
+        launch.check_launch("torchrun", ParallelConfig(pp=2))
 
 
 def test_ranks_of_this_machine_know_nothing_of_another_world(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from cineline.core.control import Admit, Begun, Done, Message, Stop
 from cineline.core.request import Group, Job, WorkItem
 from cineline.families.pipeline_parallel import StagePart
 from cineline.rank.loop import StageLoop, _Request, _Turn
+from cineline.rank.pulse import Pulse
 from cineline.schedule.rule import edges_of
 from cineline.schedule.simulator import Deed, Simulation, simulate
 from cineline.schedule.words import (
@@ -127,6 +128,9 @@ class LoggedEnd:
     def post(self, specs: Sequence[TensorSpec], keep: bool = False) -> Pending:
         return LoggedPending(self.channel.post(specs), self.log.post(self.edge), self.log)
 
+    def settle(self) -> None:
+        pass
+
     def send(self, tensors: Sequence[torch.Tensor], value: Value) -> None:
         self.log.append(("send", self.edge, value))
         self.channel.send(tensors, value)
@@ -179,7 +183,7 @@ def run_loops(
         messages: list[Message] = [*map(Admit, jobs), *found.stream, Stop()]
         for message in messages:
             inbox.put(message)
-        loop = loop_class(family, part, Edges(incoming, outgoing), HostQueue(), inbox, partial(heard, log=log))
+        loop = loop_class(family, part, Edges(incoming, outgoing), HostQueue(), inbox, partial(heard, log=log), Pulse())
         loop._requests = LoggedRequests(log)
         threads.append(threading.Thread(target=loop.run, daemon=True))
         logs.append(log)

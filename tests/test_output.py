@@ -29,6 +29,7 @@ from cineline.core.output import VIDEO_SUFFIXES, whole_file
 from cineline.core.request import Branch, Kind, WorkItem
 from cineline.core.streams import console
 from cineline.core.trace import Slice, write_trace
+from cineline.engine.handle import Ticket
 from cineline.engine.hub import open_model
 from cineline.engine.sink import Sink
 from cineline.media.compare import _video
@@ -171,12 +172,12 @@ def test_on_a_full_disk_each_file_is_whole_or_not_there(
     tensors = folder / f"{name}.safetensors" if latents or video is None else None
     frames = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     job = ToySpec().resolve(VideoRequest(prompt="x", fps=24), 0)
-    handle = RequestHandle(job, lambda _: False)
-    handle._chunks = list(np.split(frames, [count // 2])) if video and count > 1 else []
-    left = None if handle._chunks or video is None else frames
+    ticket = Ticket(job)
+    ticket._chunks = list(np.split(frames, [count // 2])) if video and count > 1 else []
+    left = None if ticket._chunks or video is None else frames
     wanted = torch.randn(1, 10 * count)
-    handle._future.set_result(Video(wanted, left, 24))
-    sink = Sink(handle, video, tensors)
+    ticket.future.set_result(Video(wanted, left, 24))
+    sink = Sink(RequestHandle(ticket, lambda _: False), video, tensors)
     there: list[Path] = []
     with file_limit(room):
         try:

@@ -81,7 +81,10 @@ def test_a_cancel_makes_room() -> None:
     scheduler.submit(job(0))
     scheduler.submit(job(1))
     assert {item.request for item in scheduler.pump()} == {0}
-    scheduler.cancel(0)
+    drop = scheduler.cancel(0)
+    assert drop is not None
+    assert scheduler.pump() == []  # the line is not through with it
+    assert not scheduler.complete(drop)
     assert {item.request for item in scheduler.pump()} == {1}
 
 

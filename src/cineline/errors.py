@@ -11,7 +11,8 @@ CinelineError
 ├── RequestCancelled    the request was cancelled before it was done
 ├── ResultTimeout       `result(timeout=...)` ran out of time; the request goes on
 ├── Deadlock            a simulated schedule in which nobody can go on
-└── EngineClosed        the engine was closed before the request was done
+├── EngineClosed        the engine was closed before the request was done
+└── WrongProcess        an engine is used in a process that was forked from its own
 
 A message is one sentence with the value, the rule and the remedy. Values are repeated by `shown`, the words of other
 libraries' errors by `reason`, so that a message stays one.
@@ -19,6 +20,8 @@ libraries' errors by `reason`, so that a message stays one.
 
 from __future__ import annotations
 
+import copy
+import os
 from pathlib import Path
 
 VALUE_LIMIT = 80
@@ -107,3 +110,22 @@ class Deadlock(CinelineError):
 
 class EngineClosed(CinelineError, RuntimeError):
     """The engine was closed before the request was done."""
+
+
+class WrongProcess(CinelineError, RuntimeError):
+    """An engine is used in a process that was forked from its own, where its threads are not."""
+
+
+def check_process(owner: int) -> None:
+    """Refuse to use what belongs to another process.
+
+    Raises:
+        WrongProcess: this one is not the `owner`.
+    """
+    if os.getpid() != owner:
+        raise WrongProcess(f"This engine belongs to process {owner}, not to {os.getpid()}: make one here.")
+
+
+def anew(error: CinelineError) -> CinelineError:
+    """The same error to be raised once more: one that is raised again keeps, and shows, where it was before."""
+    return copy.copy(error)

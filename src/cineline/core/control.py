@@ -1,7 +1,7 @@
 """What the engine and a rank say to each other, beside the tensors.
 
-One ordered connection joins the engine to each rank; its end is how either notices the other's death.
-A group of work items travels as a header of fixed size, all else as a pickle of the classes below.
+One ordered connection joins the engine to each rank. A group of work items travels as a header of fixed size, all else
+as a pickle of the classes below.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.request import Group, Job
 from cineline.core.trace import Slice
-from cineline.errors import CinelineError
+from cineline.errors import CinelineError, reason, shown
 
 ENGINE_ADDRESS = "CINELINE_ENGINE"
 """Environment of torchrun's rank 0: host, port and key (hexadecimal) of the engine, separated by commas."""
 
-FORKED = "forked"
-"""What the process that forks ranks says when all are there; then it says (number, exit code) of each that ends."""
+BEAT_EVERY_S = 0.5
+"""From one beat of a rank to the next, whatever it does."""
+
+MESSAGE_LIMIT = 2**30
+"""Bytes of a message; more is taken for what is none."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Begun:
 
 @dataclass(frozen=True)
 class Done:
-    """Tail to engine: a group of items is done.
+    """Tail to engine: a group of items is done, or a cancelled request is gone.
 
     Attributes:
         result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk.
@@ -90,6 +93,21 @@ class Done:
     group: Group
     result: np.ndarray | None = None
     moves: bool = False
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Rank to engine, again and again: it is alive.
+
+    Attributes:
+        item: what it computes, in words; empty while it waits, or loads.
+        computing_s: seconds since that item began.
+        limit_s: seconds that it may take, by the longest of its kind and size so far; None where there was none.
+    """
+
+    item: str = ""
+    computing_s: float = 0.0
+    limit_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,18 +131,21 @@ class Timeline:
 
 @dataclass(frozen=True)
 class Stop:
-    """Engine to rank: end."""
+    """Engine to rank: do what is under way, hand in the timeline, and end when the connection does."""
 
 
-Message = Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Failed | Timeline | Stop
+Message = Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Beat | Failed | Timeline | Stop
 
 _GROUP, _PICKLE = b"g", b"p"
 
 
-def send(connection: Connection, message: Message) -> None:
-    """Send one message."""
-    body = _GROUP + message.pack() if isinstance(message, Group) else _PICKLE + pickle.dumps(message)
-    connection.send_bytes(body)
+class UnreadableMessage(Exception):
+    """What came is no message."""
+
+
+def pack(message: Message) -> bytes:
+    """The message as it travels."""
+    return _GROUP + message.pack() if isinstance(message, Group) else _PICKLE + pickle.dumps(message)
 
 
 def receive(connection: Connection) -> Message:
@@ -132,9 +153,18 @@ def receive(connection: Connection) -> Message:
 
     Raises:
         EOFError, OSError: the other end is gone.
+        UnreadableMessage: it is none.
     """
-    body = connection.recv_bytes()
-    if body[:1] == _GROUP:
-        return Group.unpack(body[1:])
-    message: Message = pickle.loads(body[1:])
+    try:
+        body = connection.recv_bytes(MESSAGE_LIMIT)
+    except OSError as error:
+        if error.errno is None:  # too long; by then the connection is closed
+            raise UnreadableMessage(f"it is over {MESSAGE_LIMIT} bytes") from None
+        raise
+    try:
+        message = Group.unpack(body[1:]) if body[:1] == _GROUP else pickle.loads(body[1:])
+    except Exception as error:  # whatever a pickle's classes may raise
+        raise UnreadableMessage(f"{type(error).__name__}: {reason(error)}") from None
+    if not isinstance(message, Message):
+        raise UnreadableMessage(f"it is {shown(message)}")
     return message

@@ -1,48 +1,33 @@
 """The engine: starts the ranks, submits requests to the line, hands back handles.
 
-It lives in the caller's process, which never joins `torch.distributed`, so that several engines can
-live side by side. One thread listens to the ranks; a lock guards the scheduler and the handles.
+It lives in the caller's process, which never joins `torch.distributed`, so that several engines can live side by side.
+A thread takes in what the ranks say, and two for each rank write and read; none of them keeps the engine alive.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from dataclasses import dataclass, field
+import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
-from cineline.core import control
-from cineline.core.config import DEVICES, DeviceConfig, Dtype, ParallelConfig, Place, TextEncoder, asked_threads
+from cineline.core.config import DEVICES, DeviceConfig, Dtype, ParallelConfig, TextEncoder, asked_threads
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
 from cineline.core.output import check_output
-from cineline.core.request import Group, Job, VideoRequest
+from cineline.core.request import VideoRequest
 from cineline.core.trace import write_trace
 from cineline.engine.auto import divide
 from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import fetch_weights, open_model
-from cineline.engine.launch import (
-    GRACE_S,
-    Launcher,
-    launch_local,
-    launch_torchrun,
-)
+from cineline.engine.launch import GRACE_S, Launcher, check_launch, launch_local, launch_torchrun
+from cineline.engine.line import CLOSED, UNDONE, Line
 from cineline.engine.ranks import START_LIMIT_S, Ranks
 from cineline.engine.torchrun import need_torchrun, torchrun_world
-from cineline.errors import (
-    CinelineError,
-    EngineClosed,
-    InvalidConfig,
-    RankFailed,
-    RequestCancelled,
-    shown,
-)
-from cineline.schedule.scheduler import Scheduler
-
-if TYPE_CHECKING:
-    from PIL import Image
+from cineline.errors import InvalidConfig, RankFailed, check_process, shown
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +38,14 @@ NOT_EXACT = {
 """What is said of the ways to decode that are not exact."""
 
 
-@dataclass
-class _Line:
-    """What the lock guards."""
+CLOSE_LIMIT_S = 300.0
+"""For the items that are under way when an engine is closed."""
 
-    scheduler: Scheduler
-    handles: dict[int, RequestHandle] = field(default_factory=dict)
-    images: dict[int, Image.Image] = field(default_factory=dict)
-    next_id: int = 0
-    broken: CinelineError | None = None
+IDLE_LIMIT_S = 5.0
+"""The same where nothing should be."""
+
+END_LIMIT_S = 30.0
+"""For the engine's thread, once all ranks are killed."""
 
 
 class Engine:
@@ -126,24 +110,28 @@ class Engine:
             _check_devices(parallel, config)
         cut = self.spec.cut(parallel, config)
         parallel = parallel.filled(cut)
-        self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:
             check_output(self._trace, (".json",))
         self.traffic: dict[int, dict[str, int]] = {}
-        self._closed = False
-        self._lock = threading.RLock()
-        self._line = _Line(Scheduler(parallel, in_flight, self._admit))
+        check_launch(launcher, parallel)
         environment = config.rank_environment(parallel.ranks if launcher == "local" else torchrun_world()[1])
         fetch_weights(self.spec)
         if launcher == "local":
             family = self.spec.stages_class.partition(":")[0] if device == "cpu" else None
-            self._ranks = Ranks(launch_local(parallel.ranks, environment, family))
+            processes = launch_local(parallel.ranks, environment, family)
         else:
-            self._ranks = Ranks(launch_torchrun(parallel, environment, START_LIMIT_S))
+            processes = launch_torchrun(parallel.ranks, environment, START_LIMIT_S)
+        self._process = os.getpid()
+        self._ranks = Ranks(processes)
         self.bytes_read = self._ranks.start(self.spec, parallel, cut, config, self._trace is not None)
-        self._listener = threading.Thread(target=self._listen, name="cineline-engine", daemon=True)
-        self._listener.start()
+        self._line = Line(self.spec, parallel, in_flight, self._ranks.tell)
+        # Neither knows the engine: when the caller has dropped it, they end the ranks.
+        ends = self._line, self._ranks
+        self._server = threading.Thread(target=serve, args=ends, name="cineline-engine", daemon=True)
+        self._server.start()
+        self._dropped = weakref.finalize(self, self._ranks.abandon)
+        self._dropped.atexit = False  # ranks end with the process
 
     def __enter__(self) -> Engine:
         return self
@@ -151,7 +139,10 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        if kind is None:
+            self.close()
+        else:  # nobody waits for what is under way
+            self.close(IDLE_LIMIT_S if self._line.idle else 0.0)
 
     def submit(self, request: VideoRequest) -> RequestHandle:
         """Queue a request; returns at once.
@@ -159,112 +150,51 @@ class Engine:
         Raises:
             InvalidRequest: it breaks one of the model's rules.
             EngineClosed, RankFailed: the engine takes no more.
+            WrongProcess: this is a child that was forked from the engine's process.
         """
+        check_process(self._process)
         image = None if request.image is None else load_image(request.image)
         if image is not None:
             request = request.model_copy(update={"image": image})
-        with self._lock:
-            job = self.spec.resolve(request, self._line.next_id)
-            if self._line.broken is not None:
-                raise self._line.broken
-            if self._closed:
-                raise EngineClosed("The engine is closed: make a new one.")
-            self._line.next_id += 1
-            handle = RequestHandle(job, self._cancel)
-            self._line.handles[job.id] = handle
-            if image is not None:
-                self._line.images[job.id] = image
-            self._line.scheduler.submit(job)
-            self._emit(self._line.scheduler.pump())
-        return handle
+        return RequestHandle(self._line.submit(request, image), self._line.cancel, self)
 
-    def close(self) -> None:
-        """End the ranks; requests that are not done raise `EngineClosed`."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            idle = not self._line.handles and self._line.broken is None
-            self._fail_all(EngineClosed("The engine was closed before the request was done."))
-            if idle:
-                self._ranks.tell(control.Stop())
-        # Idle ranks end by themselves and hand in their timelines; the others wait for tensors that never come.
-        if idle:
-            self._listener.join(GRACE_S)
-        self._ranks.end(GRACE_S if idle else 0.0)
-        self._listener.join(GRACE_S)
-        self._ranks.disconnect()
+    def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
+        """End the ranks; requests that are not done raise `EngineClosed`.
+
+        In a child that was forked from the engine's process it does nothing.
+
+        Args:
+            limit_s: seconds for the items that are under way. Ranks that are through with them hand in timeline and
+                traffic; those that are not are killed then, as is a rank that is stopped, at once.
+        """
+        if os.getpid() != self._process:
+            return
+        first = self._line.end(CLOSED, UNDONE)
+        self._dropped.detach()
+        try:
+            if first and limit_s > 0:
+                self._ranks.stop()
+                self._server.join(limit_s)
+        finally:
+            self._ranks.kill()
+            self._server.join(END_LIMIT_S)
         timelines = self._ranks.timelines
+        if not first or len(timelines) < len(self.bytes_read):
+            return
         self.traffic = {rank: dict(timeline.traffic) for rank, timeline in timelines.items()}
-        if self._trace is not None and len(timelines) == len(self.bytes_read):
+        if self._trace is not None:
             write_trace([piece for timeline in timelines.values() for piece in timeline.slices], self._trace)
 
-    # Running. All of these hold the lock.
 
-    def _admit(self, job: Job) -> None:
-        image = self._line.images.pop(job.id, None)
-        if image is None:
-            self._ranks.tell(control.Admit(job))
-        else:
-            self._ranks.tell(control.Admit(job), instead=dict.fromkeys(self._heads, control.Admit(job, image)))
-
-    def _emit(self, groups: list[Group]) -> None:
-        for group in groups:
-            self._ranks.tell(group)
-
-    def _cancel(self, handle: RequestHandle) -> bool:
-        with self._lock:
-            if self._line.handles.pop(handle.job.id, None) is None:
-                return False
-            self._line.images.pop(handle.job.id, None)
-            drop = self._line.scheduler.cancel(handle.job.id)
-            self._emit(([drop] if drop else []) + self._line.scheduler.pump())
-            handle.fail(RequestCancelled(f"Request {handle.job.id} was cancelled at step {handle.progress[0]}."))
-        return True
-
-    def _take(self, done: control.Done) -> None:
-        handle = self._line.handles.get(done.group.request)
-        finished = self._line.scheduler.complete(done.group, done.moves)
-        self._emit(self._line.scheduler.pump())
-        if handle is None:
-            return
-        handle.take(done)
-        if finished:
-            del self._line.handles[handle.job.id]
-            handle.finish()
-
-    def _fail_all(self, error: CinelineError) -> None:
-        for handle in self._line.handles.values():
-            handle.fail(error)
-        self._line.handles.clear()
-
-    # Listening.
-
-    def _listen(self) -> None:
-        """Take in what the ranks say until all have ended, or one has failed."""
-        try:
-            failure = self._ranks.listen(self._hear)
-        except Exception as error:  # the thread's edge: without it nobody would ever be answered
-            failure = RankFailed(0, f"what it reported could not be taken in ({type(error).__name__}: {error})")
-        if failure is not None:
-            self._break(failure)
-
-    def _hear(self, message: control.Begun | control.Done) -> None:
-        with self._lock:
-            if isinstance(message, control.Begun):
-                self._line.scheduler.begun(message.group)
-                self._emit(self._line.scheduler.pump())
-            else:
-                self._take(message)
-
-    def _break(self, error: RankFailed) -> None:
-        """A rank is lost, and with it the line: fail what is in it and end the others."""
-        with self._lock:
-            if not self._closed:
-                self._line.broken = error
-            self._fail_all(error)
-        self._ranks.end(0.0)
-        self._ranks.disconnect()
+def serve(line: Line, ranks: Ranks) -> None:
+    """Take in what the ranks say until all are through, one has failed, or nobody is interested any more; then they are
+    gone, and nobody waits for them."""
+    try:
+        failure = ranks.listen(line.hear)
+    except Exception as error:  # the thread's edge: without it nobody would ever be answered
+        failure = RankFailed(0, f"what it reported could not be taken in ({type(error).__name__}: {error})")
+    line.end(failure or CLOSED, failure or UNDONE)
+    ranks.end(0.0 if failure else GRACE_S)
 
 
 def _check_devices(parallel: ParallelConfig, config: DeviceConfig) -> None:

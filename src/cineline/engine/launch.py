@@ -1,15 +1,17 @@
 """Starts the rank processes: on this machine, or as the ranks of an existing torchrun world.
 
-A rank is a process of its own with one connection to the engine. Its death closes the connection and
-the engine's death closes all of them, so neither can outlive the other, whatever ended it.
+A rank is a process of its own with one connection to the engine, whose end tells the engine of the rank's. A rank ends
+with the process that started it (`rank.owner`), whoever else may have that connection open.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -17,12 +19,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError, Pipe
-from multiprocessing.connection import Connection, Listener
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Literal, Protocol
 
 from cineline.core.config import ParallelConfig
 from cineline.core.control import ENGINE_ADDRESS
-from cineline.engine.forked import ForkedRank, Nursery
+from cineline.core.sockets import notice_loss
+from cineline.engine.nursery import Nursery, NurseryRank
+from cineline.engine.owned import own
 from cineline.engine.torchrun import LEAVE, WORLD, torchrun_host, torchrun_world
 from cineline.errors import InvalidConfig, RankFailed
 
@@ -35,6 +39,12 @@ LIBRARIES = ("cineline.rank.loop", "cineline.transport.mesh")
 """What every rank loads, beside its family's module: nothing that starts threads or runs torch in parallel."""
 
 POLL_S = 0.2
+
+MOST_CALLS = 128
+"""That may wait to be answered at once."""
+
+MEET_LIMIT_S = 20
+"""For a caller to say who it is."""
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_LIMIT_S = 5.0
@@ -55,6 +65,8 @@ QUIET = {
 class Process(Protocol):
     """What is used of a `subprocess.Popen`."""
 
+    @property
+    def pid(self) -> int | None: ...
     def poll(self) -> int | None: ...
     def wait(self, timeout: float | None = None) -> int: ...
     def kill(self) -> None: ...
@@ -99,39 +111,69 @@ class RankProcess:
             self.process.wait()
 
 
+def check_launch(launcher: Launcher, parallel: ParallelConfig) -> None:
+    """Refuse what the ranks would fail at, or wait for until their limit.
+
+    Raises:
+        InvalidConfig: torchrun's world has not as many ranks, its address is none of this host's, or the ranks of this
+            machine could not reach each other.
+    """
+    if launcher == "torchrun":
+        world, _ = torchrun_world()
+        if world != parallel.ranks:
+            raise InvalidConfig(
+                f"torchrun started {world} processes, but {parallel} is {parallel.ranks} ranks: "
+                f"{parallel.advice(world)}."
+            )
+        _open_server(torchrun_host()).close()
+    elif parallel.ranks > 1:
+        _check_loopback()
+
+
 def launch_local(ranks: int, environment: Mapping[str, str], family: str | None = None) -> list[RankProcess]:
     """Start all ranks on this machine, each at the end of a pipe.
 
     Args:
         family: the module of their model's class, to fork them from one process that has loaded it; None to start each
             by itself.
-
-    Raises:
-        InvalidConfig: the ranks could not reach each other.
     """
-    if ranks > 1:
-        _check_loopback()
     started = start_ranks(ranks, environment, family)
     return [RankProcess(rank, rank, *ends) for rank, ends in enumerate(started)]
 
 
 def start_ranks(ranks: int, environment: Mapping[str, str], family: str | None) -> list[tuple[Connection, Process]]:
     """Our end of each rank's pipe, and its process."""
-    if ranks == 1 or family is None or not _can_watch():
-        return [start_piped(WORKER, environment) for _ in range(ranks)]
-    pipes = [Pipe() for _ in range(ranks)]
-    theirs = [end.fileno() for _, end in pipes]
-    # Other people's modules may start threads when they load, which a fork would lose.
-    known = [*LIBRARIES, *([family] if family.startswith("cineline.") else [])]
-    arguments = ["--ranks", ",".join(map(str, theirs)), "--load", ",".join(known)]
+    links = [Pipe() for _ in range(ranks)]
+    theirs = [end.fileno() for _, end in links]
+    arguments = ["--ranks", ",".join(map(str, theirs))]
+    if family is not None:
+        # Other people's modules may start threads when they load, which a fork would lose.
+        known = [*LIBRARIES, *([family] if family.startswith("cineline.") else [])]
+        arguments += ["--load", ",".join(known)]
     nursery = Nursery(*start_piped(NURSERY, environment, arguments, theirs), ranks)
-    for _, end in pipes:
+    for _, end in links:
         end.close()
-    return [(ours, ForkedRank(nursery, rank)) for rank, (ours, _) in enumerate(pipes)]
+    return [(own(ours), NurseryRank(nursery, rank)) for rank, (ours, _) in enumerate(links)]
+
+
+def start_piped(
+    module: str, environment: Mapping[str, str], arguments: Sequence[str] = (), inherited: Sequence[int] = ()
+) -> tuple[Connection, subprocess.Popen[bytes]]:
+    """Start `python -m module --fd N --parent PID` on this machine, N being its end of a pipe; our end and the process.
+
+    Args:
+        arguments: more of them. inherited: more descriptors that it has.
+    """
+    ours, theirs = Pipe()
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    alone = {name: value for name, value in environment.items() if name not in WORLD}  # torch would heed them
+    command = [module, "--fd", str(theirs.fileno()), "--parent", str(os.getpid()), *arguments]
+    process = _popen(command, {**loopback, **alone}, inherited=(theirs.fileno(), *inherited))
+    theirs.close()
+    return own(ours), process
 
 
 def _check_loopback() -> None:
-    """Refuse what the ranks would wait for until their limit."""
     try:
         with socket.create_server((LOOPBACK, 0)) as server:
             socket.create_connection(server.getsockname(), LOOPBACK_LIMIT_S).close()
@@ -142,33 +184,14 @@ def _check_loopback() -> None:
         ) from None
 
 
-def _can_watch() -> bool:
-    """Whether the end of a process that is not a child can be waited for (Linux 5.3, where nothing forbids it)."""
+def _open_server(host: str) -> socket.socket:
     try:
-        os.close(os.pidfd_open(os.getpid()))
-    except (AttributeError, OSError):
-        return False
-    return True
+        return socket.create_server((host, 0), backlog=MOST_CALLS)
+    except OSError as error:
+        raise InvalidConfig(f"MASTER_ADDR={host} is no address of this host ({error.strerror}): {LEAVE}") from None
 
 
-def start_piped(
-    module: str, environment: Mapping[str, str], arguments: Sequence[str] = (), inherited: Sequence[int] = ()
-) -> tuple[Connection, subprocess.Popen[bytes]]:
-    """Start `python -m module --fd N` on this machine, N being its end of a pipe; our end and the process.
-
-    Args:
-        arguments: more of them. inherited: more descriptors that it has.
-    """
-    ours, theirs = Pipe()
-    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    own = {name: value for name, value in environment.items() if name not in WORLD}  # torch would heed them
-    command = [module, "--fd", str(theirs.fileno()), *arguments]
-    process = _popen(command, {**loopback, **own}, inherited=(theirs.fileno(), *inherited))
-    theirs.close()
-    return ours, process
-
-
-def _popen(arguments: list[str], environment: Mapping[str, str], inherited: tuple[int, ...]) -> subprocess.Popen[bytes]:
+def _popen(arguments: list[str], environment: Mapping[str, str], inherited: Sequence[int]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-P", "-m", *arguments],  # -P: what lies in the current folder is not the program's
         env={**QUIET, **environment, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -186,69 +209,79 @@ def _has_descriptor() -> bool:
         return False
 
 
-def launch_torchrun(parallel: ParallelConfig, environment: Mapping[str, str], limit_s: float) -> list[RankProcess]:
+def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) -> list[RankProcess]:
     """Rank 0 of a torchrun world: start the own rank and wait for the connections of all.
 
     Raises:
-        InvalidConfig: the world has not as many ranks, or not all of them called within `limit_s`.
+        InvalidConfig: not all of them called within `limit_s`.
         RankFailed: the own rank ended before it called.
     """
-    ranks = parallel.ranks
-    world, per_host = torchrun_world()
-    if world != ranks:
-        raise InvalidConfig(
-            f"torchrun started {world} processes, but {parallel} is {ranks} ranks: {parallel.advice(world)}."
+    _, per_host = torchrun_world()
+    host, key = torchrun_host(), secrets.token_bytes(32)
+    with _open_server(host) as server:
+        address = f"{host},{server.getsockname()[1]},{key.hex()}"
+        own_rank = _popen(
+            [WORKER, "--parent", str(os.getpid())], {**environment, ENGINE_ADDRESS: address}, inherited=()
         )
-    host = torchrun_host()
-    key = secrets.token_bytes(32)
-    try:
-        listener = Listener((host, 0), backlog=ranks, authkey=key)
-    except OSError as error:
-        raise InvalidConfig(f"MASTER_ADDR={host} is no address of this host ({error.strerror}): {LEAVE}") from None
-    address = f"{host},{listener.address[1]},{key.hex()}"
-    own = _popen([WORKER], {**environment, ENGINE_ADDRESS: address}, inherited=())
-    try:
-        connections = _accept(listener, ranks, own, limit_s)
-    except BaseException:
-        own.kill()
-        own.wait()
-        raise
-    finally:
-        listener.close()
-    return [RankProcess(rank, rank % per_host, connections[rank], own if rank == 0 else None) for rank in range(ranks)]
+        try:
+            connections = accept(server, key, ranks, own_rank, limit_s)
+        except BaseException:
+            own_rank.kill()
+            own_rank.wait()
+            raise
+    return [
+        RankProcess(rank, rank % per_host, own(connections[rank]), own_rank if rank == 0 else None)
+        for rank in range(ranks)
+    ]
 
 
-def _accept(listener: Listener, ranks: int, own: subprocess.Popen[bytes], limit_s: float) -> dict[int, Connection]:
+def accept(server: socket.socket, key: bytes, ranks: int, own_rank: Process, limit_s: float) -> dict[int, Connection]:
+    """Those of all ranks, by number; whoever else calls, or calls and says nothing, is not waited for.
+
+    Raises:
+        InvalidConfig: not all of them called within `limit_s`.
+        RankFailed: the own rank ended before it called.
+    """
     connections: dict[int, Connection] = {}
-
-    def accept_all() -> None:
-        while len(connections) < ranks:
-            try:
-                connection = listener.accept()
-                rank = connection.recv()
-                assert isinstance(connection, Connection)
-                connections[rank] = connection
-            except (EOFError, AuthenticationError):
-                continue  # somebody else's call
-            except OSError:
-                return  # the listener is closed
-
-    thread = threading.Thread(target=accept_all, daemon=True)
-    thread.start()
+    server.settimeout(POLL_S)
     deadline = time.monotonic() + limit_s
-    while thread.is_alive() and time.monotonic() < deadline:
-        thread.join(POLL_S)
-        if own.poll() is not None and 0 not in connections:
-            raise RankFailed(0, f"the process ended with exit code {own.poll()} before it called the engine")
-    if len(connections) < ranks:
-        missing = sorted(set(range(ranks)) - connections.keys())
-        raise InvalidConfig(f"Ranks {missing} did not call within {limit_s:.0f} s: check their hosts' output.")
+    try:
+        while missing := sorted(set(range(ranks)) - connections.keys()):
+            with contextlib.suppress(TimeoutError):
+                call = server.accept()[0]
+                threading.Thread(target=_meet, args=(call, key, connections), daemon=True).start()
+            if own_rank.poll() is not None and 0 not in connections:
+                raise RankFailed(0, f"the process ended with exit code {own_rank.poll()} before it called the engine")
+            if time.monotonic() > deadline:
+                raise InvalidConfig(f"Ranks {missing} did not call within {limit_s:.0f} s: check their hosts' output.")
+    except BaseException:
+        for connection in connections.values():
+            connection.close()
+        raise
     return connections
+
+
+def _meet(call: socket.socket, key: bytes, connections: dict[int, Connection]) -> None:
+    """Keep the connection of whoever knows the key and says a rank's number."""
+    call.setblocking(True)
+    call.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", MEET_LIMIT_S, 0))
+    notice_loss(call.fileno())
+    connection = Connection(call.detach())
+    try:
+        deliver_challenge(connection, key)
+        answer_challenge(connection, key)
+        rank = int(connection.recv())
+    except (EOFError, OSError, AuthenticationError, ValueError):  # somebody else's call
+        connection.close()
+        return
+    with socket.socket(fileno=os.dup(connection.fileno())) as met:
+        met.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
+    connections[rank] = connection
 
 
 def serve_torchrun_rank(environment: Mapping[str, str]) -> int:
     """Any other rank of a torchrun world: run the rank's process to its end; its exit code."""
-    process = _popen([WORKER], environment, inherited=())
+    process = _popen([WORKER, "--parent", str(os.getpid())], environment, inherited=())
     try:
         return process.wait()
     finally:

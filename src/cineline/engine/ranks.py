@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import connection as mp_connection
-from typing import Any
+from functools import partial
+from typing import TypeVar
 
 from cineline.core import control
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.engine.launch import RankProcess
+from cineline.engine.link import Link
+from cineline.engine.watch import TICK_S, Watch
 from cineline.errors import EdgeBroken, RankFailed
 
 START_LIMIT_S = 3600.0
@@ -19,17 +21,55 @@ START_LIMIT_S = 3600.0
 CULPRIT_LIMIT_S = 3.0
 """Seconds between a rank's word that its neighbour is gone and the neighbour's own end."""
 
+NOT_DUE = "it said {} when that was not due"
+
+Event = tuple[int, control.Message]
+"""What a rank said, with its number."""
+
+Take = Callable[[control.Begun | control.Done], None]
+
+Expected = TypeVar("Expected", control.StoreOpen, control.Ready)
+
+
+class WatchedRank:
+    """A rank that has been launched, with its connection in use."""
+
+    def __init__(self, process: RankProcess, hear: Callable[[Event], None]) -> None:
+        self.rank, self.local_rank = process.rank, process.local_rank
+        self._process = process
+        self._link = Link(process.connection, lambda message: hear((process.rank, message)), process.describe_end)
+        self.say, self.hang_up, self.close = self._link.say, self._link.hang_up, self._link.close
+        self.end = process.end
+
+    @property
+    def is_local(self) -> bool:
+        return self._process.process is not None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.process.pid if self._process.process is not None else None
+
+    @property
+    def heard(self) -> float:
+        return self._link.heard
+
+    @property
+    def beat(self) -> control.Beat | None:
+        return self._link.beat
+
 
 class Ranks:
-    """Rank processes that have been launched.
+    """Rank processes that have been launched. Nothing here but `start` and `listen` waits for them to do something.
 
     Attributes:
         timelines: what each rank has handed in at its end.
     """
 
     def __init__(self, processes: Sequence[RankProcess]) -> None:
-        self._all = processes
         self.timelines: dict[int, control.Timeline] = {}
+        self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._all = [WatchedRank(process, self._events.put) for process in processes]
+        self._watch = Watch(self._all)
 
     def start(
         self, spec: FamilySpec, parallel: ParallelConfig, cut: tuple[Cut, ...], config: DeviceConfig, trace: bool
@@ -40,110 +80,117 @@ class Ranks:
             CinelineError: a rank's own error, or `RankFailed`; none is left running.
         """
         deadline = time.monotonic() + START_LIMIT_S
+        setup = partial(control.Setup, spec, parallel=parallel, cut=cut, config=config, trace=trace)
         try:
-            self._set_up(spec, parallel, cut, config, trace, deadline)
-            return self._await_ready(deadline)
+            port = None
+            for rank in self._all:
+                own = setup(rank=rank.rank, local_rank=rank.local_rank, store_port=port)
+                rank.say(control.pack(own))
+                if rank.rank == 0 and len(self._all) > 1 and self._all[1].is_local:
+                    port = self._expect(control.StoreOpen, deadline)[1].port
+            ready: dict[int, int] = {}
+            while len(ready) < len(self._all):
+                number, message = self._expect(control.Ready, deadline)
+                ready[number] = message.bytes_read
         except BaseException:
             self.end(0.0)
-            self.disconnect()
             raise
-
-    def _set_up(
-        self,
-        spec: FamilySpec,
-        parallel: ParallelConfig,
-        cut: tuple[Cut, ...],
-        config: DeviceConfig,
-        trace: bool,
-        deadline: float,
-    ) -> None:
-        port = None
-        for rank in self._all:
-            self._say(rank, control.Setup(spec, rank.rank, parallel, cut, config, rank.local_rank, port, trace))
-            if rank.rank == 0 and len(self._all) > 1 and self._all[1].process is not None:
-                opened = self._hear([rank], deadline)[1]
-                assert isinstance(opened, control.StoreOpen)
-                port = opened.port
-
-    def _await_ready(self, deadline: float) -> list[int]:
-        ready: dict[int, int] = {}
-        while len(ready) < len(self._all):
-            rank, message = self._hear([rank for rank in self._all if rank.rank not in ready], deadline)
-            assert isinstance(message, control.Ready)
-            ready[rank.rank] = message.bytes_read
+        self._watch.loading = False
         return [ready[rank.rank] for rank in self._all]
 
-    def _hear(self, ranks: list[RankProcess], deadline: float) -> tuple[RankProcess, control.Message]:
-        """The next message of any rank while it starts."""
-        by_connection: dict[Any, RankProcess] = {rank.connection: rank for rank in ranks}
-        heard = mp_connection.wait(list(by_connection), timeout=max(0.0, deadline - time.monotonic()))
-        if not heard:
-            raise RankFailed(ranks[0].rank, f"it was not ready after {START_LIMIT_S:.0f} s")
-        rank = by_connection[heard[0]]
-        message = _receive(rank)
+    def _expect(self, kind: type[Expected], deadline: float) -> tuple[int, Expected]:
+        """What the next rank says while it starts, which is to be of that kind."""
+        event = self._next(deadline)
+        if event is None:
+            raise RankFailed(0, f"the ranks were not ready after {START_LIMIT_S:.0f} s")
+        number, message = event
         if isinstance(message, control.Failed):
-            failure = message.error or RankFailed(rank.rank, message.cause)
-            others = [other for other in ranks if other is not rank]
-            if isinstance(failure, EdgeBroken):
-                failure = RankFailed(rank.rank, message.cause)
-                # It only missed another rank, of which more is heard within moments.
-                while others and mp_connection.wait([other.connection for other in others], CULPRIT_LIMIT_S):
-                    other, _ = self._hear(others, deadline)
-                    others.remove(other)
-            raise failure
-        return rank, message
+            number, message = self._culprit(number, message)
+            raise message.error or RankFailed(number, message.cause)
+        if not isinstance(message, kind):
+            raise RankFailed(number, NOT_DUE.format(type(message).__name__))
+        return number, message
 
     def tell(self, message: control.Message, instead: Mapping[int, control.Message] | None = None) -> None:
-        """Say it to every rank, to some of them something else instead."""
+        """Say it to every rank, to some of them something else instead; returns at once."""
+        packed = control.pack(message)
+        special = {number: control.pack(other) for number, other in (instead or {}).items()}
         for rank in self._all:
-            self._say(rank, (instead or {}).get(rank.rank, message))
+            rank.say(special.get(rank.rank, packed))
 
-    def _say(self, rank: RankProcess, message: control.Message) -> None:
-        with contextlib.suppress(OSError):  # it is gone; the listener hears of that and knows the cause
-            control.send(rank.connection, message)
+    def stop(self) -> None:
+        """Have the ranks end when they are through with what is under way."""
+        self._watch.leaving = True
+        self.tell(control.Stop())
 
-    def listen(self, take: Callable[[control.Begun | control.Done], None]) -> RankFailed | None:
-        """Hand on what the ranks say until all have ended; the failure that ended it before, if one did."""
-        open_ranks: dict[Any, RankProcess] = {rank.connection: rank for rank in self._all}
-        symptom: RankFailed | None = None
-        deadline: float | None = None
-        while open_ranks:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            heard = mp_connection.wait(list(open_ranks), timeout=left)
-            if not heard:
-                return symptom
-            for connection in heard:
-                rank = open_ranks[connection]
-                message = _receive(rank)
-                if isinstance(message, control.Timeline):
-                    self.timelines[rank.rank] = message
-                    del open_ranks[connection]
+    def abandon(self) -> None:
+        """Have `listen` return: nobody is interested any more. May be called from anywhere, a destructor included."""
+        self._events.put(None)
+
+    def listen(self, take: Take) -> RankFailed | None:
+        """Hand on what the ranks say until all are through; the failure that ended it before, if one did."""
+        try:
+            while len(self.timelines) < len(self._all):
+                event = self._next()
+                if event is None:  # abandoned
+                    return None
+                number, message = event
+                if isinstance(message, control.Timeline) and self._watch.leaving:
+                    self.timelines[number] = message
                 elif isinstance(message, control.Failed):
-                    failure = RankFailed(rank.rank, message.cause)
-                    if not isinstance(message.error, EdgeBroken):
-                        return failure
-                    # It only lost its neighbour. The one that failed is heard of within moments.
-                    symptom = symptom or failure
-                    deadline = deadline or time.monotonic() + CULPRIT_LIMIT_S
-                    del open_ranks[connection]
+                    number, message = self._culprit(number, message, take)
+                    return RankFailed(number, message.cause)
                 elif isinstance(message, (control.Begun, control.Done)):
                     take(message)
-        return symptom
+                else:
+                    return RankFailed(number, NOT_DUE.format(type(message).__name__))
+        except RankFailed as failure:
+            return failure
+        return None
+
+    def _next(self, deadline: float | None = None) -> Event | None:
+        """What is said next; None when the time is over.
+
+        Raises:
+            RankFailed: one of them stopped, vanished or hangs.
+        """
+        while True:
+            failure = self._watch.look()
+            if failure is not None:
+                raise failure
+            left = TICK_S if deadline is None else min(TICK_S, deadline - time.monotonic())
+            try:
+                return self._events.get(timeout=max(0.0, left))
+            except queue.Empty:
+                if left <= 0:
+                    return None
+
+    def _culprit(
+        self, number: int, failed: control.Failed, take: Take = lambda message: None
+    ) -> tuple[int, control.Failed]:
+        """Who failed: where this one only lost its neighbour, the other one is heard of within moments."""
+        if not isinstance(failed.error, EdgeBroken):
+            return number, failed
+        deadline = time.monotonic() + CULPRIT_LIMIT_S
+        while (event := self._next(deadline)) is not None:
+            other, message = event
+            if isinstance(message, control.Failed) and not isinstance(message.error, EdgeBroken):
+                return other, message
+            if isinstance(message, (control.Begun, control.Done)):  # of a request that may be done with it
+                take(message)
+        return number, control.Failed(failed.cause)
 
     def end(self, grace_s: float) -> None:
-        """All processes are gone when it returns; they have so long to go by themselves."""
-        deadline = time.monotonic() + grace_s
+        """All processes are gone when it returns, and the connections; they have so long to go by themselves."""
+        if grace_s > 0:
+            for rank in self._all:
+                rank.hang_up()
+        self.kill(time.monotonic() + grace_s)
         for rank in self._all:
-            rank.end(deadline)
+            rank.close()
 
-    def disconnect(self) -> None:
-        """Close the connections, which also ends ranks on other hosts. Nobody may be listening any more."""
+    def kill(self, at: float = 0.0) -> None:
+        """End the processes that are there at that moment (`time.monotonic`); returns when all are gone."""
         for rank in self._all:
-            rank.connection.close()
-
-
-def _receive(rank: RankProcess) -> control.Message:
-    try:
-        return control.receive(rank.connection)
-    except (EOFError, OSError):
-        return control.Failed(rank.describe_end())
+            rank.end(at)
+            rank.hang_up()

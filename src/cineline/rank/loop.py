@@ -16,7 +16,8 @@ from cineline.core.request import Group, Kind, WorkItem
 from cineline.core.trace import Slice
 from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
 from cineline.rank.pace import Pace
-from cineline.schedule.rule import Rule, Scripts, scripts_of
+from cineline.rank.pulse import Pulse
+from cineline.schedule.rule import Rule, Scripts, drop_of, scripts_of
 from cineline.schedule.words import (
     Action,
     Compute,
@@ -33,9 +34,6 @@ from cineline.schedule.words import (
 )
 from cineline.transport.channel import Edges, Pending
 from cineline.transport.queue import DeviceQueue, TimedMark
-
-DROP = Script(WorkItem(Kind.DROP, 0), (), (Do.FORGET,))
-"""What every rank does for a group that ends a request."""
 
 
 @dataclass
@@ -69,6 +67,7 @@ class StageLoop:
         edges: its ends of the edges. device: its device's queue.
         inbox: messages from the engine, in order.
         report: called with what the engine must know.
+        pulse: told what is computed.
         record: called with the timeline's slices, or None.
     """
 
@@ -80,12 +79,15 @@ class StageLoop:
         device: DeviceQueue,
         inbox: queue.SimpleQueue[Message],
         report: Callable[[Message], None],
+        pulse: Pulse,
         record: Callable[[Slice], None] | None = None,
     ) -> None:
         self._family = family
         self._part = part
         self._inbox = inbox
         self._report = report
+        self._pulse = pulse
+        self._drop = drop_of(part.parallel, part.place)
         self._record = record
         self._edges = edges
         self._device = device
@@ -100,6 +102,7 @@ class StageLoop:
         """Execute items until the engine says stop."""
         while self._look_ahead():
             self._execute(self._ahead.popleft())
+            self._pulse.ends()
             self._pace.end_item()
         self._pace.settle()
 
@@ -127,7 +130,8 @@ class StageLoop:
         elif isinstance(message, Admit):
             self._admit(message)
         elif isinstance(message, Group) and (request := self._requests.get(message.request)):
-            scripts = (DROP,) if message.kind is Kind.DROP else request.scripts.get(message._replace(request=0), ())
+            dropped = message.kind is Kind.DROP
+            scripts = (self._drop,) if dropped else request.scripts.get(message._replace(request=0), ())
             self._coming.extend(_Turn(request, message, script) for script in scripts)
 
     def _admit(self, message: Admit) -> None:
@@ -201,7 +205,9 @@ class StageLoop:
                 del self._requests[group.request]
                 for pending in request.coming.values():
                     pending.release()
-            case Meet() | Do.START:
+            case Do.START:
+                self._pulse.starts(item._replace(request=group.request), state.job)
+            case Meet():
                 pass  # ranks meet inside what the family computes
 
     def _post(self, request: _Request, post: Post) -> None:
@@ -217,7 +223,7 @@ class StageLoop:
 
     def _answer(self, request: _Request, item: WorkItem) -> torch.Tensor | None:
         """On its way to the host."""
-        tensor = self._family.answer(request.state, item)
+        tensor = None if item.kind is Kind.DROP else self._family.answer(request.state, item)
         return None if tensor is None else self._device.to_host(*_apart((tensor,), request))
 
     def _tell(self, group: Group, answer: torch.Tensor | None, moves: bool) -> None:

@@ -187,6 +187,12 @@ def scripts_of(rule: Rule) -> Scripts:
     return scripts
 
 
+def drop_of(parallel: ParallelConfig, place: Place) -> Script:
+    """What a rank does for a group that ends a request; the tail, which is through with it last, says so."""
+    tells = place.leads and place.pp == parallel.pp - 1
+    return Script(WorkItem(Kind.DROP, 0), (), (Do.FORGET, Do.DONE) if tells else (Do.FORGET,))
+
+
 def _end_with(word: Do, scripts: dict[Group, tuple[Script, ...]]) -> Scripts:
     """The scripts, in whose last one that word is the end."""
     group, own = list(scripts.items())[-1]

@@ -60,13 +60,14 @@ class _Entry:
     unfinished: int = 0
     steps_done: int = 0
     group: int = 0
+    leaving: bool = False
 
     def __post_init__(self) -> None:
         self.unfinished = sum(group.kind is not Kind.ENCODE for turn in self.turns for group in turn)
 
     @property
     def denoising(self) -> bool:
-        """Counts against the requests in flight: not all of its steps are done."""
+        """Not all of its steps are done."""
         return self.steps_done < self.job.steps
 
 
@@ -76,9 +77,13 @@ class Scheduler:
     With split experts a request is in the first group of stages until it moves to the second, and each group has its
     share of the requests in flight, so that new ones come in while others are in the second.
 
+    In flight are those that denoise or wait for the one that decodes, and those that are cancelled until the line is
+    through with them: whoever submits and cancels for ever fills no queue.
+
     Args:
         parallel: how the line is divided.
-        in_flight: requests that may denoise at once; None for the default of each group of stages.
+        in_flight: requests that may be in flight at once, beside the one that decodes; None for the default of each
+            group of stages.
         admit: called with a job just before its first group of items is emitted.
     """
 
@@ -118,7 +123,7 @@ class Scheduler:
             self._ready.append(entry)
 
     def complete(self, group: Group, moves: bool = False) -> bool:
-        """Record that the tail has finished a group of items; true when it was the request's last.
+        """Record that the tail has finished a group of items; true when a request, which was not cancelled, is done.
 
         Args:
             moves: the request goes on in the next group of stages.
@@ -126,34 +131,42 @@ class Scheduler:
         entry = self._active.get(group.request)
         if entry is None:
             return False
+        if group.kind is Kind.DROP:
+            self._forget(entry)
+            return False
         entry.steps_done += group.kind is Kind.DENOISE
         entry.group += moves
         entry.unfinished -= 1
         if not entry.unfinished:
             self._forget(entry)
-        return not entry.unfinished
+        return not entry.unfinished and not entry.leaving
 
     def cancel(self, request: int) -> Group | None:
-        """Forget a request; the drop to emit when it was already in the line."""
+        """Stop a request; the drop to emit when it is in the line."""
         self._waiting = deque(job for job in self._waiting if job.id != request)
         entry = self._active.get(request)
-        if entry is None:
+        if entry is None or entry.leaving:
             return None
-        self._forget(entry)
+        entry.leaving = True
+        entry.turns.clear()
+        self._let_go(entry)
         return Group(Kind.DROP, request)
 
     def _forget(self, entry: _Entry) -> None:
         del self._active[entry.job.id]
+        self._let_go(entry)
+
+    def _let_go(self, entry: _Entry) -> None:
         self._ready = deque(other for other in self._ready if other is not entry)
         if self._decoder is entry:
             self._decoder = None
 
     def _has_room(self, job: Job) -> bool:
-        denoising = [entry for entry in self._active.values() if entry.denoising]
-        first = [entry for entry in denoising if entry.group == 0]
+        in_flight = [entry for entry in self._active.values() if entry.denoising or entry is not self._decoder]
+        first = [entry for entry in in_flight if entry.group == 0]
         return all(
             sum((share(entry.job) for entry in entries), share(job)) <= 1
-            for entries, share in ((denoising, self._share), (first, self._share_of_first_group))
+            for entries, share in ((in_flight, self._share), (first, self._share_of_first_group))
         )
 
     def _share(self, job: Job) -> Fraction:

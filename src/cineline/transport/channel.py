@@ -62,6 +62,10 @@ class Sender(Protocol):
         """Send a message, which is this value. The tensors must not be written to afterwards."""
         ...
 
+    def settle(self) -> None:
+        """Wait until all messages are sent."""
+        ...
+
 
 class Receiver(Protocol):
     """The far end of an edge."""
@@ -77,6 +81,10 @@ class Receiver(Protocol):
         """
         ...
 
+    def settle(self) -> None:
+        """Wait until the messages are here that nobody wants any more."""
+        ...
+
 
 @dataclass(frozen=True)
 class Edges:
@@ -84,6 +92,13 @@ class Edges:
 
     incoming: Mapping[Edge, Receiver]
     outgoing: Mapping[Edge, Sender]
+
+    def settle(self) -> None:
+        """Leave nothing under way; when all ranks do, nobody waits for ever."""
+        for sender in self.outgoing.values():
+            sender.settle()
+        for receiver in self.incoming.values():
+            receiver.settle()
 
 
 class TorchSender:
@@ -120,6 +135,10 @@ class TorchSender:
         self._traffic[value.value] += size
         self._underway.append((work, memory))
         if len(self._underway) > SENDS_UNDERWAY:
+            self._end_oldest()
+
+    def settle(self) -> None:
+        while self._underway:
             self._end_oldest()
 
     def _end_oldest(self) -> None:
@@ -175,11 +194,18 @@ class TorchReceiver:
         """Its message. The edge is in order: what was due before and is not wanted any more is here, too."""
         with _edge(self._peer):
             self._device.arrived(pending.work)
-            while self._dropped and self._dropped[0].number < pending.number:
-                self._dropped[0].work.wait()
-                self._take_back(self._dropped.popleft())
+        self._take_in_dropped(pending.number)
         message = pending.buffer[: _message_size(pending.specs)]
         return _unpack(self._device.to_device(message) if self._staged else message, pending.specs)
+
+    def settle(self) -> None:
+        self._take_in_dropped(self._posts + 1)
+
+    def _take_in_dropped(self, before: int) -> None:
+        with _edge(self._peer):
+            while self._dropped and self._dropped[0].number < before:
+                self._dropped[0].work.wait()
+                self._take_back(self._dropped.popleft())
 
     def release(self, pending: _TorchPending) -> None:
         """Take its buffer back, later if its message is not here."""

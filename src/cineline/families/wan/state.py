@@ -82,7 +82,7 @@ class WanState(RequestState):
         self.conditioning = tuple(self.conditioned(name) for name in kept)
         self.names = kept
         self.rotary = torch.empty(0), torch.empty(0)
-        self.beside = None
+        self.beside = self.solver = None
 
 
 def text_name(expert: int, branch: Branch) -> str:

@@ -1,4 +1,4 @@
-"""The engine's end of the process that forks the ranks of a machine (`nursery`)."""
+"""The engine's end of the process that starts the ranks of a machine (`rank.nursery`)."""
 
 from __future__ import annotations
 
@@ -9,30 +9,35 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from multiprocessing.connection import Connection
 
-from cineline.core.control import FORKED
+from cineline.engine.owned import let_go
 
-JOIN_LIMIT_S = 5.0
+ANSWER_LIMIT_S = 1.0
+"""From a rank's end, or the word to kill it, to the nursery's word of it; a nursery that is stopped is killed."""
 
 
 class Nursery:
     """The engine's end of one.
 
     Args:
-        connection: to the process. process: itself. ranks: how many it forks.
+        connection: to the process. process: itself. ranks: how many it starts.
+
+    Attributes:
+        pids: of the ranks; empty until they are there.
+        codes: with which they ended.
     """
 
     def __init__(self, connection: Connection, process: subprocess.Popen[bytes], ranks: int) -> None:
         self._connection = connection
         self._process = process
         self._lock = threading.Lock()
-        self._forked = False
+        self.pids: list[int] = []
         self.codes: list[Future[int]] = [Future() for _ in range(ranks)]
         self._listener = threading.Thread(target=self._listen, name="cineline-nursery", daemon=True)
         self._listener.start()
 
     def kill(self, number: int) -> None:
         """End a rank at once, if it has not ended."""
-        if not self._forked:  # it loads, for seconds
+        if not self.pids:  # it loads, for seconds
             self.kill_all()
             return
         with self._lock, contextlib.suppress(OSError):  # gone, and its ranks with it
@@ -45,11 +50,11 @@ class Nursery:
     def join(self) -> None:
         """Wait for the process, where all of its ranks have ended."""
         if all(code.done() for code in self.codes):
-            self._listener.join(JOIN_LIMIT_S)
+            self._listener.join(ANSWER_LIMIT_S)
 
     def _listen(self) -> None:
         with contextlib.suppress(EOFError, OSError):
-            self._forked = self._connection.recv() == FORKED
+            self.pids = self._connection.recv()
             while True:
                 number, code = self._connection.recv()
                 self.codes[number].set_result(code)
@@ -58,15 +63,20 @@ class Nursery:
             if not code.done():
                 code.set_result(own)
         with self._lock:
-            self._connection.close()
+            let_go(self._connection)
 
 
-class ForkedRank:
+class NurseryRank:
     """A rank's process, as `subprocess.Popen` is one."""
 
     def __init__(self, nursery: Nursery, number: int) -> None:
         self._nursery = nursery
         self._number = number
+
+    @property
+    def pid(self) -> int | None:
+        """None until it is there."""
+        return self._nursery.pids[self._number] if self._nursery.pids else None
 
     def poll(self) -> int | None:
         """The exit code, None while it runs."""
@@ -81,12 +91,12 @@ class ForkedRank:
         """
         found = self._nursery.codes[self._number]
         try:
-            code = found.result(JOIN_LIMIT_S if timeout is None else timeout)
+            code = found.result(ANSWER_LIMIT_S if timeout is None else timeout)
         except FutureTimeout:
             if timeout is not None:
                 raise subprocess.TimeoutExpired("rank", timeout) from None
             self._nursery.kill_all()  # it does not answer
-            code = found.result(JOIN_LIMIT_S)
+            code = found.result()
         self._nursery.join()
         return code
 

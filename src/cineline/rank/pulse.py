@@ -1,0 +1,53 @@
+"""What a rank is at and for how long, so that the engine can tell one that is slow from one that hangs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cineline.core.control import Beat
+from cineline.core.request import Job, Kind, WorkItem
+
+TIMES_LONGEST = 10.0
+"""An item that takes so many times what the longest of its kind and size has taken so far hangs."""
+
+LEAST_LIMIT_S = 60.0
+"""No item hangs before."""
+
+Size = tuple[Kind, int, int, int]
+"""What an item's time depends on: kind, height, width, frames."""
+
+
+@dataclass
+class Pulse:
+    """The item that is computed now, and what such items have taken. One thread writes, another asks.
+
+    Args:
+        clock: seconds.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    _now: tuple[WorkItem, Size, float] | None = None
+    _longest: dict[Size, float] = field(default_factory=dict)
+
+    def starts(self, item: WorkItem, job: Job) -> None:
+        """All that the item needs is here."""
+        self._now = item, (item.kind, job.height, job.width, job.num_frames), self.clock()
+
+    def ends(self) -> None:
+        """The item is done, or was none that is computed."""
+        if self._now is not None:
+            _, size, since = self._now
+            self._longest[size] = max(self._longest.get(size, 0.0), self.clock() - since)
+            self._now = None
+
+    def beat(self) -> Beat:
+        """What the engine is told."""
+        now = self._now
+        if now is None:
+            return Beat()
+        item, size, since = now
+        longest = self._longest.get(size)
+        limit = None if longest is None else max(LEAST_LIMIT_S, TIMES_LONGEST * longest)
+        return Beat(f"{item.kind.name.lower()} {item.number} of request {item.request}", self.clock() - since, limit)
