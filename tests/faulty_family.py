@@ -1,13 +1,19 @@
-"""The toy family with faults on demand: a prompt says on which stage, at which step, and what."""
+"""The toy family with faults on demand: a prompt says what, on which stage, at which step, and how."""
 
 from __future__ import annotations
 
 import os
+import pickle
+import struct
+import sys
 import time
 from dataclasses import dataclass
 
 import torch
 from toy_family import ToySpec, ToyStages, ToyState
+
+from cineline.core.control import Timeline
+from cineline.rank.engine_link import EngineLink
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,33 @@ class FaultyStages(ToyStages):
         words = state.job.prompt.split()
         if words[0] == "slow":
             time.sleep(0.02)
-        if words[0] in ("raise", "die") and (self.part.place.pp, step) == (int(words[1]), int(words[2])):
+        if words[0] == "sleep" and (self.part.place.pp, step) == (int(words[1]), int(words[2])):
+            time.sleep(float(words[3]))
+        if words[0] in ("raise", "die", "leave", "garble") and (self.part.place.pp, step) == (
+            int(words[1]),
+            int(words[2]),
+        ):
             if words[0] == "raise":
                 raise ValueError("a fault on purpose")
-            os._exit(77)
+            if words[0] == "die":
+                os._exit(77)
+            link = link_of_this_rank()
+            if words[0] == "leave":
+                link.say(Timeline((), {}))
+                link.leave()
+            body = b"p" + {"pickle": b"none", "message": pickle.dumps(3), "long": b""}[words[3]]
+            size = 2**30 + 1 if words[3] == "long" else len(body)
+            os.write(link._connection.fileno(), struct.pack("!i", size) + body)
         return super().run_blocks(state, step, states, text)
+
+
+def link_of_this_rank() -> EngineLink:
+    """What `worker.serve`, from where the caller is called, talks to the engine with."""
+    frame = sys._getframe()
+    while not isinstance(link := frame.f_locals.get("link"), EngineLink):
+        assert frame.f_back is not None
+        frame = frame.f_back
+    return link
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import pytest
 
+from cineline import Engine
 from cineline.engine import launch
 from cineline.rank import worker
 
@@ -92,3 +95,11 @@ def _serve(connection: Connection, environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     worker.serve(connection)
+
+
+def processes_of(engine: Engine) -> list[psutil.Process]:
+    """An engine's ranks, in order."""
+    wait_limit = time.monotonic() + 10
+    while any(rank.pid is None for rank in engine._ranks._all):
+        assert time.monotonic() < wait_limit
+    return [psutil.Process(rank.pid) for rank in engine._ranks._all]

@@ -99,6 +99,7 @@ def test_the_public_names() -> None:
         "ResultTimeout",
         "Video",
         "VideoRequest",
+        "WrongProcess",
         "__version__",
     ]
     assert all(hasattr(cineline, name) for name in cineline.__all__)

@@ -14,6 +14,7 @@ from cineline.errors import (
     RankFailed,
     RequestCancelled,
     ResultTimeout,
+    WrongProcess,
 )
 from cineline.media.result import Video
 
@@ -34,5 +35,6 @@ __all__ = [
     "ResultTimeout",
     "Video",
     "VideoRequest",
+    "WrongProcess",
     "__version__",
 ]

@@ -23,7 +23,7 @@ from cineline.core.trace import write_trace
 from cineline.engine.auto import divide
 from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import fetch_weights, open_model
-from cineline.engine.launch import GRACE_S, Launcher, check_launch, launch_local, launch_torchrun
+from cineline.engine.launch import Launcher, check_launch, launch_local, launch_torchrun
 from cineline.engine.line import CLOSED, UNDONE, Line
 from cineline.engine.ranks import START_LIMIT_S, Ranks
 from cineline.engine.torchrun import need_torchrun, torchrun_world
@@ -43,6 +43,9 @@ CLOSE_LIMIT_S = 300.0
 
 IDLE_LIMIT_S = 5.0
 """The same where nothing should be."""
+
+LEAVE_LIMIT_S = 2.0
+"""For ranks that are through, to end when they are let go."""
 
 END_LIMIT_S = 30.0
 """For the engine's thread, once all ranks are killed."""
@@ -194,7 +197,7 @@ def serve(line: Line, ranks: Ranks) -> None:
     except Exception as error:  # the thread's edge: without it nobody would ever be answered
         failure = RankFailed(0, f"what it reported could not be taken in ({type(error).__name__}: {error})")
     line.end(failure or CLOSED, failure or UNDONE)
-    ranks.end(0.0 if failure else GRACE_S)
+    ranks.end(0.0 if failure else LEAVE_LIMIT_S)
 
 
 def _check_devices(parallel: ParallelConfig, config: DeviceConfig) -> None:

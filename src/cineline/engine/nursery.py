@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import subprocess
 import threading
 from concurrent.futures import Future
@@ -46,6 +47,14 @@ class Nursery:
     def kill_all(self) -> None:
         """End the process, and with it its ranks."""
         self._process.kill()
+
+    def insist(self, number: int) -> int:
+        """The exit code of a rank that was to be killed, by a process that does not answer."""
+        self._process.send_signal(signal.SIGCONT)  # only it can wait for its children
+        with contextlib.suppress(FutureTimeout):
+            return self.codes[number].result(ANSWER_LIMIT_S)
+        self.kill_all()
+        return self.codes[number].result()
 
     def join(self) -> None:
         """Wait for the process, where all of its ranks have ended."""
@@ -95,8 +104,7 @@ class NurseryRank:
         except FutureTimeout:
             if timeout is not None:
                 raise subprocess.TimeoutExpired("rank", timeout) from None
-            self._nursery.kill_all()  # it does not answer
-            code = found.result()
+            code = self._nursery.insist(self._number)
         self._nursery.join()
         return code
 
