@@ -11,6 +11,7 @@ from typing import Any
 from cineline.core import control
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
+from cineline.core.faults import planned
 from cineline.engine.launch import RankProcess
 from cineline.errors import EdgeBroken, RankFailed
 
@@ -57,9 +58,9 @@ class Ranks:
         trace: bool,
         deadline: float,
     ) -> None:
-        port = None
+        port, faults = None, planned()
         for rank in self._all:
-            self._say(rank, control.Setup(spec, rank.rank, parallel, cut, config, rank.local_rank, port, trace))
+            self._say(rank, control.Setup(spec, rank.rank, parallel, cut, config, rank.local_rank, port, trace, faults))
             if rank.rank == 0 and len(self._all) > 1 and self._all[1].process is not None:
                 opened = self._hear([rank], deadline)[1]
                 assert isinstance(opened, control.StoreOpen)

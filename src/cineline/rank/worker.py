@@ -91,6 +91,7 @@ def _serve(connection: Connection, outbox: queue.SimpleQueue[control.Message | N
     import torch
 
     from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
+    from cineline.rank.faults import with_faults
     from cineline.rank.loop import StageLoop
     from cineline.rank.rehearsal import rehearse
     from cineline.transport import mesh
@@ -116,6 +117,7 @@ def _serve(connection: Connection, outbox: queue.SimpleQueue[control.Message | N
     family = getattr(importlib.import_module(module), name)(setup.spec)
     if not isinstance(family, PipelineParallelMixin):
         raise InvalidConfig(f"stages_class={setup.spec.stages_class!r} is no PipelineParallelMixin: give one that is.")
+    family = with_faults(family, setup.faults, setup.rank, setup.start, connection)
     with torch.no_grad():
         bytes_read = family.load(part)
     if device.prepares:
