@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
@@ -170,6 +173,29 @@ def test_a_rank_whose_connections_are_cut_fails_the_line(seed: int, plan: Plan) 
     stages, fault = drawn("cut", seed)
     plan(fault)
     assert "the edge to or from rank" in failure_of(stages).cause
+
+
+def test_a_cut_spares_the_connection_to_the_engine_which_may_be_tcp() -> None:
+    """As it is under torchrun."""
+    code = """
+import socket, sys
+from cineline.rank import faults
+engine, edge = (socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(2))
+faults._cut(engine.fileno())
+engine.send(b"alive")
+engine.recv(1)
+"""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        process = subprocess.Popen([sys.executable, "-c", code, str(server.getsockname()[1])])
+        server.settimeout(LIMIT_S)
+        (engine_end, _), (edge_end, _) = server.accept(), server.accept()
+        with engine_end, edge_end:
+            engine_end.settimeout(LIMIT_S)
+            edge_end.settimeout(LIMIT_S)
+            assert engine_end.recv(5) == b"alive"
+            assert edge_end.recv(1) == b""
+            assert process.poll() is None
+        assert process.wait(LIMIT_S) == 0
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -407,4 +433,4 @@ def test_planned_faults_are_warned_of(plan: Plan, caplog: pytest.LogCaptureFixtu
     first, second = planned()
     assert first == Fault(do="delay", seconds=2.0, rank=1, at="load")
     assert second.times == 2
-    assert "2 faults on purpose: do=delay rank=1 at=load seconds=2.0 times=1 start=0; do=kill" in caplog.text
+    assert "faults on purpose: do=delay rank=1 at=load seconds=2.0 times=1 start=0; do=kill" in caplog.text

@@ -102,7 +102,7 @@ def planned() -> tuple[Fault, ...]:
     except ValidationError as error:
         raise InvalidConfig(f"{VARIABLE}{_first_sentence(error, text)}") from None
     if faults:
-        log.warning("%s: %d faults on purpose: %s.", VARIABLE, len(faults), "; ".join(map(str, faults)))
+        log.warning("%s: faults on purpose: %s.", VARIABLE, "; ".join(map(str, faults)))
     return faults
 
 
