@@ -44,7 +44,7 @@ class FaultyStages(ToyStages):
                 link.leave()
             body = b"p" + {"pickle": b"none", "message": pickle.dumps(3), "long": b""}[words[3]]
             size = 2**30 + 1 if words[3] == "long" else len(body)
-            os.write(link._connection.fileno(), struct.pack("!i", size) + body)
+            os.write(link.connection.fileno(), struct.pack("!i", size) + body)
         return super().run_blocks(state, step, states, text)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
+from cineline.core.faults import Fault
 from cineline.core.request import Group, Job
 from cineline.core.trace import Slice
 from cineline.errors import CinelineError, reason, shown
@@ -40,6 +41,7 @@ class Setup:
         store_port: of the rendezvous on this host; None tells rank 0 to open one and announce it,
             and is not used under torchrun, which has its own.
         trace: whether to keep a timeline.
+        faults: on purpose, of all ranks. start: which start of the ranks this is, from 0.
     """
 
     spec: FamilySpec
@@ -50,6 +52,8 @@ class Setup:
     local_rank: int
     store_port: int | None
     trace: bool
+    faults: tuple[Fault, ...]
+    start: int
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from types import TracebackType
 from typing import Literal, get_args
 
 from cineline.core.config import DEVICES, DeviceConfig, Dtype, ParallelConfig, TextEncoder, asked_threads
+from cineline.core.control import Setup
 from cineline.core.family import FamilySpec
+from cineline.core.faults import planned
 from cineline.core.image import load_image
 from cineline.core.output import check_output
 from cineline.core.request import VideoRequest
@@ -117,6 +119,7 @@ class Engine:
         if self._trace is not None:
             check_output(self._trace, (".json",))
         self.traffic: dict[int, dict[str, int]] = {}
+        faults = planned()
         check_launch(launcher, parallel)
         environment = config.rank_environment(parallel.ranks if launcher == "local" else torchrun_world()[1])
         fetch_weights(self.spec)
@@ -127,7 +130,8 @@ class Engine:
             processes = launch_torchrun(parallel.ranks, environment, START_LIMIT_S)
         self._process = os.getpid()
         self._ranks = Ranks(processes)
-        self.bytes_read = self._ranks.start(self.spec, parallel, cut, config, self._trace is not None)
+        setup = Setup(self.spec, 0, parallel, cut, config, 0, None, self._trace is not None, faults, start=0)
+        self.bytes_read = self._ranks.start(setup)
         self._line = Line(self.spec, parallel, in_flight, self._ranks.tell)
         # Neither knows the engine: when the caller has dropped it, they end the ranks.
         ends = self._line, self._ranks

@@ -5,12 +5,10 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from typing import TypeVar
 
 from cineline.core import control
-from cineline.core.config import Cut, DeviceConfig, ParallelConfig
-from cineline.core.family import FamilySpec
 from cineline.engine.launch import RankProcess
 from cineline.engine.link import Link
 from cineline.engine.watch import TICK_S, Watch
@@ -71,20 +69,20 @@ class Ranks:
         self._all = [WatchedRank(process, self._events.put) for process in processes]
         self._watch = Watch(self._all)
 
-    def start(
-        self, spec: FamilySpec, parallel: ParallelConfig, cut: tuple[Cut, ...], config: DeviceConfig, trace: bool
-    ) -> list[int]:
+    def start(self, setup: control.Setup) -> list[int]:
         """Tell every rank what it is and wait until all are ready; the bytes of weights each has read.
+
+        Args:
+            setup: rank 0's; the others' differ in their numbers and the port alone.
 
         Raises:
             CinelineError: a rank's own error, or `RankFailed`; none is left running.
         """
         deadline = time.monotonic() + START_LIMIT_S
-        setup = partial(control.Setup, spec, parallel=parallel, cut=cut, config=config, trace=trace)
         try:
             port = None
             for rank in self._all:
-                own = setup(rank=rank.rank, local_rank=rank.local_rank, store_port=port)
+                own = replace(setup, rank=rank.rank, local_rank=rank.local_rank, store_port=port)
                 rank.say(control.pack(own))
                 if rank.rank == 0 and len(self._all) > 1 and self._all[1].is_local:
                     port = self._expect(control.StoreOpen, deadline)[1].port

@@ -24,14 +24,14 @@ class EngineLink:
     """The connection, and the threads that keep the rank's loop from ever waiting for the engine.
 
     Attributes:
-        inbox: what the engine says, in order.
+        connection: itself. inbox: what the engine says, in order.
         pulse: what the rank is at, which the engine is told again and again.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.inbox: queue.SimpleQueue[control.Message] = queue.SimpleQueue()
         self.pulse = Pulse()
-        self._connection = connection
+        self.connection = connection
         self._outbox: queue.SimpleQueue[control.Message | None] = queue.SimpleQueue()
         self._left = threading.Event()
         self._through = False
@@ -41,7 +41,7 @@ class EngineLink:
 
     def first(self) -> control.Message:
         """The first message; those that follow come to the inbox."""
-        message = control.receive(self._connection)
+        message = control.receive(self.connection)
         threading.Thread(target=self._receive_all, daemon=True).start()
         return message
 
@@ -67,7 +67,7 @@ class EngineLink:
     def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None:
             try:
-                self._connection.send_bytes(control.pack(message))
+                self.connection.send_bytes(control.pack(message))
             except OSError:
                 self._hung_up()
 
@@ -75,7 +75,7 @@ class EngineLink:
         """Take in what the engine says; end at once when it is gone, whatever the loop waits for."""
         while True:
             try:
-                self.inbox.put(control.receive(self._connection))
+                self.inbox.put(control.receive(self.connection))
             except control.UnreadableMessage as error:
                 self.fail(control.Failed(f"it cannot read what the engine said ({error})"))
             except (EOFError, OSError):

@@ -66,6 +66,7 @@ def _serve(link: EngineLink, store: Any) -> None:
     import torch
 
     from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
+    from cineline.rank.faults import with_faults
     from cineline.rank.loop import StageLoop
     from cineline.rank.rehearsal import rehearse
     from cineline.transport import mesh
@@ -93,6 +94,7 @@ def _serve(link: EngineLink, store: Any) -> None:
     family = getattr(importlib.import_module(module), name)(setup.spec)
     if not isinstance(family, PipelineParallelMixin):
         raise InvalidConfig(f"stages_class={setup.spec.stages_class!r} is no PipelineParallelMixin: give one that is.")
+    family = with_faults(family, setup.faults, setup.rank, setup.start, link.connection)
     with torch.no_grad():
         bytes_read = family.load(part)
     if device.prepares:
