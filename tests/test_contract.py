@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -378,6 +379,48 @@ def test_submits_and_cancels_for_ever_fill_no_queue() -> None:
         assert sum(isinstance(message, control.Admit) for message in said) < 10
         assert_right(handle, request("sleep 0 1 3", num_inference_steps=3))
         assert_right(line.submit(request(seed=1)), request(seed=1))
+
+
+# Two hosts.
+
+APART = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+ON_EACH_HOST = """
+GLOO_SOCKET_IFNAME=$IFNAME exec {python} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank $NODE \
+    --master-addr $HOST --master-port 29500 {program}
+"""
+
+
+def test_a_host_that_is_cut_off_is_named_within_seconds_under_torchrun() -> None:
+    if subprocess.run(
+        [*APART, "ip", "link", "add", "va", "type", "veth", "peer", "vb"], capture_output=True
+    ).returncode:
+        pytest.skip("no network namespaces, or no veth, can be made here")
+    here = Path(__file__).parent
+    command = ON_EACH_HOST.format(python=sys.executable, program=here / "torchrun_toy.py")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*APART, "bash", here / "two_hosts.sh", "bash", "-c", command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as hosts:
+        try:
+            assert hosts.stdin is not None
+            assert hosts.stdout is not None
+            assert hosts.stdout.readline() == "going\n"
+            hosts.stdin.write("unplug\n")
+            hosts.stdin.flush()
+            unplugged = time.monotonic()
+            said = hosts.stdout.readline()
+            assert time.monotonic() - unplugged < 15
+            assert re.match("Rank 1 failed: (nothing was heard of it for 1|its connection closed)", said)
+            rest, _ = hosts.communicate(timeout=30)  # both hosts' processes end
+            assert rest.splitlines() == ["host 0 ended with 1", "host 1 ended with 1"]
+        finally:
+            hosts.kill()
 
 
 @pytest.fixture(autouse=True)

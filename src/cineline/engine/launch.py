@@ -49,8 +49,8 @@ MEET_LIMIT_S = 20
 LOOPBACK = "127.0.0.1"
 LOOPBACK_LIMIT_S = 5.0
 
-GRACE_S = 5.0
-"""Seconds that a rank gets to end by itself before it is killed."""
+END_LIMIT_S = 2.0
+"""From the end of a rank's connection to that of its process."""
 
 PROGRESS = "HF_HUB_DISABLE_PROGRESS_BARS"
 
@@ -93,7 +93,7 @@ class RankProcess:
         if self.process is None:
             return "its connection closed (the process or its host is gone)"
         try:
-            code = self.process.wait(timeout=GRACE_S)
+            code = self.process.wait(timeout=END_LIMIT_S)
         except subprocess.TimeoutExpired:
             return "its connection closed while the process went on"
         if code < 0:

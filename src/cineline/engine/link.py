@@ -78,8 +78,10 @@ class Link:
                 self.heard = time.monotonic()
                 if isinstance(message, Beat):
                     self.beat = message
-                else:
-                    self._hear(message)
+                    continue
+                self._hear(message)
+                if isinstance(message, Failed):  # it ends by that
+                    return
         except control.UnreadableMessage as error:
             self._hear(Failed(f"what it said cannot be read ({error})"))
         except (EOFError, OSError):
