@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: video gpu test test-plans test-rules test-products lint types mini mini-ti2v mini-t2v mini-score setup clean
+.PHONY: video gpu test test-plans test-rules test-products test-soak lint types mini mini-ti2v mini-t2v mini-score setup clean
 
 ## make a video with the model that ships, on two stages
 video: setup
@@ -36,6 +36,10 @@ test-rules: setup
 ## all products of parallel axes, on four to eight ranks, of which `test` runs one: minutes more
 test-products: setup
 	$(BIN)/pytest -m products
+
+## ten thousand small requests: memory and descriptors stay as they are
+test-soak: setup
+	$(BIN)/pytest -m soak -s
 
 lint: setup
 	$(BIN)/ruff check src training tests examples benchmarks

@@ -33,13 +33,16 @@ def commit() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Unless marks or tests are asked for, one of the products of axes is run: the commit says which."""
+    """Unless marks or tests are asked for, none of the soak is run and one of the products of axes: the commit says
+    which."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return
     products = [item for item in items if item.get_closest_marker("products")]
-    named = any("::" in argument for argument in config.args)
-    if products and not config.option.markexpr and not named:
+    if products:
         del products[commit() % len(products)]
-        items[:] = [item for item in items if item not in products]
-        config.hook.pytest_deselected(items=products)
+    left_out = [*products, *(item for item in items if item.get_closest_marker("soak"))]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:

@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 from collections import deque
+from contextlib import suppress
 
 import psutil
 
@@ -44,10 +45,8 @@ def main(count: int) -> None:
 
 
 def end(handle: RequestHandle) -> None:
-    try:
+    with suppress(RequestCancelled):
         handle.result(LIMIT_S)
-    except RequestCancelled:
-        pass
 
 
 if __name__ == "__main__":

@@ -47,7 +47,8 @@ def test_every_job_runs_whole_in_order_and_within_the_limits(
         item = stream.popleft()
         assert item.request in admitted, "emitted before it was admitted"
         seen[item.request].append(item)
-        waiting = [number for number in admitted if steps_left[number] or number not in decoding | finished]
+        emitted = {other.request for other in (item, *stream) if other.kind is Kind.DECODE}
+        waiting = [number for number in admitted if steps_left[number] or number not in decoding | finished | emitted]
         assert len(waiting) <= (in_flight or default_in_flight(stages, 1))
         if item.kind is Kind.DECODE:
             decoding.add(item.request)
