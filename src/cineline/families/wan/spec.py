@@ -74,7 +74,11 @@ TRANSFORMER_DEFAULTS: Mapping[str, Any] = {
     "rope_max_seq_len": 1024,
     "pos_embed_seq_len": None,
 }
-"""What diffusers' `WanTransformer3DModel` takes where a config says nothing."""
+"""What diffusers' `WanTransformer3DModel` takes where a config leaves a key out; null it takes as it is."""
+
+NULLABLE = ("out_channels", "cross_attn_norm", "qk_norm", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+"""Keys whose null means something there. Of null for another one it builds no model, or none that runs; `ffn_dim` alone
+it takes for 4 times the width then, which no Wan 2.2 has."""
 
 NO_DEFAULTS = ("prompt", "image", "decode")
 """Request fields that a checkpoint cannot have defaults for."""
@@ -113,7 +117,7 @@ class WanSpec(WanShapes):
         experts = tuple(name for name in ("transformer", "transformer_2") if _class_of(index, name))
         if not experts or experts[0] != "transformer":
             raise CheckpointError(f"{folder}/model_index.json names no 'transformer': use a whole checkpoint.")
-        configs = [_filled(read_json(folder / name / "config.json", "each component has one")) for name in experts]
+        configs = [_filled(folder / name / "config.json") for name in experts]
         vae = read_json(folder / "vae" / "config.json", "each component has one")
         text = read_json(folder / "text_encoder" / "config.json", "each component has one")
         kind = cls._kind(folder, index, configs[0], vae)
@@ -139,7 +143,7 @@ class WanSpec(WanShapes):
             boundary_ratio=boundary,
             defaults=_defaults(kind, _own_defaults(folder)),
         )
-        if not (spec.layers > 0 and min(spec.grid) > 0):  # a config without their keys is refused here, too
+        if not (spec.layers > 0 and min(spec.grid) > 0):
             raise CheckpointError(
                 f"{folder}: {shown(spec.layers)} blocks on a grid of {shown(spec.grid)} is no model: download the "
                 "checkpoint again."
@@ -226,11 +230,24 @@ def _check_alike(folder: Path, filled: Sequence[Mapping[str, Any]]) -> None:
                 )
 
 
-def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformer's config as diffusers takes it: with defaults for what is left out or null, and no other keys."""
-    return {
-        name: default if config.get(name) is None else config[name] for name, default in TRANSFORMER_DEFAULTS.items()
-    }
+def _filled(file: Path) -> dict[str, Any]:
+    """A transformer's config as diffusers takes it: with defaults for what is left out, and no other keys.
+
+    What diffusers only asks for truth is alike here where it is alike there, so that experts can be compared.
+
+    Raises:
+        CheckpointError: it says null where a value is needed.
+    """
+    config = read_json(file, "each component has one")
+    filled = {name: config.get(name, default) for name, default in TRANSFORMER_DEFAULTS.items()}
+    for name, value in filled.items():
+        if value is None and name not in NULLABLE:
+            raise CheckpointError(
+                f"{shown(file)}: {shown(name)} is null, and Wan 2.2's transformers have a value there: give it, "
+                "leave the key out for diffusers' default, or download the checkpoint again."
+            )
+    filled["out_channels"] = filled["out_channels"] or filled["in_channels"]
+    return filled | {"cross_attn_norm": bool(filled["cross_attn_norm"])}
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:
