@@ -89,12 +89,28 @@ def test_deep_grey_of_a_file_looks_as_in_8_bits(suffix: str, tmp_path: Path) -> 
     assert np.array_equal(np.asarray(load_image(tmp_path / f"deep.{suffix}"))[..., 0], grey)
 
 
+@given(data=st.data(), most=st.integers(256, 65535) | st.just(65535), plain=st.booleans(), opened=st.booleans())
+def test_deep_grey_of_a_pgm_is_scaled_by_its_own_white(
+    data: st.DataObject, most: int, plain: bool, opened: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    values = np.array([0, most, *data.draw(st.lists(st.integers(0, most), max_size=40))])
+    words = " ".join(map(str, values)).encode() if plain else values.astype(">u2").tobytes()
+    file = tmp_path_factory.getbasetemp() / "deep.pgm"
+    file.write_bytes(b"P%d\n%d 1\n%d\n" % (2 if plain else 5, len(values), most) + words)
+    made = np.asarray(load_image(Image.open(file) if opened else file))
+    assert np.array_equal(made[0], np.repeat(np.rint(values / most * 65535).astype(int)[:, None] // 256, 3, axis=1))
+    assert made[0, :2].tolist() == [[0] * 3, [255] * 3]
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 @pytest.mark.parametrize("most", [1, 255, 65535])
-def test_values_without_a_white_are_refused(dtype: type, most: int) -> None:
+def test_values_without_a_white_are_refused(dtype: type, most: int, tmp_path: Path) -> None:
     picture = Image.fromarray(np.linspace(0, most, 16).reshape(4, 4).astype(dtype))
-    with pytest.raises(InvalidRequest, match=r"32-bit values .* which of them is white is not known: give one of 8"):
-        load_image(picture)
+    picture.save(tmp_path / "values.tiff")
+    for image, name in ((picture, "The image"), (tmp_path / "values.tiff", f"image='{tmp_path}/values.tiff'")):
+        words = "has 32-bit values .* which of them is white is not known: give one of 8"
+        with pytest.raises(InvalidRequest, match=f"^{name} {words}"):
+            load_image(image)
 
 
 @given(rubbish=st.binary(max_size=60), start=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM"]))
@@ -106,7 +122,7 @@ def test_a_broken_file_is_refused_in_one_sentence(
     try:
         load_image(file)
     except InvalidRequest as error:
-        assert "\n" not in str(error)
+        assert str(error).startswith(f"image='{file}'") and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("address", ["https://host/cat.png", "http://host/cat.png?a=b", "file:///cat.png", "s3://a/b"])
@@ -148,6 +164,13 @@ def test_an_image_of_extreme_shape_is_blamed_itself(width: int, height: int) -> 
             assert max(job.height, job.width) <= 1024 * 16
         both = VideoRequest(prompt="x", image=Image.new("1", size), height=32, width=64)
         assert (I2V.resolve(both, 0).height, I2V.resolve(both, 0).width) == (32, 64)
+
+
+def test_an_image_file_is_blamed_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "long.png"
+    Image.new("1", (60_000, 1)).save(file)
+    with pytest.raises(InvalidRequest, match=f"^image='{file}' has 60000x1 pixels, and a video of that shape"):
+        I2V.resolve(VideoRequest(prompt="x", image=file), 0)
 
 
 def test_without_an_image_a_side_left_out_is_the_default() -> None:
