@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from cineline import CinelineError, InvalidRequest, VideoRequest
 from cineline.cli.batch import Outputs, tasks_of_file
 from cineline.cli.generate import _describe
 from cineline.core.image import load_image
-from cineline.core.output import check_folder
+from cineline.core.output import check_folder, check_output, check_rate, whole_file
 from cineline.errors import VALUE_LIMIT, reason, shown
 from cineline.families.configs import read_json
+from cineline.families.registry import open_checkpoint
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.spec import WanSpec
+from cineline.media.compare import compare_files
+from cineline.weights.layout import files_of, shards_of
 
 I2V, T2V, TI2V = (KNOWN[f"Wan-AI/Wan2.2-{name}-Diffusers"] for name in ("I2V-A14B", "T2V-A14B", "TI2V-5B"))
 ORDINARY = ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"]
@@ -342,3 +346,42 @@ def test_a_line_that_is_no_object_is_shown_in_short(tmp_path: Path) -> None:
 def test_a_folder_whose_name_is_too_long_is_refused() -> None:
     with pytest.raises(CinelineError, match="cannot be a folder"):
         check_folder(Path("x" * 5000))
+
+
+def fill(path: Path) -> None:
+    with whole_file(path / "a"):
+        raise OSError(28, "No space left on device")
+
+
+REFUSALS: dict[str, Callable[[Path], object]] = {
+    "no folder": lambda path: check_folder(path / "a"),
+    "a file for a folder": lambda path: check_folder(path / "file"),
+    "a folder for a file": lambda path: check_output(path / "folder.mp4", (".mp4",)),
+    "a suffix": lambda path: check_output(path / "a.avi", (".mp4",)),
+    "a rate": lambda path: check_rate(path / "a.gif", 100),
+    "a full disk": fill,
+    "no config": lambda path: read_json(path / "a", "it should"),
+    "a broken config": lambda path: read_json(path / "file", "it should"),
+    "no model": open_checkpoint,
+    "no weights": files_of,
+    "no index": lambda path: shards_of(path / "file"),
+    "no requests": lambda path: tasks_of_file(path / "empty", {}, Outputs(None, path, None)),
+    "a wrong line": lambda path: tasks_of_file(path / "file", {}, Outputs(None, path, None)),
+    "nothing to compare": lambda path: compare_files(path / "a.mp4", path / "b.mp4"),
+    "two kinds": lambda path: compare_files(path / "a.mp4", path / "a.safetensors"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize("deep", [1, 10])
+def test_a_path_is_repeated_on_one_line_and_not_without_end(
+    refused: Callable[[Path], object], deep: int, tmp_path: Path
+) -> None:
+    path = tmp_path.joinpath(*["a\nb" + "c" * 80] * deep)
+    (path / "folder.mp4").mkdir(parents=True)
+    (path / "file").write_text("no JSON")
+    (path / "empty").write_text("")
+    with pytest.raises(CinelineError) as error:
+        refused(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert r"a\nb" in str(error.value) or deep > 1

@@ -234,7 +234,7 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy: Copy, tmp_path: Pat
             open_model(folder)
         return str(refused.value)
 
-    assert "model_index.json does not exist" in refusal(tmp_path)
+    assert "model_index.json' does not exist" in refusal(tmp_path)
     folder = copy("t2v")
     index = folder / "model_index.json"
     good = index.read_text()
@@ -277,7 +277,7 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy: Copy, tmp_path: Pat
         change(folder / name / "config.json", image_dim=1280)
     assert "Wan 2.1" in refusal(folder)
     (folder / "vae" / "config.json").unlink()
-    assert "vae/config.json does not exist" in refusal(folder)
+    assert "vae/config.json' does not exist" in refusal(folder)
 
 
 def test_a_model_that_cannot_be_found_is_refused(tmp_path: Path) -> None:

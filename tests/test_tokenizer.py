@@ -68,7 +68,7 @@ FILES: list[tuple[Spoil, str]] = [
     (lambda home: vocabulary(home, lambda tokens: []), "has 3 tokens, far fewer than the text encoder's 72"),
     (lambda home: vocabulary(home, lambda tokens: {}), "has 3 tokens"),
     (lambda home: vocabulary(home, lambda tokens: {"a": 500, **{str(n): n for n in range(72)}}), "up to 500"),
-    (lambda home: list(map(Path.unlink, home.iterdir())), "tokenizer_config.json does not exist"),
+    (lambda home: list(map(Path.unlink, home.iterdir())), "tokenizer_config.json' does not exist"),
 ]
 
 
@@ -108,7 +108,7 @@ def test_umt5s_vocabulary_fits_wans_text_encoder_and_other_models_do_not(tokens:
 def test_planning_needs_no_tokenizer(copy: Path) -> None:
     shutil.rmtree(copy / "tokenizer")
     open_model(copy)
-    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match="tokenizer' cannot be loaded"):
         Tokenizer(copy, {})
 
 

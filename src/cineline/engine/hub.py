@@ -77,7 +77,7 @@ def folder_of(model: str | Path | None) -> Path:
         )
     found = Path(_download(str(model), allow_patterns=CONFIGS))
     if not (found / "model_index.json").exists():
-        remedy = "give one that does" if str(model).endswith(DIFFUSERS) else f"try {model}{DIFFUSERS}"
+        remedy = "give one that does" if str(model).endswith(DIFFUSERS) else f"try {shown(f'{model}{DIFFUSERS}')}"
         raise CheckpointError(
             f"model={shown(folder)} has no model_index.json, as models in diffusers format do: {remedy}."
         )
@@ -179,7 +179,7 @@ def _wanted(component: Path, names: set[str], variant: str | None) -> Iterator[s
 
 def _check_variant(variant: str | None, components: Sequence[Path], names: Callable[[Path], set[str]]) -> None:
     if variant and not any(has_variant(names(component), variant) for component in components):
-        where = components[0].parent if components else "the model"
+        where = shown(components[0].parent) if components else "the model"
         raise CheckpointError(
             f"variant={shown(variant)} is in no component of {where}: leave it out, or name one it has."
         )

@@ -89,11 +89,11 @@ class Rules:
     def _check_image(self, request: VideoRequest) -> None:
         if self._wan.kind == "t2v" and request.image is not None:
             raise InvalidRequest(
-                f"{self._wan.folder} is a text-to-video model and takes no image: leave it out, or use a TI2V or I2V "
-                "model."
+                f"{shown(self._wan.folder)} is a text-to-video model and takes no image: leave it out, or use a TI2V "
+                "or I2V model."
             )
         if self._wan.kind == "i2v" and request.image is None:
-            raise InvalidRequest(f"{self._wan.folder} is an image-to-video model and needs an image: give one.")
+            raise InvalidRequest(f"{shown(self._wan.folder)} is an image-to-video model and needs an image: give one.")
 
     def _size(self, request: VideoRequest) -> tuple[int, int]:
         given = request.height, request.width
@@ -166,7 +166,7 @@ class Rules:
             return self._wan.boundary_ratio
         if len(self._wan.experts) == 1:
             raise InvalidRequest(
-                f"boundary_ratio={shown(boundary)} needs a model with two experts, {self._wan.folder} has one: "
+                f"boundary_ratio={shown(boundary)} needs a model with two experts, {shown(self._wan.folder)} has one: "
                 "leave it out."
             )
         if not 0 <= boundary <= 1:

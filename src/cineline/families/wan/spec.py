@@ -109,14 +109,18 @@ class WanSpec(WanShapes):
         try:
             return replace(cls._open(folder), variant=variant)
         except KeyError as error:
-            raise CheckpointError(f"{folder}: a config file lacks {error}: download the checkpoint again.") from None
+            raise CheckpointError(
+                f"{shown(folder)}: a config file lacks {error}: download the checkpoint again."
+            ) from None
 
     @classmethod
     def _open(cls, folder: Path) -> WanSpec:
         index = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
         experts = tuple(name for name in ("transformer", "transformer_2") if _class_of(index, name))
         if not experts or experts[0] != "transformer":
-            raise CheckpointError(f"{folder}/model_index.json names no 'transformer': use a whole checkpoint.")
+            raise CheckpointError(
+                f"{shown(folder / 'model_index.json')} names no 'transformer': use a whole checkpoint."
+            )
         configs = [_filled(folder / name / "config.json") for name in experts]
         vae = read_json(folder / "vae" / "config.json", "each component has one")
         text = read_json(folder / "text_encoder" / "config.json", "each component has one")
@@ -125,7 +129,7 @@ class WanSpec(WanShapes):
         boundary = index.get("boundary_ratio")
         if boundary is not None and len(experts) == 1:
             raise CheckpointError(
-                f"{folder}/model_index.json has boundary_ratio={shown(boundary)} but no 'transformer_2': "
+                f"{shown(folder / 'model_index.json')} has boundary_ratio={shown(boundary)} but no 'transformer_2': "
                 "add the second expert or remove the boundary."
             )
         check_tokenizer(folder, text)
@@ -145,8 +149,8 @@ class WanSpec(WanShapes):
         )
         if not (spec.layers > 0 and min(spec.grid) > 0):
             raise CheckpointError(
-                f"{folder}: {shown(spec.layers)} blocks on a grid of {shown(spec.grid)} is no model: download the "
-                "checkpoint again."
+                f"{shown(folder)}: {shown(spec.layers)} blocks on a grid of {shown(spec.grid)} is no model: download "
+                "the checkpoint again."
             )
         return spec
 
@@ -156,7 +160,7 @@ class WanSpec(WanShapes):
     ) -> WanKind:
         if transformer.get("image_dim") is not None:
             raise CheckpointError(
-                f"{folder} is an image-to-video model with an image encoder (Wan 2.1): use a Wan 2.2 checkpoint."
+                f"{shown(folder)} is an image-to-video model with an image encoder (Wan 2.1): use a Wan 2.2 checkpoint."
             )
         if index.get("expand_timesteps"):
             return "ti2v"
@@ -166,14 +170,16 @@ class WanSpec(WanShapes):
         if channels == 2 * latent_channels + vae.get("scale_factor_temporal", 4):
             return "i2v"
         raise CheckpointError(
-            f"{folder}: a transformer with {shown(channels)} input channels does not fit a VAE with "
+            f"{shown(folder)}: a transformer with {shown(channels)} input channels does not fit a VAE with "
             f"{shown(latent_channels)}: use the components of one checkpoint."
         )
 
     def place(self, parallel: ParallelConfig) -> ParallelConfig:
         """See `FamilySpec.place`."""
         if parallel.expert_placement == "split" and len(self.experts) < 2:
-            raise InvalidConfig(f"expert_placement='split' needs a model with two experts, {self.folder} has one.")
+            raise InvalidConfig(
+                f"expert_placement='split' needs a model with two experts, {shown(self.folder)} has one."
+            )
         heads = int(self.transformer["num_attention_heads"])
         shares = parallel.tp * parallel.ulysses
         if heads % shares:
@@ -225,8 +231,8 @@ def _check_alike(folder: Path, filled: Sequence[Mapping[str, Any]]) -> None:
         for other in filled[1:]:
             if other[name] != value:
                 raise CheckpointError(
-                    f"The experts of {folder} differ in {name!r}, {value} and {other[name]}: Wan 2.2's are alike, use "
-                    "the configs of one checkpoint."
+                    f"The experts of {shown(folder)} differ in {shown(name)}, {shown(value)} and {shown(other[name])}: "
+                    "Wan 2.2's are alike, use the configs of one checkpoint."
                 )
 
 
@@ -260,12 +266,12 @@ def _check_solver(folder: Path, name: str | None, config: Mapping[str, Any]) -> 
     noisy = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
     if name not in SOLVERS or noisy:
         kind = f"{shown(name)} with noise of its own" if noisy else shown(name)
-        raise CheckpointError(f"{folder}: scheduler {kind} is not supported: use one of {', '.join(SOLVERS)}.")
+        raise CheckpointError(f"{shown(folder)}: scheduler {kind} is not supported: use one of {', '.join(SOLVERS)}.")
     prediction = config.get("prediction_type")
     if not name.startswith("FlowMatch") and prediction != "flow_prediction":  # left out it is noise, for other models
         raise CheckpointError(
-            f"{folder}: the scheduler's prediction_type is {shown(prediction)}, and Wan's transformers predict a flow: "
-            "set 'flow_prediction', or download the checkpoint again."
+            f"{shown(folder)}: the scheduler's prediction_type is {shown(prediction)}, and Wan's transformers predict "
+            "a flow: set 'flow_prediction', or download the checkpoint again."
         )
 
 
@@ -285,10 +291,10 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
     try:
         checked = VideoRequest(**{"prompt": "checked"} | own)
     except InvalidRequest as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{shown(path)}: {error}") from None
     useless = [name for name in own if name in NO_DEFAULTS or own[name] is None]
     if useless:
         raise CheckpointError(
-            f"{path}: {shown(useless[0])} cannot have the default {shown(own[useless[0]])}: remove it."
+            f"{shown(path)}: {shown(useless[0])} cannot have the default {shown(own[useless[0]])}: remove it."
         )
     return checked.model_dump(include=set(own))

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from cineline.core.config import TextEncoder
 from cineline.core.request import Branch, WorkItem
-from cineline.errors import CheckpointError, reason
+from cineline.errors import CheckpointError, reason, shown
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.spec import WanSpec
@@ -45,8 +45,8 @@ class Tokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
         except Exception as error:  # of files that are broken it raises anything
             raise CheckpointError(
-                f"{home} cannot be loaded ({reason(error)}): download it again, or where it has a spiece.model alone "
-                "install sentencepiece and protobuf."
+                f"{shown(home)} cannot be loaded ({reason(error)}): download it again, or where it has a spiece.model "
+                "alone install sentencepiece and protobuf."
             ) from None
         check_numbers(home, set(self._tokenizer.get_vocab().values()), text)
         check_special(home, "pad", self._tokenizer.pad_token_id, text)
@@ -132,7 +132,7 @@ class TextSlice:
             config = UMT5Config.from_pretrained(self._folder / "text_encoder", local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{self._folder}: the text encoder cannot be loaded ({reason(error)}): download it again."
+                f"{shown(self._folder)}: the text encoder cannot be loaded ({reason(error)}): download it again."
             ) from None
         with torch.device("meta"):
             whole = UMT5EncoderModel(config)
