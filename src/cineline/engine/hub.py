@@ -33,6 +33,9 @@ WEIGHTS = ["*/*.safetensors", "*/*.bin"]
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 """Errors of the place that is written to."""
 
+LOCKED = (401, 403)
+"""The hub's answers where a model is gated or private; to strangers the first one, also of models that do not exist."""
+
 CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
 """A commit's folder in the hub's cache, from the cache's on."""
 
@@ -203,6 +206,13 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
             raise CheckpointError(
                 f"model={shown(hub_id)} cannot be downloaded ({reason(error)}): check the disk, and HF_HOME, which "
                 "says where it goes."
+            ) from None
+        told = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(told, HfHubHTTPError) and told.response.status_code in LOCKED:
+            raise CheckpointError(
+                f"model={shown(hub_id)} is no folder here, and the hub does not let you have it "
+                f"({told.response.status_code}): check the name, accept the licence on the hub's page and log in with "
+                "`hf auth login`, or set HF_TOKEN."
             ) from None
         raise CheckpointError(
             f"model={shown(hub_id)} is no folder here and cannot be downloaded ({type(error).__name__}: "
