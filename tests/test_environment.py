@@ -75,7 +75,7 @@ def test_some_of_torchruns_variables_are_no_world(there: set[str], empty: set[st
 )
 def test_a_number_of_torchruns_is_one_in_its_range(name: str, value: str) -> None:
     least, most = LIMITS[name]
-    right = value.isascii() and value.isdigit() and least <= int(value) <= most
+    right = value.isascii() and value.isdigit() and len(value) < 10 and least <= int(value) <= most
     with environment(WORLD | {name: value}):
         if right:
             assert torchrun_rank() == (int(value) if name == "RANK" else 3)
