@@ -35,6 +35,7 @@ class Hub:
     Attributes:
         address: of the server. home: of the client's cache. folder: what is in the repository.
         fetched: names of files, in order. commit: the newest.
+        locked: the status and headers of the answer to requests whose path begins so, as of a gated repository.
     """
 
     address: str
@@ -42,14 +43,17 @@ class Hub:
     folder: Path
     fetched: list[str] = field(default_factory=list)
     commit: str = COMMIT
+    locked: tuple[str, int, dict[str, str]] | None = None
 
     @property
     def weights(self) -> list[str]:
         """Of what was fetched."""
         return [name for name in self.fetched if name.endswith(".safetensors")]
 
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"HF_ENDPOINT": self.address, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+    def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = (
+            os.environ | variables | {"HF_ENDPOINT": self.address, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+        )
         command = [sys.executable, "-m", "cineline", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
 
@@ -67,6 +71,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def answer(self, with_content: bool) -> None:
             path = self.path.split("?")[0]
+            if hub.locked and path.startswith(hub.locked[0]):
+                self.refuse(*hub.locked[1:])
+                return
             if path.startswith(f"/api/models/{HUB_ID}/tree/"):
                 self.send(json.dumps(self.tree()).encode(), "application/json", with_content)
                 return
@@ -82,6 +89,12 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if with_content:
                 hub.fetched.append(name)
             self.send(file.read_bytes(), "application/octet-stream", with_content)
+
+        def refuse(self, status: int, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": "0"}).items():
+                self.send_header(name, value)
+            self.end_headers()
 
         def tree(self) -> list[dict[str, object]]:
             files = sorted(path for path in hub.folder.rglob("*") if path.is_file())
@@ -137,6 +150,18 @@ def test_a_request_that_is_refused_costs_configs_alone(hub: Hub) -> None:
 def test_a_line_that_is_refused_costs_configs_alone(hub: Hub, tmp_path: Path) -> None:
     done = hub.run("generate", "a cat", "--model", HUB_ID, "--tp", "5", "--output", str(tmp_path / "a.mp4"))
     assert done.returncode == 2 and "tp=5" in done.stderr
+    assert not hub.weights
+
+
+@pytest.mark.parametrize(
+    ("pp", "host", "words"),
+    [("3", "127.0.0.1", "torchrun started 2 processes"), ("2", "192.0.2.1", "MASTER_ADDR='192.0.2.1'")],
+)
+def test_a_world_that_is_refused_costs_configs_alone(hub: Hub, pp: str, host: str, words: str, tmp_path: Path) -> None:
+    world = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": host}
+    options = ["--model", HUB_ID, "--pp", pp, "--device", "cpu", "--output", str(tmp_path / "a.mp4")]
+    done = hub.run("generate", "a cat", *options, **world, MASTER_PORT="29500")
+    assert done.returncode == 2 and words in done.stderr
     assert not hub.weights
 
 
@@ -219,6 +244,37 @@ def test_a_repository_that_was_not_converted_is_refused_with_the_name_to_try(hub
     (hub.folder / "model_index.json").unlink()
     done = hub.run("generate", "a cat", "--model", HUB_ID)
     assert "has no model_index.json, as models in diffusers format do: give one that does" in done.stderr
+
+
+GATED = {"X-Error-Code": "GatedRepo", "X-Error-Message": f"Access to model {HUB_ID} is restricted."}
+
+
+@pytest.mark.parametrize("path", ["/", f"/{HUB_ID}/resolve/"], ids=["all", "files alone"])
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [(401, GATED), (403, GATED), (401, {}), (403, {}), (401, {"X-Error-Code": "RepoNotFound"})],
+    ids=["gated 401", "gated 403", "401", "403", "private"],
+)
+def test_a_repository_that_is_locked_says_how_to_get_in(
+    path: str, status: int, headers: dict[str, str], hub: Hub
+) -> None:
+    hub.locked = path, status, headers
+    done = hub.run("plan", "--model", HUB_ID, "--devices", "2xL40S", "--requests", "1")
+    (told,) = (line for line in done.stderr.splitlines() if line and not line.startswith("Fetching"))
+    assert done.returncode == 1
+    assert told == (
+        f"cineline: model='{HUB_ID}' is no folder here, and the hub does not let you have it ({status}): check the "
+        "name, accept the licence on the hub's page and log in with `hf auth login`, or set HF_TOKEN."
+    )
+
+
+def test_weights_that_are_locked_say_so_too(hub: Hub, tmp_path: Path) -> None:
+    """A token may expire between the configs and the weights."""
+    assert hub.run("plan", "--model", HUB_ID, "--devices", "2xL40S", "--requests", "1").returncode == 0
+    hub.locked = f"/{HUB_ID}/resolve/{COMMIT}/vae/", 403, GATED
+    done = hub.run("generate", "x", "--model", HUB_ID, *SMALL, "--quiet", "--output", str(tmp_path / "a.mp4"))
+    assert done.returncode == 1 and "the hub does not let you have it (403)" in done.stderr
+    assert not hub.weights
 
 
 def test_a_full_disk_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from safetensors.torch import load
 from test_streams import file_limit
 from toy_family import ToySpec
 
-from cineline import Engine, OutputError, RequestHandle, Video, VideoRequest
+from cineline import CheckpointError, CinelineError, Engine, OutputError, RankFailed, RequestHandle, Video, VideoRequest
 from cineline.cli.batch import Task, check_tasks
 from cineline.cli.generate import _run, _told
 from cineline.core.output import VIDEO_SUFFIXES, whole_file
@@ -32,6 +33,7 @@ from cineline.core.trace import Slice, write_trace
 from cineline.engine.handle import Ticket
 from cineline.engine.hub import open_model
 from cineline.engine.sink import Sink
+from cineline.errors import shown
 from cineline.media.compare import _video
 
 
@@ -190,7 +192,7 @@ def test_on_a_full_disk_each_file_is_whole_or_not_there(
     assert set(there) | set(sink.missing) == {video, tensors} - {None}
     assert not set(there) & set(sink.missing)
     assert (sink.failed is None) == (not sink.missing)
-    assert sink.failed is None or any(str(path) in str(sink.failed) for path in sink.missing)
+    assert sink.failed is None or any(shown(path) in str(sink.failed) for path in sink.missing)
     assert sink.failed is None or "File too large" in str(sink.failed)
     if tensors in there and tensors is not None:
         assert load(tensors.read_bytes())["latents"].equal(wanted)
@@ -218,9 +220,25 @@ def test_a_batch_goes_on_and_says_what_was_not_made(tmp_path_factory: Any, possi
     assert sorted(path for path in folder.glob("*/*")) == sorted(path for path in made if path)
     lost = [task.video for task, right in zip(tasks, possible, strict=True) if not right]
     assert list(unmade) == lost
-    if len(lost) > 1:
-        names = ", ".join(path.name for path in lost[:5] if path)
-        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
-        assert _told(unmade).__notes__ == [f"Not made: {names}{more}."]
-    elif lost:
-        assert str(lost[0].parent) in str(_told(unmade)) if lost[0] else False
+    if lost:
+        told = str(_told(unmade))
+        assert str(lost[0].parent) in told if lost[0] else False
+        assert f"; not made: {shown(lost[0].name)}" in told if lost[0] else False
+
+
+@given(
+    st.lists(NAMES.map(Path), min_size=1, max_size=9, unique=True),
+    st.sampled_from([OutputError("Full: make room."), RankFailed(1, "it died"), CheckpointError("Bad: get another.")]),
+)
+def test_what_was_not_made_is_told_in_one_sentence(paths: list[Path], kind: CinelineError) -> None:
+    error = copy.copy(kind)
+    told = _told(dict.fromkeys(paths, error))
+    names = ", ".join(shown(path.name) for path in paths[:5])
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    assert told is error and str(told) == f"{str(kind).removesuffix('.')}; not made: {names}{more}."
+    assert "\n" not in str(told)
+
+
+def test_a_single_file_that_the_error_names_is_not_told_twice() -> None:
+    error = OutputError(f"{shown(Path('a.mp4'))} cannot be written: make room.")
+    assert str(_told({Path("a.mp4"): error})) == "'a.mp4' cannot be written: make room."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from cineline import CinelineError, InvalidRequest, VideoRequest
 from cineline.cli.batch import Outputs, tasks_of_file
 from cineline.cli.generate import _describe
 from cineline.core.image import load_image
-from cineline.core.output import check_folder
+from cineline.core.output import check_folder, check_output, check_rate, whole_file
 from cineline.errors import VALUE_LIMIT, reason, shown
 from cineline.families.configs import read_json
+from cineline.families.registry import open_checkpoint
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.spec import WanSpec
+from cineline.media.compare import compare_files
+from cineline.weights.layout import files_of, shards_of
 
 I2V, T2V, TI2V = (KNOWN[f"Wan-AI/Wan2.2-{name}-Diffusers"] for name in ("I2V-A14B", "T2V-A14B", "TI2V-5B"))
 ORDINARY = ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV"]
@@ -89,12 +93,28 @@ def test_deep_grey_of_a_file_looks_as_in_8_bits(suffix: str, tmp_path: Path) -> 
     assert np.array_equal(np.asarray(load_image(tmp_path / f"deep.{suffix}"))[..., 0], grey)
 
 
+@given(data=st.data(), most=st.integers(256, 65535) | st.just(65535), plain=st.booleans(), opened=st.booleans())
+def test_deep_grey_of_a_pgm_is_scaled_by_its_own_white(
+    data: st.DataObject, most: int, plain: bool, opened: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    values = np.array([0, most, *data.draw(st.lists(st.integers(0, most), max_size=40))])
+    words = " ".join(map(str, values)).encode() if plain else values.astype(">u2").tobytes()
+    file = tmp_path_factory.getbasetemp() / "deep.pgm"
+    file.write_bytes(b"P%d\n%d 1\n%d\n" % (2 if plain else 5, len(values), most) + words)
+    made = np.asarray(load_image(Image.open(file) if opened else file))
+    assert np.array_equal(made[0], np.repeat(np.rint(values / most * 65535).astype(int)[:, None] // 256, 3, axis=1))
+    assert made[0, :2].tolist() == [[0] * 3, [255] * 3]
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 @pytest.mark.parametrize("most", [1, 255, 65535])
-def test_values_without_a_white_are_refused(dtype: type, most: int) -> None:
+def test_values_without_a_white_are_refused(dtype: type, most: int, tmp_path: Path) -> None:
     picture = Image.fromarray(np.linspace(0, most, 16).reshape(4, 4).astype(dtype))
-    with pytest.raises(InvalidRequest, match=r"32-bit values .* which of them is white is not known: give one of 8"):
-        load_image(picture)
+    picture.save(tmp_path / "values.tiff")
+    for image, name in ((picture, "The image"), (tmp_path / "values.tiff", f"image='{tmp_path}/values.tiff'")):
+        words = "has 32-bit values .* which of them is white is not known: give one of 8"
+        with pytest.raises(InvalidRequest, match=f"^{name} {words}"):
+            load_image(image)
 
 
 @given(rubbish=st.binary(max_size=60), start=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\0", b"BM"]))
@@ -106,7 +126,7 @@ def test_a_broken_file_is_refused_in_one_sentence(
     try:
         load_image(file)
     except InvalidRequest as error:
-        assert "\n" not in str(error)
+        assert str(error).startswith(f"image='{file}'") and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("address", ["https://host/cat.png", "http://host/cat.png?a=b", "file:///cat.png", "s3://a/b"])
@@ -148,6 +168,13 @@ def test_an_image_of_extreme_shape_is_blamed_itself(width: int, height: int) -> 
             assert max(job.height, job.width) <= 1024 * 16
         both = VideoRequest(prompt="x", image=Image.new("1", size), height=32, width=64)
         assert (I2V.resolve(both, 0).height, I2V.resolve(both, 0).width) == (32, 64)
+
+
+def test_an_image_file_is_blamed_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "long.png"
+    Image.new("1", (60_000, 1)).save(file)
+    with pytest.raises(InvalidRequest, match=f"^image='{file}' has 60000x1 pixels, and a video of that shape"):
+        I2V.resolve(VideoRequest(prompt="x", image=file), 0)
 
 
 def test_without_an_image_a_side_left_out_is_the_default() -> None:
@@ -319,3 +346,42 @@ def test_a_line_that_is_no_object_is_shown_in_short(tmp_path: Path) -> None:
 def test_a_folder_whose_name_is_too_long_is_refused() -> None:
     with pytest.raises(CinelineError, match="cannot be a folder"):
         check_folder(Path("x" * 5000))
+
+
+def fill(path: Path) -> None:
+    with whole_file(path / "a"):
+        raise OSError(28, "No space left on device")
+
+
+REFUSALS: dict[str, Callable[[Path], object]] = {
+    "no folder": lambda path: check_folder(path / "a"),
+    "a file for a folder": lambda path: check_folder(path / "file"),
+    "a folder for a file": lambda path: check_output(path / "folder.mp4", (".mp4",)),
+    "a suffix": lambda path: check_output(path / "a.avi", (".mp4",)),
+    "a rate": lambda path: check_rate(path / "a.gif", 100),
+    "a full disk": fill,
+    "no config": lambda path: read_json(path / "a", "it should"),
+    "a broken config": lambda path: read_json(path / "file", "it should"),
+    "no model": open_checkpoint,
+    "no weights": files_of,
+    "no index": lambda path: shards_of(path / "file"),
+    "no requests": lambda path: tasks_of_file(path / "empty", {}, Outputs(None, path, None)),
+    "a wrong line": lambda path: tasks_of_file(path / "file", {}, Outputs(None, path, None)),
+    "nothing to compare": lambda path: compare_files(path / "a.mp4", path / "b.mp4"),
+    "two kinds": lambda path: compare_files(path / "a.mp4", path / "a.safetensors"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize("deep", [1, 10])
+def test_a_path_is_repeated_on_one_line_and_not_without_end(
+    refused: Callable[[Path], object], deep: int, tmp_path: Path
+) -> None:
+    path = tmp_path.joinpath(*["a\nb" + "c" * 80] * deep)
+    (path / "folder.mp4").mkdir(parents=True)
+    (path / "file").write_text("no JSON")
+    (path / "empty").write_text("")
+    with pytest.raises(CinelineError) as error:
+        refused(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert r"a\nb" in str(error.value) or deep > 1

@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import WanTransformer3DModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from cineline import CheckpointError, InvalidRequest, VideoRequest
 from cineline.engine.hub import open_model
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
-from cineline.families.wan.spec import TRANSFORMER_DEFAULTS, WanSpec
+from cineline.families.wan.spec import NULLABLE, TRANSFORMER_DEFAULTS, WanSpec
 
 Copy = Callable[[WanKind], Path]
 
@@ -149,27 +150,68 @@ def test_a_field_that_breaks_a_rule_is_refused_with_value_rule_and_remedy(
         assert word in str(refused.value)
 
 
+def built(config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """The tensors of what diffusers makes of a config."""
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(dict(config))
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
 @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_experts_may_be_written_by_different_versions(data: st.DataObject, checkpoint: Checkpoint) -> None:
-    """A config may leave a default out, name it, or say null for it, and have keys that diffusers' class ignores."""
+def test_a_transformers_config_is_read_as_diffusers_reads_it(data: st.DataObject, checkpoint: Checkpoint) -> None:
+    """Keys may be there, null or left out, alike in both experts or not, beside others that diffusers ignores."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "t2v"
         shutil.copytree(checkpoint(RandomConfig("t2v", seed=3)), folder)
-        expected = WanSpec.open(folder)
-        path = folder / data.draw(st.sampled_from(["transformer", "transformer_2"])) / "config.json"
-        config = json.loads(path.read_text())
-        for name, default in TRANSFORMER_DEFAULTS.items():
-            if config.get(name, default) in (default, None):
-                written = data.draw(st.sampled_from(["default", "null", "nothing"]))
-                config |= {name: default if written == "default" else None}
-                if written == "nothing":
-                    del config[name]
-        config["a_key_of_a_later_version"] = data.draw(st.none() | st.integers())
-        path.write_text(json.dumps(config))
-        found = WanSpec.open(folder)
-        assert (found.layers, found.grid, found.kind) == (expected.layers, expected.grid, expected.kind)
-        assert {name: found.transformer[name] for name in TRANSFORMER_DEFAULTS} == dict(expected.transformer)
+        written = []
+        null, left_out = (
+            data.draw(st.dictionaries(st.sampled_from(sorted(names)), st.sampled_from(["both", "first", "second"])))
+            for names in (NULLABLE, TRANSFORMER_DEFAULTS.keys() - {"num_layers"})
+        )
+        for name in ("transformer", "transformer_2"):
+            path = folder / name / "config.json"
+            config = json.loads(path.read_text())
+            own = ("both", "first" if name == "transformer" else "second")
+            config |= {key: None for key, where in null.items() if where in own}
+            config = {key: value for key, value in config.items() if left_out.get(key) not in own}
+            config["a_key_of_a_later_version"] = data.draw(st.none() | st.integers())
+            path.write_text(json.dumps(config))
+            written.append(built(config))
+        try:
+            found = WanSpec.open(folder)
+        except CheckpointError as error:
+            assert "differ in" in str(error) and {*left_out.values(), *null.values()} - {"both"}
+        else:
+            assert [built(found.transformer)] * 2 == written
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_DEFAULTS)
+def test_null_is_refused_where_diffusers_makes_nothing_of_it(name: str, copy: Copy) -> None:
+    folder = copy("t2v")
+    for expert in ("transformer", "transformer_2"):
+        change(folder / expert / "config.json", **{name: None})
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    try:
+        model = WanTransformer3DModel.from_config(config | {"num_layers": config["num_layers"] and 1})
+        with torch.no_grad():
+            model(torch.zeros(1, 16, 1, 4, 4), torch.zeros(1), torch.zeros(1, 8, config["text_dim"]))
+    except (TypeError, AttributeError):
+        runs = False
+    else:
+        runs = name != "ffn_dim"
+    if runs:
+        assert built(WanSpec.open(folder).transformer) == built(config)
+        return
+    with pytest.raises(CheckpointError, match=f"transformer/config.json': '{name}' is null, .* leave the key out"):
+        WanSpec.open(folder)
+
+
+def test_a_transformers_config_without_keys_is_diffusers_default_model(copy: Copy) -> None:
+    folder = copy("t2v")
+    for name in ("transformer", "transformer_2"):
+        (folder / name / "config.json").write_text("{}")
+    assert built(WanSpec.open(folder).transformer) == built({})
 
 
 def test_the_transformers_defaults_are_diffusers() -> None:
@@ -192,7 +234,7 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy: Copy, tmp_path: Pat
             open_model(folder)
         return str(refused.value)
 
-    assert "model_index.json does not exist" in refusal(tmp_path)
+    assert "model_index.json' does not exist" in refusal(tmp_path)
     folder = copy("t2v")
     index = folder / "model_index.json"
     good = index.read_text()
@@ -235,7 +277,7 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy: Copy, tmp_path: Pat
         change(folder / name / "config.json", image_dim=1280)
     assert "Wan 2.1" in refusal(folder)
     (folder / "vae" / "config.json").unlink()
-    assert "vae/config.json does not exist" in refusal(folder)
+    assert "vae/config.json' does not exist" in refusal(folder)
 
 
 def test_a_model_that_cannot_be_found_is_refused(tmp_path: Path) -> None:

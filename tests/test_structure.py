@@ -109,6 +109,21 @@ def test_the_toy_family_is_under_100_lines() -> None:
     assert len((Path(__file__).parent / "toy_family.py").read_text().splitlines()) < 100
 
 
+PATHS = {"path", "folder", "file", "home", "index", "reference", "other", "requests", "output", "trace"}
+
+
+def test_an_error_repeats_no_path_that_is_not_shown() -> None:
+    """Nor the representation of a value: `errors.shown` keeps both on one line, and short."""
+    bare = []
+    for name, path in modules().items():
+        raised = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+        for part in (part for node in raised for part in ast.walk(node) if isinstance(part, ast.FormattedValue)):
+            ends = getattr(part.value, "attr", getattr(part.value, "id", "")).lstrip("_")
+            if ends in PATHS or (part.conversion != -1 and isinstance(part.value, ast.Name)):
+                bare.append(f"{name}:{part.lineno}")
+    assert not bare
+
+
 def test_no_class_is_over_250_lines_and_hardly_a_function_over_50() -> None:
     functions = 0
     long = []

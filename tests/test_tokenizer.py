@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Checkpoint
@@ -17,7 +19,7 @@ from cineline import CheckpointError, Engine
 from cineline.engine.hub import MINIS, folder_of, open_model
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.spec import WanSpec
-from cineline.families.wan.text import Tokenizer
+from cineline.families.wan.text import SPIECE_READERS, Tokenizer, _is_installed
 from cineline.families.wan.vocabulary import check_numbers
 
 Spoil = Callable[[Path], object]
@@ -68,7 +70,7 @@ FILES: list[tuple[Spoil, str]] = [
     (lambda home: vocabulary(home, lambda tokens: []), "has 3 tokens, far fewer than the text encoder's 72"),
     (lambda home: vocabulary(home, lambda tokens: {}), "has 3 tokens"),
     (lambda home: vocabulary(home, lambda tokens: {"a": 500, **{str(n): n for n in range(72)}}), "up to 500"),
-    (lambda home: list(map(Path.unlink, home.iterdir())), "tokenizer_config.json does not exist"),
+    (lambda home: list(map(Path.unlink, home.iterdir())), "tokenizer_config.json' does not exist"),
 ]
 
 
@@ -108,7 +110,7 @@ def test_umt5s_vocabulary_fits_wans_text_encoder_and_other_models_do_not(tokens:
 def test_planning_needs_no_tokenizer(copy: Path) -> None:
     shutil.rmtree(copy / "tokenizer")
     open_model(copy)
-    with pytest.raises(CheckpointError, match="tokenizer cannot be loaded"):
+    with pytest.raises(CheckpointError, match="tokenizer' cannot be loaded"):
         Tokenizer(copy, {})
 
 
@@ -133,14 +135,13 @@ LOADED: list[tuple[Spoil, str]] = [
     (elsewhere("<pad>"), "has pad_token number 71, but the text encoder's config says 0"),
     (elsewhere("</s>"), "has eos_token number 71, but the text encoder's config says 1"),
     (no_class, "has pad_token number None"),
-    (lambda home: (home / "tokenizer.json").rename(home / "spiece.model"), "sentencepiece"),
     (lambda home: (home / "tokenizer.json").rename(home / "vocab.json"), "tokenizer"),
 ]
 
 
-@pytest.mark.parametrize(("spoil", "words"), LOADED, ids=["pad", "eos", "no class", "spiece", "another's file"])
+@pytest.mark.parametrize(("spoil", "words"), LOADED, ids=["pad", "eos", "no class", "another's file"])
 def test_what_transformers_makes_of_the_files_is_refused_by_the_head(spoil: Spoil, words: str, copy: Path) -> None:
-    """What only shows when it is loaded; spiece.model holds no SentencePiece model here."""
+    """What only shows when it is loaded."""
     spec = WanSpec.open(copy)
     Tokenizer(copy, spec.text)
     home = copy / "tokenizer"
@@ -150,6 +151,61 @@ def test_what_transformers_makes_of_the_files_is_refused_by_the_head(spoil: Spoi
         Tokenizer(copy, spec.text)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def field(number: int, content: bytes) -> bytes:
+    """One of a message in protobuf's wire format."""
+    assert len(content) < 128
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def as_spiece(home: Path) -> None:
+    """The same vocabulary as a SentencePiece model, with no tokenizer.json beside it."""
+    stored = json.loads((home / "tokenizer.json").read_text())["model"]["vocab"]
+    kinds = {"<pad>": 3, "</s>": 3, "<unk>": 2}
+    pieces = [
+        field(1, token.encode()) + b"\x15" + struct.pack("<f", score) + bytes([3 << 3, kinds.get(token, 1)])
+        for token, score in stored
+    ]
+    unknown = b"\xc0\x02\x02"  # unk_id, field 40 of the trainer's, is 2
+    (home / "spiece.model").write_bytes(b"".join(field(1, piece) for piece in pieces) + field(2, unknown))
+    (home / "tokenizer.json").unlink()
+
+
+@pytest.mark.skipif(
+    not all(map(_is_installed, SPIECE_READERS.values())), reason="sentencepiece, protobuf not installed"
+)
+def test_a_sentencepiece_model_alone_is_read_as_its_tokenizer_json(copy: Path) -> None:
+    spec = WanSpec.open(copy)
+    wanted = Tokenizer(copy, spec.text)
+    as_spiece(copy / "tokenizer")
+    open_model(copy)
+    found = Tokenizer(copy, spec.text)
+    for prompt in ("", "a cat", "Red, green; 3 of each!", "snö </s>"):
+        assert all(map(torch.equal, found(prompt), wanted(prompt)))
+
+
+@pytest.mark.parametrize("lacking", [["sentencepiece"], ["protobuf"], ["sentencepiece", "protobuf"]])
+def test_without_what_reads_it_the_libraries_are_named(
+    lacking: list[str], copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = [SPIECE_READERS[library] for library in lacking]
+    monkeypatch.setattr("cineline.families.wan.text._is_installed", lambda module: module not in modules)
+    spec = WanSpec.open(copy)
+    Tokenizer(copy, spec.text)  # a tokenizer.json needs none of them
+    as_spiece(copy / "tokenizer")
+    open_model(copy)
+    with pytest.raises(CheckpointError) as refused:
+        Tokenizer(copy, spec.text)
+    words = "has a spiece.model and no tokenizer.json, which takes libraries that are not installed"
+    assert str(refused.value) == (
+        f"'{copy}/tokenizer' {words}: run pip install {' '.join(lacking)}, or add a tokenizer.json."
+    )
+
+
+def test_a_module_is_installed_where_it_can_be_found() -> None:
+    assert _is_installed("json.decoder")
+    assert not _is_installed("no_such_package") and not _is_installed("no_such_package.inner")
 
 
 def test_the_engine_says_so(copy: Path) -> None:

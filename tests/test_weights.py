@@ -202,7 +202,7 @@ def test_the_variant_that_is_asked_for_is_read_as_diffusers_writes_it(
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     assert load(folder) == plain - transformer // 2  # the only one that there is
     model.save_pretrained(folder / "transformer", variant="bf16", max_shard_size=shard)
-    with pytest.raises(CheckpointError, match="choose one, such as --variant bf16"):
+    with pytest.raises(CheckpointError, match="choose one, such as --variant 'bf16'"):
         load(folder)
     assert load(folder, variant="fp16") == plain - transformer // 2
 
@@ -233,7 +233,7 @@ def test_files_that_do_not_belong_together_are_refused(checkpoint: Checkpoint, t
     assert len(files) > 2
     assert load(folder) > 0
     files[1].rename(tmp_path / "away")
-    with pytest.raises(CheckpointError, match=f"{files[1].name} does not exist, but the index names it"):
+    with pytest.raises(CheckpointError, match=f"{files[1].name}' does not exist, but the index names it"):
         load(folder)
     (tmp_path / "away").rename(files[1])
     (index,) = transformer.glob("*.index.json")

@@ -18,7 +18,7 @@ from cineline.cli.generate import generate
 from cineline.cli.plan import plan
 from cineline.core import streams
 from cineline.engine.launch import PROGRESS, QUIET
-from cineline.errors import REASON_LIMIT, CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
+from cineline.errors import REASON_LIMIT, CinelineError, InvalidConfig, InvalidRequest, OutputError, reason, shown
 
 app = typer.Typer(
     help="Wan 2.2 video over pipeline stages: several requests in flight, bit for bit what one device gives.",
@@ -52,13 +52,13 @@ def run(app: typer.Typer) -> NoReturn:
         status = app(standalone_mode=False)
     except CinelineError as error:
         code = 2 if isinstance(error, (InvalidRequest, InvalidConfig, OutputError)) else 1
-        status = _refuse(" ".join([str(error), *getattr(error, "__notes__", [])]), code)
+        status = _refuse(str(error), code)
     except typer.Abort:
         status = _refuse("Interrupted.", 130)
     except typer.TyperException as error:
         status = _refuse(_sentence(error, app), error.exit_code)
     except OSError as error:  # of no file that was asked for: a temporary one, a pipe
-        status = _refuse(f"The operating system refused something ({error}): check disk, memory and limits.", 1)
+        status = _refuse(f"The operating system refused something ({reason(error)}): check disk, memory and limits.", 1)
     lost = streams.failure_of(sys.stdout)
     if lost is not None:
         status = _refuse(f"Standard output lacks what was printed ({lost}): give it another place.", status or 1)

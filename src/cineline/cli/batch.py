@@ -79,12 +79,12 @@ def tasks_of_file(path: Path, fields: Mapping[str, Any], outputs: Outputs) -> li
     lines = [line.removeprefix(BYTE_ORDER_MARK) for line in lines]  # files that were joined have it within
     tasks = [_task_of_line(path, number, line, fields, outputs) for number, line in enumerate(lines, 1) if line.strip()]
     if not tasks:
-        raise InvalidRequest(f"--requests {path} has no requests: write one JSON object a line.")
+        raise InvalidRequest(f"--requests {shown(path)} has no requests: write one JSON object a line.")
     return tasks
 
 
 def _task_of_line(path: Path, number: int, line: str, fields: Mapping[str, Any], outputs: Outputs) -> Task:
-    where = f"{path}, line {number}"
+    where = f"{shown(path)}, line {number}"
     try:
         own = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -123,4 +123,4 @@ def check_tasks(spec: FamilySpec, tasks: list[Task], file: Path | None) -> None:
                 check_rate(task.video, job.fps)
         except InvalidRequest as error:
             line = (task.video or task.latents or Path()).stem.lstrip("0")
-            raise InvalidRequest(f"{file}, line {line}: {error}" if file else str(error)) from None
+            raise InvalidRequest(f"{shown(file)}, line {line}: {error}" if file else str(error)) from None

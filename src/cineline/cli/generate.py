@@ -111,10 +111,10 @@ def generate(
 def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:
     """The first error, with the names of all the files that are not there."""
     first = next(iter(unmade.values()))
-    if len(unmade) > 1 or not any(str(path) in str(first) for path in unmade):
-        names = [path.name for path in unmade]
+    if len(unmade) > 1 or not any(shown(path) in str(first) for path in unmade):
+        names = [shown(path.name) for path in unmade]
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        first.add_note(f"Not made: {', '.join(names[:NAMED])}{more}.")
+        first.args = (f"{str(first).removesuffix('.')}; not made: {', '.join(names[:NAMED])}{more}.",)
     return first
 
 

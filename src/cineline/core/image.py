@@ -13,7 +13,7 @@ DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 """Modes of 16-bit grey, which Pillow would clip at 255 on the way to RGB."""
 
 WHITELESS = ("I", "F")
-"""Modes whose values say nothing of where white is: 255, 65535, 1.0 or another."""
+"""Modes whose values say nothing of where white is: 255, 65535, 1.0 or another; but see `_is_deep`."""
 
 ADDRESS = re.compile(r"(https?|ftp|s3|gs|data|file):", re.IGNORECASE)
 """How a path begins that is none."""
@@ -29,24 +29,34 @@ def load_image(image: Path | Image.Image) -> Image.Image:
     """
     if isinstance(image, Path) and ADDRESS.match(str(image)):
         raise InvalidRequest(f"image={shown(image)} is an address, and nothing is downloaded: give a file.")
+    named = called(image)
     try:
-        upright = ImageOps.exif_transpose(Image.open(image) if isinstance(image, Path) else image)
+        opened = Image.open(image) if isinstance(image, Path) else image
+        upright = ImageOps.exif_transpose(opened)
+        if _is_deep(opened):
+            upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         if upright.mode in WHITELESS:
             raise InvalidRequest(
-                f"The image has 32-bit values (mode {upright.mode!r}), and which of them is white is not known: give "
+                f"{named} has 32-bit values (mode {upright.mode!r}), and which of them is white is not known: give "
                 "one of 8 or 16 bits a channel, such as a PNG."
             )
-        if upright.mode in DEEP:
-            upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
         if isinstance(upright.info.get("transparency"), bytes):  # the same colours, without a warning on the way
             upright = upright.convert("RGBA")
         loaded = upright.convert("RGB")
     except InvalidRequest:
         raise
     except Exception as error:  # a broken file's decoder may raise anything
-        raise InvalidRequest(
-            f"image={shown(image)} cannot be read ({reason(error)}): give a PNG or JPEG file."
-        ) from None
+        raise InvalidRequest(f"{named} cannot be read ({reason(error)}): give a PNG or JPEG file.") from None
     if not (loaded.width and loaded.height):
-        raise InvalidRequest(f"The image has {loaded.width}x{loaded.height} pixels: give one that is not empty.")
+        raise InvalidRequest(f"{named} has {loaded.width}x{loaded.height} pixels: give one that is not empty.")
     return loaded
+
+
+def called(image: Path | Image.Image) -> str:
+    """What a sentence about it begins with: its path, where it has one."""
+    return f"image={shown(image)}" if isinstance(image, Path) else "The image"
+
+
+def _is_deep(opened: Image.Image) -> bool:
+    """Whether it is 16-bit grey: Pillow has that of a PGM in 32 bits, with 65535 for white whatever the file's is."""
+    return opened.mode in DEEP or (opened.mode == "I" and opened.format == "PPM")

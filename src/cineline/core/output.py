@@ -27,12 +27,12 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
         OutputError: its suffix is not one of `suffixes`, its folder does not exist or cannot be written.
     """
     if len(os.fsencode(path.name)) > NAME_LIMIT:
-        raise OutputError(f"The file name {path.name[:20]}... is longer than {NAME_LIMIT} bytes: shorten it.")
+        raise OutputError(f"The file name {shown(path.name)} is longer than {NAME_LIMIT} bytes: shorten it.")
     if path.suffix.lower() not in suffixes:
         raise OutputError(f"{shown(path)} ends in {shown(path.suffix)}: use {' or '.join(suffixes)}.")
     check_folder(path.parent)
     if path.is_dir():
-        raise OutputError(f"{path} is a folder: give a file's name.")
+        raise OutputError(f"{shown(path)} is a folder: give a file's name.")
 
 
 def check_rate(path: Path, fps: int) -> None:
@@ -42,7 +42,9 @@ def check_rate(path: Path, fps: int) -> None:
         OutputError: a GIF's delays are whole 1/100 s, and players hold those below 2 for 10.
     """
     if path.suffix.lower() == ".gif" and fps > GIF_RATE:
-        raise OutputError(f"{path} cannot have fps={fps}: a .gif has {GIF_RATE} at most; use less, or .webp or .mp4.")
+        raise OutputError(
+            f"{shown(path)} cannot have fps={fps}: a .gif has {GIF_RATE} at most; use less, or .webp or .mp4."
+        )
 
 
 def check_folder(folder: Path) -> None:
@@ -56,16 +58,16 @@ def check_folder(folder: Path) -> None:
     except OSError as error:  # a name that is too long
         raise OutputError(f"{shown(folder)} cannot be a folder ({reason(error)}): give another.") from None
     if not exists:
-        raise OutputError(f"The folder {folder} does not exist: make it first.")
+        raise OutputError(f"The folder {shown(folder)} does not exist: make it first.")
     if not folder.is_dir():
-        raise OutputError(f"{folder} is no folder: give one.")
+        raise OutputError(f"{shown(folder)} is no folder: give one.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"The folder {folder} cannot be written: choose another, or change its permissions.")
+        raise OutputError(f"The folder {shown(folder)} cannot be written: choose another, or change its permissions.")
 
 
 def unwritable(path: Path, error: OSError) -> str:
     """What is said of it."""
-    return f"{path} cannot be written ({reason(error)}): check the disk and the folder."
+    return f"{shown(path)} cannot be written ({reason(error)}): check the disk and the folder."
 
 
 @contextmanager

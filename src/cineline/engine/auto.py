@@ -45,7 +45,9 @@ def divide(spec: FamilySpec, config: DeviceConfig, in_flight: int | None) -> tup
     )
     best = plan(task).single
     if best is None:
-        raise InvalidConfig(f"parallel='auto' finds no plan of one engine for {planned.folder}: give a ParallelConfig.")
+        raise InvalidConfig(
+            f"parallel='auto' finds no plan of one engine for {shown(planned.folder)}: give a ParallelConfig."
+        )
     log.log(
         logging.INFO if best.exact else logging.WARNING,
         "Divided by the planner: %s, %d in flight, %s.",

@@ -33,6 +33,9 @@ WEIGHTS = ["*/*.safetensors", "*/*.bin"]
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 """Errors of the place that is written to."""
 
+LOCKED = (401, 403)
+"""The hub's answers where a model is gated or private; to strangers the first one, also of models that do not exist."""
+
 CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
 """A commit's folder in the hub's cache, from the cache's on."""
 
@@ -77,7 +80,7 @@ def folder_of(model: str | Path | None) -> Path:
         )
     found = Path(_download(str(model), allow_patterns=CONFIGS))
     if not (found / "model_index.json").exists():
-        remedy = "give one that does" if str(model).endswith(DIFFUSERS) else f"try {model}{DIFFUSERS}"
+        remedy = "give one that does" if str(model).endswith(DIFFUSERS) else f"try {shown(f'{model}{DIFFUSERS}')}"
         raise CheckpointError(
             f"model={shown(folder)} has no model_index.json, as models in diffusers format do: {remedy}."
         )
@@ -179,7 +182,7 @@ def _wanted(component: Path, names: set[str], variant: str | None) -> Iterator[s
 
 def _check_variant(variant: str | None, components: Sequence[Path], names: Callable[[Path], set[str]]) -> None:
     if variant and not any(has_variant(names(component), variant) for component in components):
-        where = components[0].parent if components else "the model"
+        where = shown(components[0].parent) if components else "the model"
         raise CheckpointError(
             f"variant={shown(variant)} is in no component of {where}: leave it out, or name one it has."
         )
@@ -203,6 +206,13 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
             raise CheckpointError(
                 f"model={shown(hub_id)} cannot be downloaded ({reason(error)}): check the disk, and HF_HOME, which "
                 "says where it goes."
+            ) from None
+        told = error if isinstance(error, HfHubHTTPError) else error.__cause__
+        if isinstance(told, HfHubHTTPError) and told.response.status_code in LOCKED:
+            raise CheckpointError(
+                f"model={shown(hub_id)} is no folder here, and the hub does not let you have it "
+                f"({told.response.status_code}): check the name, accept the licence on the hub's page and log in with "
+                "`hf auth login`, or set HF_TOKEN."
             ) from None
         raise CheckpointError(
             f"model={shown(hub_id)} is no folder here and cannot be downloaded ({type(error).__name__}: "

@@ -28,7 +28,7 @@ from cineline.core.sockets import notice_loss
 from cineline.engine.nursery import Nursery, NurseryRank
 from cineline.engine.owned import own
 from cineline.engine.torchrun import LEAVE, WORLD, torchrun_host, torchrun_world
-from cineline.errors import InvalidConfig, RankFailed
+from cineline.errors import InvalidConfig, RankFailed, reason, shown
 
 Launcher = Literal["local", "torchrun"]
 
@@ -188,7 +188,9 @@ def _open_server(host: str) -> socket.socket:
     try:
         return socket.create_server((host, 0), backlog=MOST_CALLS)
     except OSError as error:
-        raise InvalidConfig(f"MASTER_ADDR={host} is no address of this host ({error.strerror}): {LEAVE}") from None
+        raise InvalidConfig(
+            f"MASTER_ADDR={shown(host)} is no address of this host ({reason(error)}): {LEAVE}"
+        ) from None
 
 
 def _popen(arguments: list[str], environment: Mapping[str, str], inherited: Sequence[int]) -> subprocess.Popen[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from cineline.errors import InvalidConfig
+from cineline.errors import InvalidConfig, reason, shown
 
 SIGNS = ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE")
 """Set by torchrun alone; others set the rest of its variables too."""
@@ -64,13 +64,15 @@ def torchrun_host() -> str:
     try:
         return socket.gethostbyname(name)
     except (OSError, UnicodeError) as error:
-        raise InvalidConfig(f"MASTER_ADDR={name!r} is no host that can be found ({error}): {LEAVE}") from None
+        raise InvalidConfig(
+            f"MASTER_ADDR={shown(name)} is no host that can be found ({reason(error)}): {LEAVE}"
+        ) from None
 
 
 def _number(name: str, least: int, most: int = 10**6) -> int:
     text = os.environ[name]
     if not (text.isascii() and text.isdigit() and len(text) < 10 and least <= int(text) <= most):
-        raise InvalidConfig(f"{name}={text!r} is no whole number from {least} to {most}: {LEAVE}")
+        raise InvalidConfig(f"{name}={shown(text)} is no whole number from {least} to {most}: {LEAVE}")
     return int(text)
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cineline.errors import CheckpointError, reason
+from cineline.errors import CheckpointError, reason, shown
 
 
 def read_json(path: Path, rule: str) -> dict[str, Any]:
@@ -18,9 +18,9 @@ def read_json(path: Path, rule: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist ({rule}): check the model's path.") from None
+        raise CheckpointError(f"{shown(path)} does not exist ({rule}): check the model's path.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({reason(error)}): download it again.") from None
+        raise CheckpointError(f"{shown(path)} cannot be read ({reason(error)}): download it again.") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object: download it again.")
+        raise CheckpointError(f"{shown(path)} holds no JSON object: download it again.")
     return value

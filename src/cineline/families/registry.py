@@ -25,13 +25,15 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> FamilySpec:
     """
     if not (folder / "model_index.json").exists() and any(folder.glob("*.safetensors*")):
         raise CheckpointError(
-            f"{folder} has weights and no model_index.json, as the original repositories do: use the model in "
-            "diffusers format, whose name ends with -Diffusers."
+            f"{shown(folder)} has weights and no model_index.json, as the original repositories do: use the model "
+            "in diffusers format, whose name ends with -Diffusers."
         )
     index = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
     pipeline = str(index.get("_class_name"))
     if pipeline not in SPECS:
-        raise CheckpointError(f"{folder} holds a {shown(pipeline)}: Cineline runs {' and '.join(SPECS)} checkpoints.")
+        raise CheckpointError(
+            f"{shown(folder)} holds a {shown(pipeline)}: Cineline runs {' and '.join(SPECS)} checkpoints."
+        )
     module, name = SPECS[pipeline].split(":")
     spec: FamilySpec = getattr(importlib.import_module(module), name).open(folder, variant)
     return spec

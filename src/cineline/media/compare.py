@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cineline.core.extras import need
 from cineline.core.output import ANIMATION_SUFFIXES, LATENT_SUFFIXES
-from cineline.errors import InvalidRequest, reason
+from cineline.errors import InvalidRequest, reason, shown
 
 WINDOW = 11
 """Side of SSIM's Gaussian window (Wang et al. 2004, Image Quality Assessment); smaller frames have no SSIM."""
@@ -56,11 +56,13 @@ def compare_files(reference: Path, other: Path) -> Comparison:
     """
     kinds = {path.suffix.lower() in LATENT_SUFFIXES for path in (reference, other)}
     if len(kinds) == 2:
-        raise InvalidRequest(f"{reference} and {other} are a video and latents: give two files of one kind.")
+        raise InvalidRequest(
+            f"{shown(reference)} and {shown(other)} are a video and latents: give two files of one kind."
+        )
     if kinds == {True}:
         both = [_latents(path) for path in (reference, other)]
-        return compare(both[0], both[1], float(both[0].max() - both[0].min()), f"{reference} and {other}")
-    return compare(_video(reference), _video(other), VIDEO_PEAK, f"{reference} and {other}")
+        return compare(both[0], both[1], float(both[0].max() - both[0].min()), f"{shown(reference)} and {shown(other)}")
+    return compare(_video(reference), _video(other), VIDEO_PEAK, f"{shown(reference)} and {shown(other)}")
 
 
 def compare(reference: Iterable[Tensor], other: Iterable[Tensor], peak: float, names: str = "The two") -> Comparison:
@@ -114,13 +116,15 @@ def _latents(path: Path) -> Tensor:
         tensors = load(path.read_bytes())  # the library opens no path that is not UTF-8
     except (OSError, SafetensorError) as error:
         raise InvalidRequest(
-            f"{path} cannot be read ({reason(error)}): give a file that --save-latents wrote."
+            f"{shown(path)} cannot be read ({reason(error)}): give a file that --save-latents wrote."
         ) from None
     latents: Tensor | None = tensors.get("latents")
     if latents is None or latents.ndim != 4:
-        raise InvalidRequest(f"{path} holds no 'latents' of 4 dimensions: give a file that --save-latents wrote.")
+        raise InvalidRequest(
+            f"{shown(path)} holds no 'latents' of 4 dimensions: give a file that --save-latents wrote."
+        )
     if not torch.isfinite(latents).all():
-        raise InvalidRequest(f"{path} holds values that are not finite: it cannot be compared.")
+        raise InvalidRequest(f"{shown(path)} holds values that are not finite: it cannot be compared.")
     return latents.transpose(0, 1)
 
 
@@ -134,10 +138,10 @@ def _video(path: Path) -> Iterator[Tensor]:
             yield torch.from_numpy(frame).permute(2, 0, 1)
     except (OSError, IndexError, SyntaxError, av.FFmpegError) as error:
         raise InvalidRequest(
-            f"{path} cannot be read as a video ({reason(error)}): give a file that Cineline wrote."
+            f"{shown(path)} cannot be read as a video ({reason(error)}): give a file that Cineline wrote."
         ) from None
     if not count:
-        raise InvalidRequest(f"{path} has no frames: give another.")
+        raise InvalidRequest(f"{shown(path)} has no frames: give another.")
 
 
 def _animation(path: Path) -> Iterator[np.ndarray]:

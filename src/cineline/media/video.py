@@ -13,7 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
 from cineline.core.output import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, check_output, check_rate, whole_file
-from cineline.errors import OutputError
+from cineline.errors import OutputError, shown
 
 
 @contextmanager
@@ -40,7 +40,8 @@ def write_video(frames: np.ndarray | None, fps: int, path: Path) -> None:
     """
     if frames is None:
         raise OutputError(
-            f"{path} cannot be written: the request stopped at its latents (decode=False), or its frames were taken."
+            f"{shown(path)} cannot be written: the request stopped at its latents (decode=False), or its frames were "
+            "taken."
         )
     with video_writer(path, fps) as write:
         write(frames)

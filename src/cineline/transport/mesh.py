@@ -120,7 +120,7 @@ def check_interfaces(given: str) -> None:
     for name in filter(None, given.split(",")):
         if name not in usable:
             raise InvalidConfig(
-                f"{INTERFACES}={given!r}: {name!r} is no network interface that is up and has an address "
+                f"{INTERFACES}={shown(given)}: {shown(name)} is no network interface that is up and has an address "
                 f"(here: {', '.join(usable) or 'none'}): name one that is, or unset it."
             )
 

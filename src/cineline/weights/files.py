@@ -84,15 +84,15 @@ class Weights:
         missing = sorted(wanted - self._stored.keys())
         if missing:
             raise CheckpointError(
-                f"{self._folder} lacks tensor {shown(missing[0])} ({len(missing)} missing): download it again."
+                f"{shown(self._folder)} lacks tensor {shown(missing[0])} ({len(missing)} missing): download it again."
             )
         extra = sorted(
             name for name in self._stored.keys() - wanted if not any(part in name.split(".") for part in ignored)
         )
         if extra:
             raise CheckpointError(
-                f"{self._folder} has a tensor {shown(extra[0])} that its config does not know ({len(extra)} extra): "
-                "use the config.json that belongs to it."
+                f"{shown(self._folder)} has a tensor {shown(extra[0])} that its config does not know ({len(extra)} "
+                "extra): use the config.json that belongs to it."
             )
 
     def read(
@@ -110,12 +110,12 @@ class Weights:
         """
         stored = self._stored.get(name)
         if stored is None:
-            raise CheckpointError(f"{self._folder} lacks tensor {shown(name)}: download it again.")
+            raise CheckpointError(f"{shown(self._folder)} lacks tensor {shown(name)}: download it again.")
         expected = shape if shard is None else shard.whole(shape)
         if stored.shape != expected:
             raise CheckpointError(
-                f"{stored.file}: tensor {shown(name)} has shape {list(stored.shape)}, but the config says "
-                f"{list(expected)}: use the config.json that belongs to it."
+                f"{shown(stored.file)}: tensor {shown(name)} has shape {shown(list(stored.shape))}, but the config "
+                f"says {shown(list(expected))}: use the config.json that belongs to it."
             )
         try:
             with safe_open(stored.file, framework="pt") as file:
@@ -124,7 +124,7 @@ class Weights:
                 )
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"{stored.file}: tensor {shown(name)} cannot be read ({reason(error)}): download it again."
+                f"{shown(stored.file)}: tensor {shown(name)} cannot be read ({reason(error)}): download it again."
             ) from None
         self.bytes_read += tensor.nbytes
         target = dtype if tensor.is_floating_point() else tensor.dtype
@@ -168,23 +168,23 @@ def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(min(length, size)))
     except FileNotFoundError:
-        raise CheckpointError(f"{file} does not exist, but the index names it: download it again.") from None
+        raise CheckpointError(f"{shown(file)} does not exist, but the index names it: download it again.") from None
     except (OSError, ValueError):
         raise CheckpointError(
-            f"{file} is no safetensors file, or its header is truncated: download it again."
+            f"{shown(file)} is no safetensors file, or its header is truncated: download it again."
         ) from None
     header.pop("__metadata__", None)
     eights = sorted(name for name, entry in header.items() if str(entry["dtype"]).startswith("F8"))
     if eights:
         raise CheckpointError(
-            f"{file}: tensor {eights[0]!r} is stored in 8 bits ({header[eights[0]]['dtype']}), whose scales Cineline "
-            "does not apply: use a checkpoint in bfloat16, float16 or float32."
+            f"{shown(file)}: tensor {shown(eights[0])} is stored in 8 bits ({shown(header[eights[0]]['dtype'])}), "
+            "whose scales Cineline does not apply: use a checkpoint in bfloat16, float16 or float32."
         )
     for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][1]):
         end = 8 + length + entry["data_offsets"][1]
         if end > size:
             raise CheckpointError(
-                f"{file}: tensor {shown(name)} is truncated (it ends at byte {end}, the file at {size}): download "
-                "it again."
+                f"{shown(file)}: tensor {shown(name)} is truncated (it ends at byte {end}, the file at {size}): "
+                "download it again."
             )
     return {name: tuple(entry["shape"]) for name, entry in header.items()}

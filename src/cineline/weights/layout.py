@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from cineline.errors import CheckpointError, shown
+from cineline.errors import CheckpointError, reason, shown
 
 STEMS = ("diffusion_pytorch_model", "model")
 """Names that diffusers and transformers give their files."""
@@ -40,7 +40,7 @@ def shards_of(index: Path) -> list[Path]:
     try:
         names = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({shown(error)}): download it again.") from None
+        raise CheckpointError(f"{shown(index)} cannot be read ({reason(error)}): download it again.") from None
     return [index.parent / name for name in sorted(set(names))]
 
 
@@ -57,17 +57,18 @@ def choose(names: Collection[str], folder: Path, variant: str | None = None) -> 
         return others[0]
     if others:
         raise CheckpointError(
-            f"{folder} has {len(others)} sets of weights ({', '.join(others)[:200]}), none of which is meant by "
-            f"variant={shown(variant)}: choose one, such as --variant {variant_of(others[0]) or 'fp16'}."
+            f"{shown(folder)} has {len(others)} sets of weights ({shown(others)}), none of which is meant by "
+            f"variant={shown(variant)}: choose one, such as --variant {shown(variant_of(others[0]) or 'fp16')}."
         )
     if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
         raise CheckpointError(
-            f"{folder} has its weights in PyTorch's .bin files, which may run any code when they are loaded: use "
-            "safetensors (diffusers' save_pretrained writes them)."
+            f"{shown(folder)} has its weights in PyTorch's .bin files, which may run any code when they are loaded: "
+            "use safetensors (diffusers' save_pretrained writes them)."
         )
     shards = sum(name.endswith(SUFFIX) for name in names)
     raise CheckpointError(
-        f"{folder} has {shards} safetensors files and no index: it must hold one file, or several and their index."
+        f"{shown(folder)} has {shards} safetensors files and no index: it must hold one file, or several and their "
+        "index."
     )
 
 

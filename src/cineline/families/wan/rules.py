@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from cineline.core.image import load_image
+from cineline.core.image import called, load_image
 from cineline.core.request import VideoRequest
 from cineline.errors import InvalidRequest, shown
 from cineline.families.wan.job import WanJob
@@ -88,11 +89,11 @@ class Rules:
     def _check_image(self, request: VideoRequest) -> None:
         if self._wan.kind == "t2v" and request.image is not None:
             raise InvalidRequest(
-                f"{self._wan.folder} is a text-to-video model and takes no image: leave it out, or use a TI2V or I2V "
-                "model."
+                f"{shown(self._wan.folder)} is a text-to-video model and takes no image: leave it out, or use a TI2V "
+                "or I2V model."
             )
         if self._wan.kind == "i2v" and request.image is None:
-            raise InvalidRequest(f"{self._wan.folder} is an image-to-video model and needs an image: give one.")
+            raise InvalidRequest(f"{shown(self._wan.folder)} is an image-to-video model and needs an image: give one.")
 
     def _size(self, request: VideoRequest) -> tuple[int, int]:
         given = request.height, request.width
@@ -106,7 +107,7 @@ class Rules:
         if height is not None and width is not None:
             return height, width
         assert request.image is not None  # every kind has a default size
-        return self._size_like(load_image(request.image), height, width)
+        return self._size_like(request.image, height, width)
 
     def _check_side(self, side: int, pixels: int) -> None:
         name, step = SIDES[side], self._wan.grid[side]
@@ -118,11 +119,12 @@ class Rules:
             )
         self._check_length(name, pixels, pixels // step)
 
-    def _size_like(self, image: Image.Image, height: int | None, width: int | None) -> tuple[int, int]:
+    def _size_like(self, given: Path | Image.Image, height: int | None, width: int | None) -> tuple[int, int]:
         """A size in the image's shape: from the side that is given, or at the default area where none is.
 
         What is not given is rounded to the nearest multiple of the grid, and is one multiple at least.
         """
+        image = load_image(given)
         aspect, area = image.height / image.width, self._wan.defaults["height"] * self._wan.defaults["width"]
         wanted = math.sqrt(area * aspect), math.sqrt(area / aspect)
         if height is not None:
@@ -133,7 +135,7 @@ class Rules:
         for name, count, step in zip(SIDES, tokens, self._wan.grid, strict=True):
             if count > self._most_tokens:
                 raise InvalidRequest(
-                    f"The image has {image.width}x{image.height} pixels, and a video of that shape {name}="
+                    f"{called(given)} has {image.width}x{image.height} pixels, and a video of that shape {name}="
                     f"{count * step}, which makes {count} tokens, more than the model's {self._most_tokens}: crop the "
                     "image, or give both height and width."
                 )
@@ -164,7 +166,7 @@ class Rules:
             return self._wan.boundary_ratio
         if len(self._wan.experts) == 1:
             raise InvalidRequest(
-                f"boundary_ratio={shown(boundary)} needs a model with two experts, {self._wan.folder} has one: "
+                f"boundary_ratio={shown(boundary)} needs a model with two experts, {shown(self._wan.folder)} has one: "
                 "leave it out."
             )
         if not 0 <= boundary <= 1:

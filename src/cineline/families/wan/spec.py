@@ -74,7 +74,11 @@ TRANSFORMER_DEFAULTS: Mapping[str, Any] = {
     "rope_max_seq_len": 1024,
     "pos_embed_seq_len": None,
 }
-"""What diffusers' `WanTransformer3DModel` takes where a config says nothing."""
+"""What diffusers' `WanTransformer3DModel` takes where a config leaves a key out; null it takes as it is."""
+
+NULLABLE = ("out_channels", "cross_attn_norm", "qk_norm", "image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+"""Keys whose null means something there. Of null for another one it builds no model, or none that runs; `ffn_dim` alone
+it takes for 4 times the width then, which no Wan 2.2 has."""
 
 NO_DEFAULTS = ("prompt", "image", "decode")
 """Request fields that a checkpoint cannot have defaults for."""
@@ -105,15 +109,19 @@ class WanSpec(WanShapes):
         try:
             return replace(cls._open(folder), variant=variant)
         except KeyError as error:
-            raise CheckpointError(f"{folder}: a config file lacks {error}: download the checkpoint again.") from None
+            raise CheckpointError(
+                f"{shown(folder)}: a config file lacks {error}: download the checkpoint again."
+            ) from None
 
     @classmethod
     def _open(cls, folder: Path) -> WanSpec:
         index = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
         experts = tuple(name for name in ("transformer", "transformer_2") if _class_of(index, name))
         if not experts or experts[0] != "transformer":
-            raise CheckpointError(f"{folder}/model_index.json names no 'transformer': use a whole checkpoint.")
-        configs = [_filled(read_json(folder / name / "config.json", "each component has one")) for name in experts]
+            raise CheckpointError(
+                f"{shown(folder / 'model_index.json')} names no 'transformer': use a whole checkpoint."
+            )
+        configs = [_filled(folder / name / "config.json") for name in experts]
         vae = read_json(folder / "vae" / "config.json", "each component has one")
         text = read_json(folder / "text_encoder" / "config.json", "each component has one")
         kind = cls._kind(folder, index, configs[0], vae)
@@ -121,7 +129,7 @@ class WanSpec(WanShapes):
         boundary = index.get("boundary_ratio")
         if boundary is not None and len(experts) == 1:
             raise CheckpointError(
-                f"{folder}/model_index.json has boundary_ratio={shown(boundary)} but no 'transformer_2': "
+                f"{shown(folder / 'model_index.json')} has boundary_ratio={shown(boundary)} but no 'transformer_2': "
                 "add the second expert or remove the boundary."
             )
         check_tokenizer(folder, text)
@@ -139,10 +147,10 @@ class WanSpec(WanShapes):
             boundary_ratio=boundary,
             defaults=_defaults(kind, _own_defaults(folder)),
         )
-        if not (spec.layers > 0 and min(spec.grid) > 0):  # a config without their keys is refused here, too
+        if not (spec.layers > 0 and min(spec.grid) > 0):
             raise CheckpointError(
-                f"{folder}: {shown(spec.layers)} blocks on a grid of {shown(spec.grid)} is no model: download the "
-                "checkpoint again."
+                f"{shown(folder)}: {shown(spec.layers)} blocks on a grid of {shown(spec.grid)} is no model: download "
+                "the checkpoint again."
             )
         return spec
 
@@ -152,7 +160,7 @@ class WanSpec(WanShapes):
     ) -> WanKind:
         if transformer.get("image_dim") is not None:
             raise CheckpointError(
-                f"{folder} is an image-to-video model with an image encoder (Wan 2.1): use a Wan 2.2 checkpoint."
+                f"{shown(folder)} is an image-to-video model with an image encoder (Wan 2.1): use a Wan 2.2 checkpoint."
             )
         if index.get("expand_timesteps"):
             return "ti2v"
@@ -162,14 +170,16 @@ class WanSpec(WanShapes):
         if channels == 2 * latent_channels + vae.get("scale_factor_temporal", 4):
             return "i2v"
         raise CheckpointError(
-            f"{folder}: a transformer with {shown(channels)} input channels does not fit a VAE with "
+            f"{shown(folder)}: a transformer with {shown(channels)} input channels does not fit a VAE with "
             f"{shown(latent_channels)}: use the components of one checkpoint."
         )
 
     def place(self, parallel: ParallelConfig) -> ParallelConfig:
         """See `FamilySpec.place`."""
         if parallel.expert_placement == "split" and len(self.experts) < 2:
-            raise InvalidConfig(f"expert_placement='split' needs a model with two experts, {self.folder} has one.")
+            raise InvalidConfig(
+                f"expert_placement='split' needs a model with two experts, {shown(self.folder)} has one."
+            )
         heads = int(self.transformer["num_attention_heads"])
         shares = parallel.tp * parallel.ulysses
         if heads % shares:
@@ -221,16 +231,29 @@ def _check_alike(folder: Path, filled: Sequence[Mapping[str, Any]]) -> None:
         for other in filled[1:]:
             if other[name] != value:
                 raise CheckpointError(
-                    f"The experts of {folder} differ in {name!r}, {value} and {other[name]}: Wan 2.2's are alike, use "
-                    "the configs of one checkpoint."
+                    f"The experts of {shown(folder)} differ in {shown(name)}, {shown(value)} and {shown(other[name])}: "
+                    "Wan 2.2's are alike, use the configs of one checkpoint."
                 )
 
 
-def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformer's config as diffusers takes it: with defaults for what is left out or null, and no other keys."""
-    return {
-        name: default if config.get(name) is None else config[name] for name, default in TRANSFORMER_DEFAULTS.items()
-    }
+def _filled(file: Path) -> dict[str, Any]:
+    """A transformer's config as diffusers takes it: with defaults for what is left out, and no other keys.
+
+    What diffusers only asks for truth is alike here where it is alike there, so that experts can be compared.
+
+    Raises:
+        CheckpointError: it says null where a value is needed.
+    """
+    config = read_json(file, "each component has one")
+    filled = {name: config.get(name, default) for name, default in TRANSFORMER_DEFAULTS.items()}
+    for name, value in filled.items():
+        if value is None and name not in NULLABLE:
+            raise CheckpointError(
+                f"{shown(file)}: {shown(name)} is null, and Wan 2.2's transformers have a value there: give it, "
+                "leave the key out for diffusers' default, or download the checkpoint again."
+            )
+    filled["out_channels"] = filled["out_channels"] or filled["in_channels"]
+    return filled | {"cross_attn_norm": bool(filled["cross_attn_norm"])}
 
 
 def _class_of(index: Mapping[str, Any], name: str) -> str | None:
@@ -243,12 +266,12 @@ def _check_solver(folder: Path, name: str | None, config: Mapping[str, Any]) -> 
     noisy = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
     if name not in SOLVERS or noisy:
         kind = f"{shown(name)} with noise of its own" if noisy else shown(name)
-        raise CheckpointError(f"{folder}: scheduler {kind} is not supported: use one of {', '.join(SOLVERS)}.")
+        raise CheckpointError(f"{shown(folder)}: scheduler {kind} is not supported: use one of {', '.join(SOLVERS)}.")
     prediction = config.get("prediction_type")
     if not name.startswith("FlowMatch") and prediction != "flow_prediction":  # left out it is noise, for other models
         raise CheckpointError(
-            f"{folder}: the scheduler's prediction_type is {shown(prediction)}, and Wan's transformers predict a flow: "
-            "set 'flow_prediction', or download the checkpoint again."
+            f"{shown(folder)}: the scheduler's prediction_type is {shown(prediction)}, and Wan's transformers predict "
+            "a flow: set 'flow_prediction', or download the checkpoint again."
         )
 
 
@@ -268,10 +291,10 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
     try:
         checked = VideoRequest(**{"prompt": "checked"} | own)
     except InvalidRequest as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{shown(path)}: {error}") from None
     useless = [name for name in own if name in NO_DEFAULTS or own[name] is None]
     if useless:
         raise CheckpointError(
-            f"{path}: {shown(useless[0])} cannot have the default {shown(own[useless[0]])}: remove it."
+            f"{shown(path)}: {shown(useless[0])} cannot have the default {shown(own[useless[0]])}: remove it."
         )
     return checked.model_dump(include=set(own))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from cineline.core.config import TextEncoder
 from cineline.core.request import Branch, WorkItem
-from cineline.errors import CheckpointError, reason
+from cineline.errors import CheckpointError, reason, shown
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.spec import WanSpec
@@ -26,6 +27,9 @@ from cineline.families.wan.vocabulary import check_numbers, check_special
 from cineline.weights.files import Weights
 
 log = logging.getLogger(__name__)
+
+SPIECE_READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+"""Libraries that transformers reads a spiece.model with, and the module of each."""
 
 
 class Tokenizer:
@@ -41,13 +45,11 @@ class Tokenizer:
 
     def __init__(self, folder: Path, text: Mapping[str, Any]) -> None:
         home = folder / "tokenizer"
+        _check_readers(home)
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
         except Exception as error:  # of files that are broken it raises anything
-            raise CheckpointError(
-                f"{home} cannot be loaded ({reason(error)}): download it again, or where it has a spiece.model alone "
-                "install sentencepiece and protobuf."
-            ) from None
+            raise CheckpointError(f"{shown(home)} cannot be loaded ({reason(error)}): download it again.") from None
         check_numbers(home, set(self._tokenizer.get_vocab().values()), text)
         check_special(home, "pad", self._tokenizer.pad_token_id, text)
         check_special(home, "eos", self._tokenizer.eos_token_id, text)
@@ -68,6 +70,23 @@ class Tokenizer:
             return_tensors="pt",
         )
         return tokens.input_ids, tokens.attention_mask
+
+
+def _check_readers(home: Path) -> None:
+    """Without them transformers takes the file for another kind, and asks for a library that would not help."""
+    lacking = [library for library, module in SPIECE_READERS.items() if not _is_installed(module)]
+    if lacking and (home / "spiece.model").is_file() and not (home / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{shown(home)} has a spiece.model and no tokenizer.json, which takes libraries that are not installed: "
+            f"run pip install {' '.join(lacking)}, or add a tokenizer.json."
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even what it is in
+        return False
 
 
 class TextSlice:
@@ -132,7 +151,7 @@ class TextSlice:
             config = UMT5Config.from_pretrained(self._folder / "text_encoder", local_files_only=True)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{self._folder}: the text encoder cannot be loaded ({reason(error)}): download it again."
+                f"{shown(self._folder)}: the text encoder cannot be loaded ({reason(error)}): download it again."
             ) from None
         with torch.device("meta"):
             whole = UMT5EncoderModel(config)

@@ -36,7 +36,7 @@ def check_tokenizer(folder: Path, text: Mapping[str, Any]) -> None:
     read_json(home / "tokenizer_config.json", "each component has one")
     if not any((home / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(
-            f"{home} has none of {', '.join(VOCABULARIES)}, and every word would be unknown: download it again."
+            f"{shown(home)} has none of {', '.join(VOCABULARIES)}, and every word would be unknown: download it again."
         )
     file = home / VOCABULARIES[0]
     if file.is_file():
@@ -52,16 +52,16 @@ def check_numbers(home: Path, numbers: Collection[int], text: Mapping[str, Any])
     rows = UMT5["vocab_size"] if text.get("vocab_size") is None else text["vocab_size"]
     if type(rows) is not int or rows < 1:
         raise CheckpointError(
-            f"{home.parent}: the text encoder's vocab_size={shown(rows)} is no size: download it again."
+            f"{shown(home.parent)}: the text encoder's vocab_size={shown(rows)} is no size: download it again."
         )
     if len(numbers) < LEAST_SHARE * rows:
         raise CheckpointError(
-            f"{home} has {len(numbers)} tokens, far fewer than the text encoder's {shown(rows)}: use the tokenizer "
-            "that belongs to it, or download it again."
+            f"{shown(home)} has {len(numbers)} tokens, far fewer than the text encoder's {shown(rows)}: use the "
+            "tokenizer that belongs to it, or download it again."
         )
     if max(numbers) >= rows:
         raise CheckpointError(
-            f"{home} numbers its tokens up to {max(numbers)}, but the text encoder has {shown(rows)}: use the "
+            f"{shown(home)} numbers its tokens up to {max(numbers)}, but the text encoder has {shown(rows)}: use the "
             "tokenizer that belongs to it."
         )
 
@@ -76,8 +76,8 @@ def check_special(home: Path, name: str, number: int | None, text: Mapping[str, 
     wanted = text.get(key, UMT5[key])
     if number is None or number not in (wanted if isinstance(wanted, list) else [number if wanted is None else wanted]):
         raise CheckpointError(
-            f"{home} has {name}_token number {number}, but the text encoder's config says {shown(wanted)}: use the "
-            "tokenizer that belongs to it, or download it again."
+            f"{shown(home)} has {name}_token number {number}, but the text encoder's config says {shown(wanted)}: use "
+            "the tokenizer that belongs to it, or download it again."
         )
 
 
@@ -89,4 +89,4 @@ def _numbers(file: Path) -> set[int]:
         own = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary)))
         return own | {int(token["id"]) for token in stored.get("added_tokens") or ()}
     except (KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{file} holds no vocabulary: download it again.") from None
+        raise CheckpointError(f"{shown(file)} holds no vocabulary: download it again.") from None
