@@ -13,6 +13,7 @@ import torch
 from toy_family import ToySpec, ToyStages, ToyState
 
 from cineline.core.control import Timeline
+from cineline.families.pipeline_parallel import StagePart
 from cineline.rank.engine_link import EngineLink
 
 
@@ -40,8 +41,7 @@ class FaultyStages(ToyStages):
                 os._exit(77)
             link = link_of_this_rank()
             if words[0] == "leave":
-                link.say(Timeline((), {}))
-                link.leave()
+                link.leave(Timeline((), {}))
             body = b"p" + {"pickle": b"none", "message": pickle.dumps(3), "long": b""}[words[3]]
             size = 2**30 + 1 if words[3] == "long" else len(body)
             os.write(link.connection.fileno(), struct.pack("!i", size) + body)
@@ -55,6 +55,19 @@ def link_of_this_rank() -> EngineLink:
         assert frame.f_back is not None
         frame = frame.f_back
     return link
+
+
+@dataclass(frozen=True)
+class HeavySpec(ToySpec):
+    """A toy with weights that take a while to be freed."""
+
+    stages_class = "faulty_family:HeavyStages"
+
+
+class HeavyStages(ToyStages):
+    def load(self, part: StagePart) -> int:
+        self.weights = [torch.ones(4_000_000) for _ in range(50)]
+        return super().load(part)
 
 
 @dataclass(frozen=True)

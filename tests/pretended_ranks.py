@@ -24,6 +24,7 @@ from pretended_machine import MACHINE, Actor, host_memory, labelled
 from torch import Tensor
 
 from cineline.rank import worker
+from cineline.rank.engine_link import EngineLink
 from cineline.rank.loop import StageLoop
 from cineline.schedule.words import Compute, Do, Send, Wait
 from cineline.transport import queue
@@ -112,10 +113,19 @@ def _serve(connection: Connection, environment: Mapping[str, str], pretence: Pre
         try:
             serve(*args)
         finally:
-            report = Report(MACHINE.races, MACHINE.stops, dict(counts))
-            (pretence.folder / f"{rank}.report").write_bytes(pickle.dumps(report))
+            write_report()
 
-    setattr(worker, "_serve", serve_pretending)  # noqa: B010 (as a process's own)
+    def write_report() -> None:
+        report = Report(MACHINE.races, MACHINE.stops, dict(counts))
+        (pretence.folder / f"{rank}.report").write_bytes(pickle.dumps(report))
+
+    def leave_with_report(*args: Any) -> None:
+        write_report()
+        leave(*args)
+
+    leave = EngineLink.leave
+    setattr(EngineLink, "leave", leave_with_report)  # noqa: B010 (as a process's own)
+    setattr(worker, "_serve", serve_pretending)  # noqa: B010
     worker.serve(connection)
 
 

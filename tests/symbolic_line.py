@@ -334,6 +334,7 @@ class SymbolicLine:
             rank.group, rank.script = rank.ahead.popleft()
             rank.due.extend(rank.script.run)
             if rank.group.request not in rank.states:  # it has ended here
+                self.answer_drop(rank, rank.group, rank.script)
                 rank.due.clear()
         elif rank.due:
             if not self.act(rank, rank.due[0]):
@@ -354,12 +355,20 @@ class SymbolicLine:
             message = rank.inbox.popleft()
             if isinstance(message, Job):
                 rank.admit(message)
-            elif message.request in rank.states and message.kind is Kind.DROP:
-                place = self.plan.parallel.place(rank.number)
-                rank.coming.append((message, drop_of(self.plan.parallel, place)))
+            elif message.kind is Kind.DROP:
+                script = drop_of(self.plan.parallel, self.plan.parallel.place(rank.number))
+                if message.request in rank.states:
+                    rank.coming.append((message, script))
+                else:
+                    self.answer_drop(rank, message, script)
             elif message.request in rank.states:
                 scripts = rank.scripts[message.request].get(message._replace(request=0), ())
                 rank.coming.extend((message, script) for script in scripts)
+
+    def answer_drop(self, rank: SymbolicRank, group: Group, script: Script) -> None:
+        """Of a request that is not known any more."""
+        if Do.DONE in script.run:
+            self.words[rank.number].append((Do.DONE, group))
 
     def act(self, rank: SymbolicRank, action: Action) -> bool:
         match action:
@@ -409,6 +418,7 @@ class SymbolicLine:
     def check_end(self) -> None:
         stuck = [(rank.number, rank.item, rank.due[0]) for rank in self.ranks if rank.script]
         demand(not stuck, "deadlock:", stuck)
+        demand(not self.scheduler._active, "never let go:", self.scheduler._active)
         demand(self.finished == set(range(len(self.plan.jobs))) - self.cancelled, "not finished:", self.left)
         for rank in self.ranks:
             demand(not rank.states, "rank", rank.number, "keeps", set(rank.states))

@@ -7,25 +7,28 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from faulty_family import FaultySpec
+from faulty_family import FaultySpec, HeavySpec
 from forked_ranks import processes_of
 from test_engine import assert_right, own_ranks, request
+from toy_arithmetic import DECODER_UNITS
 
 from cineline import Engine, EngineClosed, ParallelConfig, RankFailed, RequestCancelled, WrongProcess
 from cineline.core import control
 from cineline.engine import watch
+from cineline.engine.handle import Ticket
 
 LIMIT_S = 30.0
 
@@ -47,7 +50,7 @@ OWNER = """
 import multiprocessing, os, signal, sys, threading, time
 import psutil
 from cineline import Engine, ParallelConfig, VideoRequest
-from faulty_family import FaultySpec
+from faulty_family import FaultySpec, HeavySpec
 made = []
 def make():
     made.append(Engine(FaultySpec(), ParallelConfig(pp=2), device="cpu"))
@@ -88,7 +91,8 @@ def test_ranks_end_with_their_process_whatever_it_had_forked(how: str) -> None:
         assert owner.stdout is not None
         children, ranks = [], []
         try:
-            pids = [int(pid) for pid in owner.stdout.readline().split()]
+            with killed_after(owner, LIMIT_S):
+                pids = [int(pid) for pid in owner.stdout.readline().split()]
             children, ranks = ([psutil.Process(pid) for pid in part] for part in (pids[:2], pids[2:]))
             owner.wait(10)
             ended = time.monotonic()
@@ -104,6 +108,18 @@ def test_ranks_end_with_their_process_whatever_it_had_forked(how: str) -> None:
 def with_kill(process: psutil.Process) -> None:
     if process.is_running():
         process.kill()
+
+
+@contextmanager
+def killed_after(process: subprocess.Popen[str], limit_s: float) -> Iterator[None]:
+    """Nobody waits longer for what it says."""
+    timer = threading.Timer(limit_s, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 # Forks.
@@ -201,20 +217,35 @@ def test_a_rank_that_ends_without_a_word_fails_what_is_open_and_what_comes() -> 
         assert again.value is not failed.value
 
 
-def counts() -> tuple[int, int, int, int]:
+def counts() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
     multiprocessing.active_children()  # which lets go of those that have ended: the tests' way to start ranks
     gc.collect()
-    own = psutil.Process()
-    listening = [entry for entry in psutil.net_connections() if entry.status == psutil.CONN_LISTEN]
-    return own.num_fds(), threading.active_count(), len(listening), len(list(Path("/dev/shm").iterdir()))
+    return psutil.Process().num_fds(), threading.active_count()
+
+
+def listening(processes: Iterable[psutil.Process]) -> set[int]:
+    entries = [entry for process in processes for entry in process.net_connections()]
+    return {entry.laddr.port for entry in entries if entry.status == psutil.CONN_LISTEN and entry.laddr}
+
+
+def can_connect(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
+def shared_memory(pids: Iterable[int]) -> set[str]:
+    names = {path.name for path in Path("/dev/shm").iterdir()}
+    return {name for name in names for pid in pids if str(pid) in name}
 
 
 def test_a_hundred_engines_made_and_dropped_leave_nothing() -> None:
     engine(1).close()  # what is made once a process
-    before, processes = counts(), set()
+    before, processes, ports = counts(), set(), set()
     for number in range(100):
         line = engine(1 + number % 2)
         processes |= set(processes_of(line))
+        ports |= listening(processes_of(line))
         if number % 3 == 0:
             handle = line.submit(request(seed=number))
             if number % 2:
@@ -223,6 +254,10 @@ def test_a_hundred_engines_made_and_dropped_leave_nothing() -> None:
     assert len(processes) == 150
     assert not psutil.wait_procs(processes, timeout=10)[1]
     wait_until(lambda: counts() == before, 10, "letting go")
+    assert len(ports) >= 50  # of rank 0 where there are two
+    assert not ports & listening([psutil.Process()])
+    assert not any(can_connect(port) for port in ports)
+    assert not shared_memory(process.pid for process in processes)
 
 
 def test_an_error_that_is_raised_again_is_a_new_one() -> None:
@@ -242,8 +277,9 @@ def test_an_error_that_is_raised_again_is_a_new_one() -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_with_a_stopped_rank_no_call_waits(stage: int) -> None:
-    line = engine()
+def test_with_a_stopped_rank_no_call_waits(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = engine(in_flight=200)
+    told = count_told(line, monkeypatch)
     ranks = processes_of(line)
     running = line.submit(request("slow", num_inference_steps=2000))
     wait_until(lambda: running.progress[0] > 1, LIMIT_S, "two steps")
@@ -253,9 +289,10 @@ def test_with_a_stopped_rank_no_call_waits(stage: int) -> None:
     for number in range(100):
         started = time.monotonic()
         with suppress(RankFailed):
-            line.submit(request("x" * 20_000, seed=number)).cancel()
+            line.submit(request("x" * 40_000, seed=number)).cancel()
         times.append(time.monotonic() - started)
     assert max(times) < 1
+    wait_until(lambda: sum(len(control.pack(each)) for each in list(told)) > 2_000_000, 4, "more than a pipe holds")
     with pytest.raises(RankFailed, match=f"Rank {stage} failed: its process {ranks[stage].pid} is stopped"):
         running.result(15 - (time.monotonic() - stopped))
     line.close()
@@ -291,9 +328,9 @@ def test_closing_needs_no_help_of_a_stopped_nursery() -> None:
 
 
 def test_a_rank_that_is_slow_is_not_mistaken_for_one_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "SILENT_LIMIT_S", 2.0)  # shorter than the item
+    monkeypatch.setattr(watch, "SILENT_LIMIT_S", 4.0)  # shorter than the item
     with engine() as line:
-        wanted = request("sleep 1 1 5", num_inference_steps=3, guidance_scale=1.0)
+        wanted = request("sleep 1 1 7", num_inference_steps=3, guidance_scale=1.0)
         assert_right(line.submit(wanted), wanted)
 
 
@@ -362,16 +399,22 @@ def test_an_exception_within_the_block_ends_at_once() -> None:
     assert time.monotonic() - started < 2
 
 
-def test_submits_and_cancels_for_ever_fill_no_queue() -> None:
+def count_told(line: Engine, monkeypatch: pytest.MonkeyPatch) -> list[control.Message]:
+    """What the ranks are told from now on."""
+    told: list[control.Message] = []
+    tell = line._ranks.tell
+
+    def count(message: control.Message, **more: Any) -> None:
+        told.append(message)
+        tell(message, **more)
+
+    monkeypatch.setattr(line._ranks, "tell", count)
+    return told
+
+
+def test_submits_and_cancels_for_ever_fill_no_queue(monkeypatch: pytest.MonkeyPatch) -> None:
     with engine() as line:
-        said: list[control.Message] = []
-        tell = line._ranks.tell
-
-        def count(message: control.Message, **more: Any) -> None:
-            said.append(message)
-            tell(message, **more)
-
-        line._line._tell = count
+        said = count_told(line, monkeypatch)
         handle = line.submit(request("sleep 0 1 3", num_inference_steps=3))
         wait_until(lambda: handle.progress[0] >= 1, LIMIT_S, "a step")
         for number in range(1000):
@@ -379,6 +422,92 @@ def test_submits_and_cancels_for_ever_fill_no_queue() -> None:
         assert sum(isinstance(message, control.Admit) for message in said) < 10
         assert_right(handle, request("sleep 0 1 3", num_inference_steps=3))
         assert_right(line.submit(request(seed=1)), request(seed=1))
+
+
+@pytest.mark.real_start
+def test_ranks_that_are_through_end_with_code_0_however_much_they_hold() -> None:
+    for _ in range(2):
+        line = Engine(HeavySpec(), ParallelConfig(pp=2), device="cpu")
+        assert_right(line.submit(request()), request())
+        processes = [rank._process.process for rank in line._ranks._all]
+        line.close()
+        assert [process and process.wait(0) for process in processes] == [0, 0]
+
+
+def test_two_who_close_wait_for_the_same_end(tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    line = engine(trace=path)
+    handle = line.submit(request("sleep 1 1 2", num_inference_steps=4, guidance_scale=1.0))
+    wait_until(lambda: handle.progress[0] >= 1, LIMIT_S, "a step")
+    handle.cancel()
+    other = threading.Thread(target=line.close)
+    other.start()
+    time.sleep(0.2)
+    line.close()
+    other.join()
+    assert path.exists()
+    assert len(line.traffic) == 2
+
+
+def test_requests_that_are_cancelled_where_the_tail_has_no_part_any_more_are_let_go() -> None:
+    parallel = ParallelConfig(pp=2, vae_split=(DECODER_UNITS, 0))
+    with Engine(FaultySpec(), parallel, device="cpu", in_flight=2) as line:
+        for seed in range(5):
+            handle = line.submit(request(seed=seed, num_frames=2001, num_inference_steps=2))
+            wait_until(lambda: handle.decoded[0] > 0, LIMIT_S, "a chunk")  # noqa: B023
+            handle.cancel()
+        assert_right(line.submit(request()), request())
+
+
+def test_a_request_whose_result_cannot_be_made_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    with engine() as line:
+        with monkeypatch.context() as patch:
+            patch.setattr(Ticket, "_video", lambda self: bytearray(1 << 60))
+            with pytest.raises(MemoryError):
+                line.submit(request()).result(LIMIT_S)
+        assert_right(line.submit(request()), request())
+
+
+def test_a_start_that_fails_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine().close()  # what is made once a process
+    before = counts()
+    start = threading.Thread.start
+    for number in range(1, 8):  # two for each of two ranks, the engine's own, none more
+        left = [number]
+
+        def limited(self: threading.Thread) -> None:
+            left[0] -= 1  # noqa: B023
+            if not left[0]:  # noqa: B023
+                raise RuntimeError("can't start new thread")
+            start(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", limited)
+            if number < 6:
+                with pytest.raises(RuntimeError, match="can't start new thread"):
+                    engine()
+            else:
+                engine().close()
+        wait_until(lambda: not own_ranks() and counts() == before, 10, f"the end of start {number}")
+
+
+def test_a_caller_who_is_interrupted_leaves_no_word_half_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C in a notebook: whatever ranks are told is the engine's thread's."""
+    with engine(in_flight=8) as line:
+        running = line.submit(request("slow", num_inference_steps=50))
+        caller = threading.current_thread()
+        tell = line._ranks.tell
+
+        def tell_by_the_engines_thread(*message: Any, **more: Any) -> None:
+            assert threading.current_thread() is not caller
+            tell(*message, **more)
+
+        monkeypatch.setattr(line._ranks, "tell", tell_by_the_engines_thread)
+        others = [line.submit(request(seed=seed)) for seed in range(3)]
+        others.pop().cancel()
+        for seed, other in enumerate(others):
+            assert_right(other, request(seed=seed))
+        assert_right(running, request("slow", num_inference_steps=50))
 
 
 # Two hosts.
@@ -410,14 +539,16 @@ def test_a_host_that_is_cut_off_is_named_within_seconds_under_torchrun() -> None
         try:
             assert hosts.stdin is not None
             assert hosts.stdout is not None
-            assert hosts.stdout.readline() == "going\n"
+            with killed_after(hosts, 2 * LIMIT_S):
+                assert hosts.stdout.readline() == "going\n"
             hosts.stdin.write("unplug\n")
             hosts.stdin.flush()
             unplugged = time.monotonic()
-            said = hosts.stdout.readline()
+            with killed_after(hosts, LIMIT_S):
+                said = hosts.stdout.readline()
             assert time.monotonic() - unplugged < 15
             assert re.match("Rank 1 failed: (nothing was heard of it for 1|its connection closed)", said)
-            rest, _ = hosts.communicate(timeout=30)  # both hosts' processes end
+            rest, _ = hosts.communicate(timeout=2 * LIMIT_S)  # both hosts' processes end
             assert rest.splitlines() == ["host 0 ended with 1", "host 1 ended with 1"]
         finally:
             hosts.kill()

@@ -20,11 +20,11 @@ from cineline import InvalidConfig, RankFailed, VideoRequest
 from cineline.core import control
 from cineline.core.control import Beat
 from cineline.core.request import Kind, WorkItem
-from cineline.core.sockets import IDLE_S, LOST_S, notice_loss
+from cineline.core.sockets import IDLE_S, UNANSWERED_S, notice_loss
 from cineline.engine.launch import accept
 from cineline.engine.link import MOST_UNSENT, Link
 from cineline.engine.watch import AWAY_S, LOADING_LIMIT_S, SILENT_LIMIT_S, STOPPED_LIMIT_S, TICK_S, Watch
-from cineline.rank.pulse import LEAST_LIMIT_S, TIMES_LONGEST, Pulse
+from cineline.rank.pulse import LEAST_LIMIT_S, MOST_BETWEEN_S, TIMES_LONGEST, Pulse
 
 LIMIT_S = 30.0
 
@@ -118,7 +118,7 @@ def test_an_item_hangs_that_is_over_its_limit(computing_s: float, limit_s: float
     assert failure is None or "it hangs in denoise 4 of request 2" in failure.cause
 
 
-@given(st.lists(st.tuples(st.sampled_from(list(Kind)), st.integers(1, 3), st.floats(0.001, 1e4)), max_size=30))
+@given(st.lists(st.tuples(st.sampled_from(list(Kind)), st.integers(1, 3), st.floats(0.001, 16)), max_size=30))
 def test_an_items_limit_follows_from_the_longest_of_its_kind_and_size(items: list[tuple[Kind, int, float]]) -> None:
     clock = Clock()
     pulse = Pulse(clock)
@@ -127,14 +127,26 @@ def test_an_items_limit_follows_from_the_longest_of_its_kind_and_size(items: lis
         job = ToySpec().resolve(VideoRequest(prompt="x", num_frames=frames), 0)
         assert pulse.beat() == Beat()
         pulse.starts(WorkItem(kind, 7, 2), job)
-        clock.now += seconds
-        beat, before = pulse.beat(), longest.get((kind, frames))
+        for _ in range(8):
+            clock.now += seconds / 8
+            beat = pulse.beat()
+        before = longest.get((kind, frames))
         assert beat.item == f"{kind.name.lower()} 2 of request 7"
         assert beat.computing_s == pytest.approx(seconds)
         wanted = None if before is None else max(LEAST_LIMIT_S, TIMES_LONGEST * before)
         assert beat.limit_s == (None if wanted is None else pytest.approx(wanted))
         pulse.ends()
         longest[kind, frames] = max(before or 0.0, seconds)
+
+
+def test_a_process_that_was_paused_has_not_computed() -> None:
+    clock = Clock()
+    pulse = Pulse(clock)
+    pulse.starts(WorkItem(Kind.DENOISE, 0, 0), ToySpec().resolve(VideoRequest(prompt="x"), 0))
+    for seconds in (0.5, 1e4, 0.5):
+        clock.now += seconds
+        beat = pulse.beat()
+    assert beat.computing_s == 0.5 + MOST_BETWEEN_S + 0.5
 
 
 # A rank's connection.
@@ -267,8 +279,10 @@ def test_connections_between_hosts_notice_a_loss() -> None:
     notice_loss(ours.fileno())  # no TCP: left alone
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as end:
         notice_loss(end.fileno())
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0  # it may be busy
+        notice_loss(end.fileno(), UNANSWERED_S)
         assert end.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == LOST_S * 1000
+        assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == UNANSWERED_S * 1000
         assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == IDLE_S
     ours.close()
     theirs.close()

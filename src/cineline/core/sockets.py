@@ -5,25 +5,28 @@ from __future__ import annotations
 import os
 import socket
 
-LOST_S = 10
-"""From the last sign of the other end until it counts as lost, whether something is to be sent or not."""
-
 IDLE_S, EVERY_S, PROBES = 4, 2, 3
 """Keepalive: the first probe of a connection that is idle, the further ones, and how many are not answered."""
 
+UNANSWERED_S = 20
+"""For what is sent to be taken in, by an end that always takes in what comes: after that it is lost, or stopped."""
 
-def notice_loss(descriptor: int) -> None:
-    """Have a connection end with an error within `LOST_S`; what is no TCP connection is left alone."""
+
+def notice_loss(descriptor: int, unanswered_s: int | None = None) -> None:
+    """Have a connection that is idle end with an error within 10 s; what is no TCP connection is left alone.
+
+    Args:
+        unanswered_s: the same where something is to be sent. Not for an end that takes in a message when it wants it:
+            the kernel does not tell one that is busy from one that is lost.
+    """
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         if connection.family not in (socket.AF_INET, socket.AF_INET6) or connection.type != socket.SOCK_STREAM:
             return
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (
-            ("TCP_KEEPIDLE", IDLE_S),
-            ("TCP_KEEPINTVL", EVERY_S),
-            ("TCP_KEEPCNT", PROBES),
-            ("TCP_USER_TIMEOUT", LOST_S * 1000),
-        ):
+        options = {"TCP_KEEPIDLE": IDLE_S, "TCP_KEEPINTVL": EVERY_S, "TCP_KEEPCNT": PROBES}
+        if unanswered_s is not None:
+            options["TCP_USER_TIMEOUT"] = unanswered_s * 1000
+        for name, value in options.items():
             if hasattr(socket, name):  # not on every system
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 

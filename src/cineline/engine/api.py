@@ -130,15 +130,18 @@ class Engine:
             processes = launch_torchrun(parallel.ranks, environment, START_LIMIT_S)
         self._process = os.getpid()
         self._ranks = Ranks(processes)
-        setup = Setup(self.spec, 0, parallel, cut, config, 0, None, self._trace is not None, faults, start=0)
-        self.bytes_read = self._ranks.start(setup)
-        self._line = Line(self.spec, parallel, in_flight, self._ranks.tell)
-        # Neither knows the engine: when the caller has dropped it, they end the ranks.
-        ends = self._line, self._ranks
-        self._server = threading.Thread(target=serve, args=ends, name="cineline-engine", daemon=True)
-        self._server.start()
-        self._dropped = weakref.finalize(self, self._ranks.abandon)
-        self._dropped.atexit = False  # ranks end with the process
+        try:
+            setup = Setup(self.spec, 0, parallel, cut, config, 0, None, self._trace is not None, faults, start=0)
+            self.bytes_read = self._ranks.start(setup)
+            self._line = Line(self.spec, parallel, in_flight, self._ranks)
+            # Neither knows the engine: when the caller has dropped it, they end the ranks.
+            ends = self._line, self._ranks
+            self._server = threading.Thread(target=serve, args=ends, name="cineline-engine", daemon=True)
+            self._server.start()
+            weakref.finalize(self, self._ranks.abandon).atexit = False  # ranks end with the process
+        except BaseException:
+            self._ranks.end(0.0)
+            raise
 
     def __enter__(self) -> Engine:
         return self
@@ -177,11 +180,11 @@ class Engine:
         if os.getpid() != self._process:
             return
         first = self._line.end(CLOSED, UNDONE)
-        self._dropped.detach()
         try:
-            if first and limit_s > 0:
+            if first:
                 self._ranks.stop()
-                self._server.join(limit_s)
+            if limit_s > 0:
+                self._server.join(min(limit_s, threading.TIMEOUT_MAX))
         finally:
             self._ranks.kill()
             self._server.join(END_LIMIT_S)

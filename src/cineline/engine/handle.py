@@ -55,6 +55,12 @@ class Ticket:
 
     def finish(self) -> None:
         """All of it is done."""
+        try:
+            self.future.set_result(self._video())
+        except Exception as error:  # no memory for it, say: nobody else's
+            self.future.set_exception(error)
+
+    def _video(self) -> Video:
         import torch  # late: the engine itself needs none
 
         assert self._latents is not None
@@ -62,7 +68,7 @@ class Ticket:
         frames = np.concatenate(chunks) if chunks else None
         latents = torch.from_numpy(self._latents.copy())
         self._latents = None
-        self.future.set_result(Video(latents, frames, self.job.fps))
+        return Video(latents, frames, self.job.fps)
 
     def fail(self, error: CinelineError) -> None:
         """It will never be."""
@@ -98,11 +104,13 @@ class RequestHandle:
     @property
     def progress(self) -> tuple[int, int]:
         """Solver steps done, and of how many."""
+        check_process(self._process)
         return self._ticket.steps_done, self.job.steps
 
     @property
     def decoded(self) -> tuple[int, int]:
         """Decode chunks done, and of how many."""
+        check_process(self._process)
         return self._ticket.chunks_done, self.job.chunks
 
     @property

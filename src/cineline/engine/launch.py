@@ -7,6 +7,7 @@ with the process that started it (`rank.owner`), whoever else may have that conn
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -18,17 +19,19 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import AuthenticationError, Pipe
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
 from typing import Literal, Protocol
 
 from cineline.core.config import ParallelConfig
 from cineline.core.control import ENGINE_ADDRESS
-from cineline.core.sockets import notice_loss
+from cineline.core.sockets import UNANSWERED_S, notice_loss
 from cineline.engine.nursery import Nursery, NurseryRank
-from cineline.engine.owned import own
+from cineline.engine.owned import let_go, own, owned_pipe
 from cineline.engine.torchrun import LEAVE, WORLD, torchrun_host, torchrun_world
 from cineline.errors import InvalidConfig, RankFailed, reason, shown
+
+log = logging.getLogger(__name__)
 
 Launcher = Literal["local", "torchrun"]
 
@@ -48,6 +51,9 @@ MEET_LIMIT_S = 20
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_LIMIT_S = 5.0
+
+KILL_LIMIT_S = 10.0
+"""For a process to be gone that was killed."""
 
 END_LIMIT_S = 2.0
 """From the end of a rank's connection to that of its process."""
@@ -108,7 +114,10 @@ class RankProcess:
             self.process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait()
+            try:
+                self.process.wait(KILL_LIMIT_S)
+            except subprocess.TimeoutExpired:  # the kernel does not let go of it: a driver, a disk
+                log.warning("Rank %d's process %s was killed and is still there.", self.rank, self.process.pid)
 
 
 def check_launch(launcher: Launcher, parallel: ParallelConfig) -> None:
@@ -143,17 +152,23 @@ def launch_local(ranks: int, environment: Mapping[str, str], family: str | None 
 
 def start_ranks(ranks: int, environment: Mapping[str, str], family: str | None) -> list[tuple[Connection, Process]]:
     """Our end of each rank's pipe, and its process."""
-    links = [Pipe() for _ in range(ranks)]
+    links = [owned_pipe() for _ in range(ranks)]
     theirs = [end.fileno() for _, end in links]
     arguments = ["--ranks", ",".join(map(str, theirs))]
     if family is not None:
         # Other people's modules may start threads when they load, which a fork would lose.
         known = [*LIBRARIES, *([family] if family.startswith("cineline.") else [])]
         arguments += ["--load", ",".join(known)]
-    nursery = Nursery(*start_piped(NURSERY, environment, arguments, theirs), ranks)
-    for _, end in links:
-        end.close()
-    return [(own(ours), NurseryRank(nursery, rank)) for rank, (ours, _) in enumerate(links)]
+    connection, process = start_piped(NURSERY, environment, arguments, theirs)
+    try:
+        nursery = Nursery(connection, process, ranks)
+        for _, end in links:
+            let_go(end)
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return [(ours, NurseryRank(nursery, rank)) for rank, (ours, _) in enumerate(links)]
 
 
 def start_piped(
@@ -164,13 +179,13 @@ def start_piped(
     Args:
         arguments: more of them. inherited: more descriptors that it has.
     """
-    ours, theirs = Pipe()
+    ours, theirs = owned_pipe()
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     alone = {name: value for name, value in environment.items() if name not in WORLD}  # torch would heed them
     command = [module, "--fd", str(theirs.fileno()), "--parent", str(os.getpid()), *arguments]
     process = _popen(command, {**loopback, **alone}, inherited=(theirs.fileno(), *inherited))
-    theirs.close()
-    return own(ours), process
+    let_go(theirs)
+    return ours, process
 
 
 def _check_loopback() -> None:
@@ -222,9 +237,7 @@ def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) 
     host, key = torchrun_host(), secrets.token_bytes(32)
     with _open_server(host) as server:
         address = f"{host},{server.getsockname()[1]},{key.hex()}"
-        own_rank = _popen(
-            [WORKER, "--parent", str(os.getpid())], {**environment, ENGINE_ADDRESS: address}, inherited=()
-        )
+        own_rank = _popen_rank({**environment, ENGINE_ADDRESS: address})
         try:
             connections = accept(server, key, ranks, own_rank, limit_s)
         except BaseException:
@@ -267,7 +280,7 @@ def _meet(call: socket.socket, key: bytes, connections: dict[int, Connection]) -
     """Keep the connection of whoever knows the key and says a rank's number."""
     call.setblocking(True)
     call.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", MEET_LIMIT_S, 0))
-    notice_loss(call.fileno())
+    notice_loss(call.fileno(), UNANSWERED_S)
     connection = Connection(call.detach())
     try:
         deliver_challenge(connection, key)
@@ -281,9 +294,14 @@ def _meet(call: socket.socket, key: bytes, connections: dict[int, Connection]) -
     connections[rank] = connection
 
 
+def _popen_rank(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    bound = ["--bound"] if threading.current_thread() is threading.main_thread() else []
+    return _popen([WORKER, "--parent", str(os.getpid()), *bound], environment, inherited=())
+
+
 def serve_torchrun_rank(environment: Mapping[str, str]) -> int:
     """Any other rank of a torchrun world: run the rank's process to its end; its exit code."""
-    process = _popen([WORKER, "--parent", str(os.getpid())], environment, inherited=())
+    process = _popen_rank(environment)
     try:
         return process.wait()
     finally:

@@ -1,10 +1,14 @@
-"""All requests of an engine: in which order they run, and what has come of each. A lock guards it; nothing here waits
-for a rank."""
+"""All requests of an engine: in which order they run, and what has come of each. Nothing here waits for a rank.
+
+A lock guards who waits for what. The scheduler, and with it whatever ranks are told, is the engine's thread's alone: a
+caller that is interrupted leaves no word said to some ranks and not to others.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cineline.core import control
@@ -12,6 +16,7 @@ from cineline.core.config import ParallelConfig, Place
 from cineline.core.family import FamilySpec
 from cineline.core.request import Group, Job, VideoRequest
 from cineline.engine.handle import Ticket
+from cineline.engine.ranks import Ranks
 from cineline.errors import CinelineError, EngineClosed, RequestCancelled, anew
 from cineline.schedule.scheduler import Scheduler
 
@@ -25,16 +30,14 @@ class Line:
     Args:
         spec: the model's. parallel: how it is divided.
         in_flight: requests that denoise at once.
-        tell: says a message to all ranks, to some of them something else instead; returns at once.
+        ranks: told what to do.
     """
 
-    def __init__(
-        self, spec: FamilySpec, parallel: ParallelConfig, in_flight: int | None, tell: Callable[..., None]
-    ) -> None:
+    def __init__(self, spec: FamilySpec, parallel: ParallelConfig, in_flight: int | None, ranks: Ranks) -> None:
         self._spec = spec
-        self._tell = tell
+        self._ranks = ranks
         self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._scheduler = Scheduler(parallel, in_flight, self._admit)
         self._tickets: dict[int, Ticket] = {}
         self._images: dict[int, Image.Image] = {}
@@ -59,10 +62,7 @@ class Line:
                 raise anew(self._ended)
             self._next_id += 1
             ticket = self._tickets[job.id] = Ticket(job)
-            if image is not None:
-                self._images[job.id] = image
-            self._scheduler.submit(job)
-            self._emit(self._scheduler.pump())
+        self._ranks.do(partial(self._queue, job, image))
         return ticket
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -70,27 +70,25 @@ class Line:
         with self._lock:
             if self._tickets.pop(ticket.job.id, None) is None:
                 return False
-            self._drop(ticket)
-            self._emit(self._scheduler.pump())
+        self._ranks.do(partial(self._drop, ticket.job.id))
         ticket.fail(RequestCancelled(f"Request {ticket.job.id} was cancelled at step {ticket.steps_done}."))
         return True
 
     def hear(self, message: control.Begun | control.Done) -> None:
-        """What a rank says."""
-        with self._lock:
-            if isinstance(message, control.Begun):
-                self._scheduler.begun(message.group)
-                self._emit(self._scheduler.pump())
-                return
-            ticket = self._tickets.get(message.group.request)
-            finished = self._scheduler.complete(message.group, message.moves)
+        """What a rank says; for the engine's thread."""
+        if isinstance(message, control.Begun):
+            self._scheduler.begun(message.group)
             self._emit(self._scheduler.pump())
-            if ticket is not None:
-                ticket.take(message)
-                if finished:
-                    del self._tickets[ticket.job.id]
-        if ticket is not None and finished:
-            ticket.finish()
+            return
+        finished = self._scheduler.complete(message.group, message.moves)
+        self._emit(self._scheduler.pump())
+        with self._lock:
+            number = message.group.request
+            ticket = self._tickets.pop(number, None) if finished else self._tickets.get(number)
+        if ticket is not None:
+            ticket.take(message)
+            if finished:
+                ticket.finish()
 
     def end(self, error: CinelineError, for_open: CinelineError | None = None) -> bool:
         """Take no more requests, and end those that are open; false where that was done before.
@@ -103,25 +101,32 @@ class Line:
             if first:
                 self._ended = error
             tickets, self._tickets = list(self._tickets.values()), {}
-            for ticket in tickets:
-                self._drop(ticket)
         for ticket in tickets:
+            self._ranks.do(partial(self._drop, ticket.job.id))
             ticket.fail(for_open or error)
         return first
 
-    def _drop(self, ticket: Ticket) -> None:
-        self._images.pop(ticket.job.id, None)
-        drop = self._scheduler.cancel(ticket.job.id)
-        self._emit([drop] if drop else [])
+    # The engine's thread.
+
+    def _queue(self, job: Job, image: Image.Image | None) -> None:
+        if image is not None:
+            self._images[job.id] = image
+        self._scheduler.submit(job)
+        self._emit(self._scheduler.pump())
+
+    def _drop(self, number: int) -> None:
+        self._images.pop(number, None)
+        drop = self._scheduler.cancel(number)
+        self._emit([*([drop] if drop else []), *self._scheduler.pump()])
 
     def _admit(self, job: Job) -> None:
         image = self._images.pop(job.id, None)
         own = control.Admit(job, image)
-        self._tell(control.Admit(job), instead=dict.fromkeys(self._heads, own) if image is not None else None)
+        self._ranks.tell(control.Admit(job), instead=dict.fromkeys(self._heads, own) if image is not None else None)
 
     def _emit(self, groups: Sequence[Group]) -> None:
         for group in groups:
-            self._tell(group)
+            self._ranks.tell(group)
 
 
 CLOSED = EngineClosed("The engine is closed: make a new one.")

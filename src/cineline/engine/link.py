@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 from cineline.core import control
 from cineline.core.control import Beat, Failed, Message
-from cineline.engine.owned import let_go
+from cineline.engine.owned import let_go, own
 
 MOST_UNSENT = 4096
 """Messages that may wait for a rank; one that is not stopped takes them in at once, whatever it computes."""
@@ -38,12 +38,19 @@ class Link:
         self.heard = time.monotonic()
         self.beat: Beat | None = None
         self._connection = connection
+        self._socket = own(socket.socket(fileno=os.dup(connection.fileno())))  # shut down while others use it
         self._hear = hear
         self._describe_end = describe_end
         self._unsent: queue.Queue[bytes | None] = queue.Queue(MOST_UNSENT)
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._write, self._read)]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for each in (self._write, self._read):
+                thread = threading.Thread(target=each, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.close()
+            raise
 
     def say(self, message: bytes) -> None:
         """Have a message (`control.pack`) sent; returns at once."""
@@ -54,8 +61,8 @@ class Link:
 
     def hang_up(self) -> None:
         """End the connection, whatever the threads wait for; the rank ends by that, too."""
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Free all that belongs to it; the rank is gone."""
@@ -64,6 +71,7 @@ class Link:
             self._unsent.put_nowait(None)
         for thread in self._threads:
             thread.join(JOIN_LIMIT_S)
+        let_go(self._socket)
         let_go(self._connection)
 
     def _write(self) -> None:

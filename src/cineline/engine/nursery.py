@@ -41,20 +41,19 @@ class Nursery:
         if not self.pids:  # it loads, for seconds
             self.kill_all()
             return
-        with self._lock, contextlib.suppress(OSError):  # gone, and its ranks with it
-            self._connection.send(number)
+        for wakes in (False, True):
+            if wakes:  # only it can wait for its children, so that it is better woken than killed
+                self._process.send_signal(signal.SIGCONT)
+            with self._lock, contextlib.suppress(OSError):  # gone, and its ranks with it
+                self._connection.send(number)
+            with contextlib.suppress(FutureTimeout):
+                self.codes[number].result(ANSWER_LIMIT_S)
+                return
+        self.kill_all()
 
     def kill_all(self) -> None:
         """End the process, and with it its ranks."""
         self._process.kill()
-
-    def insist(self, number: int) -> int:
-        """The exit code of a rank that was to be killed, by a process that does not answer."""
-        self._process.send_signal(signal.SIGCONT)  # only it can wait for its children
-        with contextlib.suppress(FutureTimeout):
-            return self.codes[number].result(ANSWER_LIMIT_S)
-        self.kill_all()
-        return self.codes[number].result()
 
     def join(self) -> None:
         """Wait for the process, where all of its ranks have ended."""
@@ -93,20 +92,18 @@ class NurseryRank:
         return code.result() if code.done() else None
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit code; without a `timeout`, of a rank that was killed.
+        """The exit code.
 
         Raises:
             subprocess.TimeoutExpired: it has none after `timeout` seconds.
         """
-        found = self._nursery.codes[self._number]
         try:
-            code = found.result(ANSWER_LIMIT_S if timeout is None else timeout)
+            code = self._nursery.codes[self._number].result(timeout)
         except FutureTimeout:
-            if timeout is not None:
-                raise subprocess.TimeoutExpired("rank", timeout) from None
-            code = self._nursery.insist(self._number)
+            raise subprocess.TimeoutExpired("rank", timeout or 0.0) from None
         self._nursery.join()
         return code
 
     def kill(self) -> None:
+        """End it at once."""
         self._nursery.kill(self._number)

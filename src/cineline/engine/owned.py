@@ -1,32 +1,49 @@
-"""The engine's ends of connections: no child that its process forks keeps them open, for ranks would take it for the
-engine."""
+"""Connections between the engine's process and others: a child that it forks does not keep them open, for it would be
+taken for one of their ends."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import Protocol, TypeVar
 from weakref import WeakSet
 
-_owned: WeakSet[Connection] = WeakSet()
+
+class Closable(Protocol):
+    """A connection, or its socket."""
+
+    def close(self) -> None: ...
 
 
-def own(connection: Connection) -> Connection:
+_owned: WeakSet[Closable] = WeakSet()
+
+Owned = TypeVar("Owned", bound=Closable)
+
+
+def own(end: Owned) -> Owned:
     """Have it closed in children that are forked from now on."""
-    _owned.add(connection)
-    return connection
+    _owned.add(end)
+    return end
 
 
-def let_go(connection: Connection) -> None:
+def owned_pipe() -> tuple[Connection, Connection]:
+    """Both ends of a new one, owned."""
+    ours, theirs = Pipe()
+    return own(ours), own(theirs)
+
+
+def let_go(end: Closable) -> None:
     """Close it."""
-    _owned.discard(connection)
-    connection.close()
+    _owned.discard(end)
+    end.close()
 
 
 def _close_all() -> None:
-    for connection in list(_owned):
+    for end in list(_owned):
         with contextlib.suppress(OSError):
-            connection.close()
+            end.close()
     _owned.clear()
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 from cineline.core import control
 from cineline.engine.launch import RankProcess
 from cineline.engine.link import Link
+from cineline.engine.owned import let_go
 from cineline.engine.watch import TICK_S, Watch
 from cineline.errors import EdgeBroken, RankFailed
 
@@ -21,8 +22,11 @@ CULPRIT_LIMIT_S = 3.0
 
 NOT_DUE = "it said {} when that was not due"
 
-Event = tuple[int, control.Message]
+Said = tuple[int, control.Message]
 """What a rank said, with its number."""
+
+Event = Said | Callable[[], None]
+"""That, or something to be done."""
 
 Take = Callable[[control.Begun | control.Done], None]
 
@@ -32,7 +36,7 @@ Expected = TypeVar("Expected", control.StoreOpen, control.Ready)
 class WatchedRank:
     """A rank that has been launched, with its connection in use."""
 
-    def __init__(self, process: RankProcess, hear: Callable[[Event], None]) -> None:
+    def __init__(self, process: RankProcess, hear: Callable[[Said], None]) -> None:
         self.rank, self.local_rank = process.rank, process.local_rank
         self._process = process
         self._link = Link(process.connection, lambda message: hear((process.rank, message)), process.describe_end)
@@ -49,6 +53,8 @@ class WatchedRank:
 
     @property
     def heard(self) -> float:
+        if self.is_local and self.pid is None:  # the libraries load that it is forked with
+            self._link.heard = time.monotonic()
         return self._link.heard
 
     @property
@@ -66,7 +72,16 @@ class Ranks:
     def __init__(self, processes: Sequence[RankProcess]) -> None:
         self.timelines: dict[int, control.Timeline] = {}
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._all = [WatchedRank(process, self._events.put) for process in processes]
+        self._all: list[WatchedRank] = []
+        try:
+            for process in processes:
+                self._all.append(WatchedRank(process, self._events.put))
+        except BaseException:
+            for process in processes:
+                process.end(0.0)
+                let_go(process.connection)
+            self.end(0.0)
+            raise
         self._watch = Watch(self._all)
 
     def start(self, setup: control.Setup) -> list[int]:
@@ -101,6 +116,7 @@ class Ranks:
         event = self._next(deadline)
         if event is None:
             raise RankFailed(0, f"the ranks were not ready after {START_LIMIT_S:.0f} s")
+        assert not callable(event), "nobody has anything to do while ranks start"
         number, message = event
         if isinstance(message, control.Failed):
             number, message = self._culprit(number, message)
@@ -116,8 +132,15 @@ class Ranks:
         for rank in self._all:
             rank.say(special.get(rank.rank, packed))
 
+    def do(self, deed: Callable[[], None]) -> None:
+        """Have it done by whoever listens; in order."""
+        self._events.put(deed)
+
     def stop(self) -> None:
         """Have the ranks end when they are through with what is under way."""
+        self.do(self._stop)
+
+    def _stop(self) -> None:
         self._watch.leaving = True
         self.tell(control.Stop())
 
@@ -132,6 +155,9 @@ class Ranks:
                 event = self._next()
                 if event is None:  # abandoned
                     return None
+                if callable(event):
+                    event()
+                    continue
                 number, message = event
                 if isinstance(message, control.Timeline) and self._watch.leaving:
                     self.timelines[number] = message
@@ -171,6 +197,8 @@ class Ranks:
             return number, failed
         deadline = time.monotonic() + CULPRIT_LIMIT_S
         while (event := self._next(deadline)) is not None:
+            if callable(event):  # too late
+                continue
             other, message = event
             if isinstance(message, control.Failed) and not isinstance(message.error, EdgeBroken):
                 return other, message

@@ -16,8 +16,8 @@ from cineline.rank.pulse import Pulse
 SEND_LIMIT_S = 30.0
 """For what is still to be said when a rank ends."""
 
-LEAVE_LIMIT_S = 600.0
-"""That a rank which is through waits for the others, and so for the engine to hang up."""
+PRINT_LIMIT_S = 2.0
+"""For what is still to be printed then: nobody may read it."""
 
 
 class EngineLink:
@@ -49,25 +49,27 @@ class EngineLink:
         """Have it sent."""
         self._outbox.put(message)
 
-    def leave(self) -> NoReturn:
-        """Through: end when the engine hangs up, since the others may still need what this process has sent."""
+    def leave(self, timeline: control.Timeline) -> NoReturn:
+        """Through: say so, and end when the engine hangs up, since the others may still need what was sent to them."""
         self._through = True
-        self._left.wait(LEAVE_LIMIT_S)
-        sys.stderr.flush()
+        self.say(timeline)
+        self._left.wait()  # the owner's end is another (`owner`)
         os._exit(0)  # backends' threads may hang in their own clean-up
 
-    def fail(self, failure: control.Failed) -> NoReturn:
-        """End at once, when that is said."""
+    def fail(self, failure: control.Failed, details: str = "") -> NoReturn:
+        """End at once, when that is said and the details are printed."""
         self.say(failure)
         self._outbox.put(None)
         self._sender.join(SEND_LIMIT_S)
-        sys.stderr.flush()
+        printing = threading.Thread(target=_print, args=(details,), daemon=True)
+        printing.start()
+        printing.join(PRINT_LIMIT_S)
         os._exit(1)
 
     def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None:
             try:
-                self.connection.send_bytes(control.pack(message))
+                self.connection.send_bytes(_packed(message))
             except OSError:
                 self._hung_up()
 
@@ -93,3 +95,16 @@ class EngineLink:
             if self._outbox.empty():
                 self.say(self.pulse.beat())
             time.sleep(control.BEAT_EVERY_S)
+
+
+def _print(details: str) -> None:
+    print(details, end="", file=sys.stderr, flush=True)
+
+
+def _packed(message: control.Message) -> bytes:
+    """As it travels; of an error that cannot be pickled the words."""
+    try:
+        return control.pack(message)
+    except Exception as error:  # whatever an error's class may raise
+        cause = message.cause if isinstance(message, control.Failed) else f"it cannot say what it should ({error})"
+        return control.pack(control.Failed(cause))

@@ -129,10 +129,13 @@ class StageLoop:
             self._stopping = True
         elif isinstance(message, Admit):
             self._admit(message)
-        elif isinstance(message, Group) and (request := self._requests.get(message.request)):
-            dropped = message.kind is Kind.DROP
-            scripts = (self._drop,) if dropped else request.scripts.get(message._replace(request=0), ())
-            self._coming.extend(_Turn(request, message, script) for script in scripts)
+        elif isinstance(message, Group):
+            dropped, request = message.kind is Kind.DROP, self._requests.get(message.request)
+            if request is not None:
+                scripts = (self._drop,) if dropped else request.scripts.get(message._replace(request=0), ())
+                self._coming.extend(_Turn(request, message, script) for script in scripts)
+            elif dropped:
+                self._drop_unknown(message)
 
     def _admit(self, message: Admit) -> None:
         job, place = message.job, self._part.place
@@ -151,6 +154,7 @@ class StageLoop:
 
     def _execute(self, turn: _Turn) -> None:
         if turn.group.request not in self._requests:  # a drop of what has ended since it was looked at
+            self._drop_unknown(turn.group)
             return
         if not self._record or not turn.script.computes:
             for action in turn.script.run:
@@ -163,6 +167,11 @@ class StageLoop:
             self._act(turn, action)
         item = turn.script.item._replace(request=turn.group.request)
         self._pace.after(partial(self._note, item, asked, start, self._device.timed_mark()))
+
+    def _drop_unknown(self, group: Group) -> None:
+        """A request that has ended here: the engine waits for the word all the same."""
+        if Do.DONE in self._drop.run:
+            self._pace.after(partial(self._report, Done(group)))
 
     def _note(self, item: WorkItem, asked: TimedMark, start: TimedMark, end: TimedMark) -> None:
         """A slice of the timeline, once the device has got to its end."""
@@ -182,6 +191,7 @@ class StageLoop:
                     if action.value.stays:
                         del request.coming[action.value, action.item]
             case Send():
+                self._pulse.ends()  # from here on it may wait for others
                 made = family.give(state, action.value, action.item)
                 assert made or action.value.stays, f"there is nothing to send for {action}"
                 if made:

@@ -122,7 +122,7 @@ def _fork(connection: Connection, own: int, others: Sequence[int]) -> int:
 
 
 def _spawn(own: int) -> int:
-    command = [sys.executable, "-P", "-m", WORKER, "--fd", str(own), "--parent", str(os.getpid())]
+    command = [sys.executable, "-P", "-m", WORKER, "--fd", str(own), "--parent", str(os.getpid()), "--bound"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(own,))
     process.returncode = 0  # it is waited for as a forked one is
     os.close(own)

@@ -15,6 +15,9 @@ TIMES_LONGEST = 10.0
 LEAST_LIMIT_S = 60.0
 """No item hangs before."""
 
+MOST_BETWEEN_S = 2.0
+"""From beat to beat; where more has passed the process did not run, and so did not compute."""
+
 Size = tuple[Kind, int, int, int]
 """What an item's time depends on: kind, height, width, frames."""
 
@@ -29,11 +32,14 @@ class Pulse:
 
     clock: Callable[[], float] = time.monotonic
     _now: tuple[WorkItem, Size, float] | None = None
+    _beaten: tuple[float, float] = (0.0, 0.0)
     _longest: dict[Size, float] = field(default_factory=dict)
 
     def starts(self, item: WorkItem, job: Job) -> None:
         """All that the item needs is here."""
-        self._now = item, (item.kind, job.height, job.width, job.num_frames), self.clock()
+        since = self.clock()
+        self._beaten = since, 0.0
+        self._now = item, (item.kind, job.height, job.width, job.num_frames), since
 
     def ends(self) -> None:
         """The item is done, or was none that is computed."""
@@ -47,7 +53,10 @@ class Pulse:
         now = self._now
         if now is None:
             return Beat()
-        item, size, since = now
+        item, size, _ = now
+        last, computing = self._beaten
+        here = self.clock()
+        self._beaten = here, computing + min(here - last, MOST_BETWEEN_S)
         longest = self._longest.get(size)
         limit = None if longest is None else max(LEAST_LIMIT_S, TIMES_LONGEST * longest)
-        return Beat(f"{item.kind.name.lower()} {item.number} of request {item.request}", self.clock() - since, limit)
+        return Beat(f"{item.kind.name.lower()} {item.number} of request {item.request}", self._beaten[1], limit)

@@ -16,7 +16,7 @@ from multiprocessing.connection import Client, Connection
 from typing import Any, NoReturn
 
 from cineline.core import control, streams
-from cineline.core.sockets import notice_loss, notice_loss_of_all
+from cineline.core.sockets import UNANSWERED_S, notice_loss, notice_loss_of_all
 from cineline.errors import CinelineError, EdgeBroken, InvalidConfig
 from cineline.rank.engine_link import EngineLink
 from cineline.rank.owner import die_with, end_with
@@ -28,12 +28,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--bound", action="store_true", help="the parent's main thread has started it")
     parser.add_argument("--fd", type=int)
     options = parser.parse_args()
+    (die_with if options.bound else end_with)(options.parent)
     if options.fd is not None:
-        die_with(options.parent)
         serve(Connection(options.fd))
-    end_with(options.parent)
     store, connection = _find_engine()
     serve(connection, store)
 
@@ -49,13 +49,11 @@ def serve(connection: Connection, store: Any = None) -> NoReturn:
         _serve(link, store)
     except Exception as error:  # the process's edge: whatever it was, the engine must hear of it
         own = error if isinstance(error, CinelineError) else None
-        if own is None:
-            traceback.print_exc()  # a defect, which its one sentence would not place
-        link.fail(control.Failed(f"{type(error).__name__}: {error}", own))
-    link.leave()
+        details = "" if own else traceback.format_exc()  # of a defect, which its one sentence would not place
+        link.fail(control.Failed(f"{type(error).__name__}: {error}", own), details)
 
 
-def _serve(link: EngineLink, store: Any) -> None:
+def _serve(link: EngineLink, store: Any) -> NoReturn:
     setup = link.first()
     assert isinstance(setup, control.Setup)
     if setup.config.pin_cores:
@@ -107,7 +105,7 @@ def _serve(link: EngineLink, store: Any) -> None:
     record = slices.append if setup.trace else None
     StageLoop(family, part, edges, device, link.inbox, link.say, link.pulse, record).run()
     edges.settle()
-    link.say(control.Timeline(tuple(slices), dict(traffic)))
+    link.leave(control.Timeline(tuple(slices), dict(traffic)))
 
 
 def _find_engine() -> tuple[Any, Connection]:
@@ -123,7 +121,7 @@ def _find_engine() -> tuple[Any, Connection]:
         connection = Client((host, int(port)), authkey=bytes.fromhex(secret))
     except OSError as error:
         raise InvalidConfig(f"Rank {rank} cannot reach the engine at {host}:{port} ({error}).") from None
-    notice_loss(connection.fileno())
+    notice_loss(connection.fileno(), UNANSWERED_S)
     connection.send(rank)
     return store, connection
 

@@ -20,6 +20,10 @@ from cineline.core.config import ParallelConfig
 from cineline.core.request import Group, Job, Kind
 from cineline.schedule.rule import groups_of
 
+MOST_WAITING = 2
+"""Requests that wait for their decode, for each that may be in flight. They hold latents, and nothing else that is
+large; with fewer the line would run empty of steps where decoding is slow."""
+
 
 def default_in_flight(stages: int, branches: int) -> int:
     """Requests that fill a line of `stages`, with one to spare: P/2 + 2 with guidance, P + 1 without."""
@@ -77,13 +81,12 @@ class Scheduler:
     With split experts a request is in the first group of stages until it moves to the second, and each group has its
     share of the requests in flight, so that new ones come in while others are in the second.
 
-    In flight are those that denoise or wait for the one that decodes, and those that are cancelled until the line is
-    through with them: whoever submits and cancels for ever fills no queue.
+    In flight are those that denoise, and those that are cancelled until the tail has dropped them: whoever submits and
+    cancels for ever fills no queue. `MOST_WAITING` times as many may wait for the one that decodes.
 
     Args:
         parallel: how the line is divided.
-        in_flight: requests that may be in flight at once, beside the one that decodes; None for the default of each
-            group of stages.
+        in_flight: requests that may be in flight at once; None for the default of each group of stages.
         admit: called with a job just before its first group of items is emitted.
     """
 
@@ -162,9 +165,11 @@ class Scheduler:
             self._decoder = None
 
     def _has_room(self, job: Job) -> bool:
-        in_flight = [entry for entry in self._active.values() if entry.denoising or entry is not self._decoder]
+        active = self._active.values()
+        in_flight = [entry for entry in active if entry.denoising or entry.leaving]
         first = [entry for entry in in_flight if entry.group == 0]
-        return all(
+        waiting = [entry for entry in active if entry not in in_flight and entry is not self._decoder]
+        return sum(self._share(entry.job) for entry in waiting) < MOST_WAITING and all(
             sum((share(entry.job) for entry in entries), share(job)) <= 1
             for entries, share in ((in_flight, self._share), (first, self._share_of_first_group))
         )

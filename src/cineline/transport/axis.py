@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from cineline.errors import EdgeBroken
+
 Traffic = Counter[str]
 """Bytes sent by this rank, by axis."""
+
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def broken_by(what: str) -> Iterator[None]:
+    """What goes wrong inside is a neighbour's end, but for this rank's own device, which may say here what went wrong
+    before.
+
+    Raises:
+        EdgeBroken: with `what` broke.
+    """
+    try:
+        yield
+    except (torch.AcceleratorError, torch.OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        raise EdgeBroken(f"{what} broke ({error})") from None
+
+
+def _together(meet: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    @wraps(meet)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with broken_by("what this rank does together with others of its stage"):
+            return meet(*args, **kwargs)
+
+    return checked
 
 
 class Axis:
@@ -37,6 +71,7 @@ class Axis:
         """That many things shared out as evenly as can be, in order: how many each rank gets."""
         return [total // self.size + (index < total % self.size) for index in range(self.size)]
 
+    @_together
     def all_to_all(self, sent: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
         """Rows [sum of send_sizes, ...] to the ranks in order; the rows they sent here, [sum of receive_sizes, ...]."""
         if self.size == 1:
@@ -47,6 +82,7 @@ class Axis:
         self._count(sent.nbytes * (sum(send_sizes) - own) // max(1, sum(send_sizes)))
         return received
 
+    @_together
     def all_reduce(self, summand: Tensor) -> Tensor:
         """The sum over the ranks, in place. Counted as a ring's: 2 (n - 1) / n of the tensor."""
         if self.size > 1:
@@ -54,6 +90,7 @@ class Axis:
             self._count(2 * (self.size - 1) * summand.nbytes // self.size)
         return summand
 
+    @_together
     def all_gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
         """Rows [sizes[i], ...] of each rank i, one after another. What is sent is as long as the longest."""
         if self.size == 1:
@@ -66,6 +103,7 @@ class Axis:
         self._count(padded.nbytes * (self.size - 1))
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
+    @_together
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """That rank's tensor, in place."""
         if self.size > 1:
@@ -73,6 +111,7 @@ class Axis:
             self._count(tensor.nbytes if self.index == source else 0)
         return tensor
 
+    @_together
     def pass_on(self, sent: Tensor, received: Tensor) -> list[dist.Work]:
         """Start to send to the next rank and to receive from the one before."""
         assert self._group is not None
@@ -84,6 +123,7 @@ class Axis:
         ]
         return dist.batch_isend_irecv(operations)
 
+    @_together
     def exchange(self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor]) -> None:
         """Tensors to other ranks, and from others into these (contiguous) ones; each by the rank's number here.
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
@@ -17,9 +17,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from cineline.errors import EdgeBroken
 from cineline.schedule.words import SENDS_UNDERWAY, Edge, Value
-from cineline.transport.axis import Traffic
+from cineline.transport.axis import Traffic, broken_by
 from cineline.transport.queue import DeviceQueue, Mark
 
 WAIT_LIMIT = timedelta(hours=2)
@@ -247,16 +246,9 @@ class _TorchPending:
         self.receiver.release(self)
 
 
-@contextmanager
-def _edge(peer: int) -> Iterator[None]:
-    """What goes wrong inside is the edge's, but for this rank's own device, which may say here what went wrong before.
-    The backend's limit is `WAIT_LIMIT`."""
-    try:
-        yield
-    except (torch.AcceleratorError, torch.OutOfMemoryError):
-        raise
-    except RuntimeError as error:
-        raise EdgeBroken(f"the edge to or from rank {peer} broke ({error})") from None
+def _edge(peer: int) -> AbstractContextManager[None]:
+    """What goes wrong inside is the edge's. The backend's limit is `WAIT_LIMIT`."""
+    return broken_by(f"the edge to or from rank {peer}")
 
 
 def _message_size(specs: Sequence[TensorSpec]) -> int:

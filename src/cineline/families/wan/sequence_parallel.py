@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cineline.transport.axis import Axis
+from cineline.transport.axis import Axis, broken_by
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -143,7 +143,8 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, rows: list[int], r
                 total = total * (weight - both).exp() + part.float() * (log_sum - both).exp()
                 weight = both
         for work in works:
-            work.wait()
+            with broken_by("the ring"):
+                work.wait()
         pair = coming
     return query if total is None else total.to(query.dtype)
 
