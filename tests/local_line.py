@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,9 +31,6 @@ from cineline.transport.queue import HostQueue
 class LocalLine:
     """A model, a toy where nothing is said, on a thread for each rank; with `rendezvous`, no send returns before its
     receive is posted.
-
-    Attributes:
-        snapshots: that the ranks have made, of each request.
     """
 
     def __init__(
@@ -45,14 +41,16 @@ class LocalLine:
         rendezvous: bool = False,
         stages_class: type[PipelineParallelMixin[Any]] = ToyStages,
         snapshot_every: int = 0,
+        config: DeviceConfig | None = None,
     ) -> None:
         self.spec = spec
         self.reports: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.emitted: list[Group] = []
-        self.snapshots: dict[int, list[Snapshot]] = defaultdict(list)
+        self.taken: list[Snapshot] = []
         self._images: dict[int, Image.Image] = {}
         self._resumed: Mapping[int, Snapshot] = {}
-        cut = spec.cut(parallel, DeviceConfig())
+        config = config or DeviceConfig()
+        cut = spec.cut(parallel, config)
         parallel = parallel.filled(cut)
         ranks = range(parallel.ranks)
         self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in ranks]
@@ -62,7 +60,7 @@ class LocalLine:
         self.loops = []
         for rank in ranks:
             family, place = stages_class(spec), parallel.place(rank)
-            part = StagePart(place, parallel, cut[place.pp], torch.device("cpu"), DeviceConfig())
+            part = StagePart(place, parallel, cut[place.pp], torch.device("cpu"), config)
             family.load(part)
             incoming = {edge: channel for edge, channel in channels.items() if edge.target == rank}
             outgoing = {edge: channel for edge, channel in channels.items() if edge.source == rank}
@@ -72,6 +70,10 @@ class LocalLine:
         self._threads = [threading.Thread(target=loop.run, daemon=True) for loop in self.loops]
         for thread in self._threads:
             thread.start()
+
+    def snapshots(self, number: int) -> list[Snapshot]:
+        """Of a request, by step: with split experts two ranks report, and the later one may come first."""
+        return sorted((each for each in self.taken if each.request == number), key=lambda each: each.step)
 
     def _say(self, message: Message | Callable[[], Message]) -> None:
         self.reports.put(message() if callable(message) else message)
@@ -122,7 +124,7 @@ class LocalLine:
             report = self.reports.get(timeout=LIMIT_S)
             heard += 1
             if isinstance(report, Snapshot):
-                self.snapshots[report.request].append(report)
+                self.taken.append(report)
             elif isinstance(report, Begun):
                 self.scheduler.begun(report.group)
             elif isinstance(report, Done):
@@ -139,6 +141,9 @@ class LocalLine:
         for thread in self._threads:
             thread.join(LIMIT_S)
             assert not thread.is_alive()
+        while not self.reports.empty():
+            if isinstance(report := self.reports.get(), Snapshot):
+                self.taken.append(report)
         done = set(range(len(requests))) - cancel_after.keys()
         return {
             number: (latents[number], np.concatenate(frames[number]) if frames[number] else None) for number in done

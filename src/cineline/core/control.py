@@ -110,7 +110,8 @@ class Done:
 @dataclass(frozen=True)
 class Snapshot:
     """The rank that answers to engine, before the `Done` of a step: the request can begin again from here, on any
-    division of the model.
+    division of the model. With split experts two ranks report, and the later step's may come first; or after the last
+    `Done`.
 
     Attributes:
         request: the job's id.
