@@ -23,9 +23,10 @@ from pretended_faults import FAULTS
 from pretended_machine import MACHINE, Actor, host_memory, host_reads, labelled
 from torch import Tensor
 
-from cineline.core.control import Message, Snapshot
+from cineline.core.control import Message, Snapshot, Timeline
 from cineline.families import snapshot
 from cineline.rank import worker
+from cineline.rank.engine_link import EngineLink
 from cineline.rank.loop import StageLoop
 from cineline.schedule.words import Compute, Do, Send, Wait
 from cineline.transport import queue
@@ -116,11 +117,17 @@ def _serve(connection: Connection, environment: Mapping[str, str], pretence: Pre
         queue.AcceleratorQueue.prepares = pretence.rehearses
         snapshots = _keep_snapshots(pretence.snapshot_every)
         FAULTS[pretence.fault]()
-        try:
-            serve(*args)
-        finally:
-            report = Report(MACHINE.races, MACHINE.stops, dict(counts), snapshots)
-            (pretence.folder / f"{rank}.report").write_bytes(pickle.dumps(report))
+        say = EngineLink.say
+
+        def say_behind_the_report(self: EngineLink, message: Message | Callable[[], Message]) -> None:
+            """An engine that has heard of a rank's end hangs up, with which the rank is gone."""
+            if isinstance(message, Timeline):
+                report = Report(MACHINE.races, MACHINE.stops, dict(counts), snapshots)
+                (pretence.folder / f"{rank}.report").write_bytes(pickle.dumps(report))
+            say(self, message)
+
+        EngineLink.say = say_behind_the_report  # type: ignore[method-assign]
+        serve(*args)
 
     setattr(worker, "_serve", serve_pretending)  # noqa: B010 (as a process's own)
     worker.serve(connection)
@@ -230,7 +237,7 @@ def _keep_snapshots(every: int) -> list[Snapshot]:
             else:
                 report(made)
 
-        begin(self, *before, keep, pulse, record, every)
+        begin(self, *before, keep, pulse, record, every)  # type: ignore[call-arg]  # all of them are there
 
     def look(tensor: Tensor) -> Tensor:
         assert not isinstance(tensor, DeviceTensor)
