@@ -7,6 +7,7 @@ import queue
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NoReturn
@@ -68,7 +69,7 @@ class EngineLink:
     def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None:
             try:
-                self.connection.send_bytes(control.pack(message() if callable(message) else message))
+                self.connection.send_bytes(control.pack(_made(message)))
             except OSError:
                 self._hung_up()
 
@@ -94,3 +95,12 @@ class EngineLink:
             if self._outbox.empty():
                 self.say(self.pulse.beat())
             time.sleep(control.BEAT_EVERY_S)
+
+
+def _made(message: control.Message | Callable[[], control.Message]) -> control.Message:
+    """The message; a failure where it could not be made."""
+    try:
+        return message() if callable(message) else message
+    except Exception as error:  # the thread's edge, as the process's: the engine must hear of it
+        traceback.print_exc()
+        return control.Failed(f"{type(error).__name__}: {error}")
