@@ -6,6 +6,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -21,13 +25,14 @@ from toy_family import ToySpec
 from toy_reference import toy_reference
 
 from cineline import ParallelConfig, VideoRequest
-from cineline.core.control import Snapshot
-from cineline.core.request import Kind
+from cineline.core.control import Beat, Done, Failed, Message, Snapshot, receive
+from cineline.core.request import Group, Kind
 from cineline.families import snapshot
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import SOLVERS, WanSpec
 from cineline.families.wan.stages import WanStages
+from cineline.rank.engine_link import EngineLink
 
 Results = Mapping[int, tuple[torch.Tensor, np.ndarray | None]]
 
@@ -170,3 +175,28 @@ def test_a_state_survives_its_file() -> None:
     assert found["list"][3] == "text" and torch.equal(found["column"], torch.tensor([1, 4]))
     length = int.from_bytes(content[:8], "little")
     assert "__metadata__" in json.loads(content[8 : 8 + length])
+
+
+def _rank(connection: Connection) -> None:
+    def fails() -> Message:
+        raise ValueError("no such state")
+
+    link = EngineLink(connection)
+    link.say(lambda: Snapshot(0, 1, 0, b"state"))
+    link.say(Done(Group(Kind.DENOISE, 0)))
+    link.say(fails)
+    link.leave()
+
+
+def test_what_takes_time_to_make_is_said_in_order() -> None:
+    ours, theirs = Pipe()
+    rank = get_context("fork").Process(target=_rank, args=(theirs,), daemon=True)
+    rank.start()
+    theirs.close()
+    said = (message for message in iter(partial(receive, ours), None) if not isinstance(message, Beat))
+    assert list(islice(said, 3)) == [
+        Snapshot(0, 1, 0, b"state"),
+        Done(Group(Kind.DENOISE, 0)),
+        Failed("ValueError: no such state"),
+    ]
+    rank.kill()
