@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -229,11 +228,6 @@ def listening(processes: Iterable[psutil.Process]) -> set[int]:
     return {entry.laddr.port for entry in entries if entry.status == psutil.CONN_LISTEN and entry.laddr}
 
 
-def can_connect(port: int) -> bool:
-    with socket.socket() as caller:
-        return caller.connect_ex(("127.0.0.1", port)) == 0
-
-
 def shared_memory(pids: Iterable[int]) -> set[str]:
     names = {path.name for path in Path("/dev/shm").iterdir()}
     return {name for name in names for pid in pids if str(pid) in name}
@@ -256,7 +250,6 @@ def test_a_hundred_engines_made_and_dropped_leave_nothing() -> None:
     wait_until(lambda: counts() == before, 10, "letting go")
     assert len(ports) >= 50  # of rank 0 where there are two
     assert not ports & listening([psutil.Process()])
-    assert not any(can_connect(port) for port in ports)
     assert not shared_memory(process.pid for process in processes)
 
 

@@ -7,7 +7,7 @@ as a pickle of the classes below.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -42,6 +42,7 @@ class Setup:
             and is not used under torchrun, which has its own.
         trace: whether to keep a timeline.
         faults: on purpose, of all ranks. start: which start of the ranks this is, from 0.
+        snapshot_every: solver steps of a request from one snapshot to the next; 0 for none.
     """
 
     spec: FamilySpec
@@ -54,6 +55,7 @@ class Setup:
     trace: bool
     faults: tuple[Fault, ...]
     start: int
+    snapshot_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,16 @@ class Ready:
 
 @dataclass(frozen=True)
 class Admit:
-    """Engine to rank: a request whose items follow; the image goes to the head alone."""
+    """Engine to rank: a request whose items follow.
+
+    Attributes:
+        image: goes to the head alone.
+        resume: `Snapshot.state`, where the job does not begin at its first step.
+    """
 
     job: Job
     image: Image.Image | None = None
+    resume: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,24 @@ class Done:
     group: Group
     result: np.ndarray | None = None
     moves: bool = False
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The rank that answers to engine, before the `Done` of a step: the request can begin again from here, on any
+    division of the model. With split experts two ranks report, and the later step's may come first; or after the last
+    `Done`.
+
+    Attributes:
+        request: the job's id.
+        step: steps that are done, the job's `first_step` from here. expert: its `first_expert`.
+        state: the family's, the content of a safetensors file.
+    """
+
+    request: int
+    step: int
+    expert: int
+    state: bytes
 
 
 @dataclass(frozen=True)
@@ -138,7 +164,10 @@ class Stop:
     """Engine to rank: do what is under way, hand in the timeline, and end when the connection does."""
 
 
-Message = Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Beat | Failed | Timeline | Stop
+Message = Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Snapshot | Beat | Failed | Timeline | Stop
+
+Say = Callable[[Message | Callable[[], Message]], None]
+"""Has a message sent; one that takes time to make is made just before, on the sender's thread."""
 
 _GROUP, _PICKLE = b"g", b"p"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -94,13 +94,14 @@ class Shape(NamedTuple):
     """What the line must know of a job: jobs alike in this follow the same scripts.
 
     Attributes:
-        steps, branches, chunks: `Job`'s. texts: whether its prompts go through the stages.
+        steps, branches, chunks, first_step: `Job`'s. texts: whether its prompts go through the stages.
     """
 
     steps: int
     branches: int
     texts: bool
     chunks: int
+    first_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Job:
         texts: prompts that go through the stages' text encoder, one a branch; 0 where the family has none.
         chunks: decode items, one a latent frame; 0 when the request stops at the latents.
         has_image: whether the head is handed a first frame.
+        first_step: where it begins, 0 <= first_step < steps; above 0 with a snapshot of so many steps.
+        first_expert: of that step, as the snapshot says.
         The other fields are `VideoRequest`'s, resolved.
     """
 
@@ -131,10 +134,12 @@ class Job:
     seed: int
     fps: int
     has_image: bool
+    first_step: int = field(default=0, kw_only=True)
+    first_expert: int = field(default=0, kw_only=True)
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.steps, self.branches, self.texts > 0, self.chunks)
+        return Shape(self.steps, self.branches, self.texts > 0, self.chunks, self.first_step)
 
     def ends_denoising(self, item: WorkItem) -> bool:
         """Whether the item belongs to the last step."""
@@ -143,8 +148,8 @@ class Job:
     @property
     def own_settings(self) -> dict[str, Any]:
         """The family's own, without those that the model does not use."""
-        common = {field.name for field in fields(Job)}
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
+        common = {each.name for each in fields(Job)}
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in common}
         return {name: value for name, value in own.items() if value is not None}
 
 
