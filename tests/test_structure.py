@@ -91,6 +91,7 @@ def test_the_public_names() -> None:
         "EngineClosed",
         "InvalidConfig",
         "InvalidRequest",
+        "NotFinite",
         "OutputError",
         "ParallelConfig",
         "RankFailed",

@@ -8,6 +8,7 @@ CinelineError
 ├── MissingLibrary      a library that only some commands need is not installed
 ├── RankFailed          a rank raised or died; `rank` and `cause` say which and why
 ├── EdgeBroken          inside a rank: a neighbour is gone; the engine looks for the one that failed
+├── NotFinite           a stage made NaN or infinity of a request; `stage`, `kind` and `number` say where
 ├── RequestCancelled    the request was cancelled before it was done
 ├── ResultTimeout       `result(timeout=...)` ran out of time; the request goes on
 ├── Deadlock            a simulated schedule in which nobody can go on
@@ -94,6 +95,28 @@ class RankFailed(CinelineError, RuntimeError):
 
 class EdgeBroken(CinelineError, RuntimeError):
     """Inside a rank: a neighbour is gone. A symptom; the engine looks for the rank that failed."""
+
+
+class NotFinite(CinelineError, ArithmeticError):
+    """A stage made NaN or infinity of what was finite; the request is dropped, and the others go on.
+
+    Attributes:
+        request: the job's id.
+        stage: the stage's number.
+        kind: what it computed: text, encode, denoise or decode.
+        number: the solver step (denoise) or the chunk (decode).
+    """
+
+    def __init__(self, request: int, stage: int, kind: str, number: int) -> None:
+        where = f"{kind} {number}" if kind in ("denoise", "decode") else kind
+        super().__init__(
+            f"Request {request} is not finite (NaN or infinity) since stage {stage} computed {where}: "
+            "use dtype='float32', less guidance, or weights that are not damaged."
+        )
+        self.request, self.stage, self.kind, self.number = request, stage, kind, number
+
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[int, int, str, int]]:
+        return type(self), (self.request, self.stage, self.kind, self.number)
 
 
 class RequestCancelled(CinelineError):

@@ -17,7 +17,7 @@ from PIL import Image
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.faults import Fault
-from cineline.core.request import Group, Job
+from cineline.core.request import Group, Job, WorkItem
 from cineline.core.trace import Slice
 from cineline.errors import CinelineError, reason, shown
 
@@ -92,11 +92,21 @@ class Done:
     Attributes:
         result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk.
         moves: the next step is another group's of stages (split experts).
+        spoiled: NaN or infinity came to the tail, so that there is no result; whose it is the rank says that made it.
     """
 
     group: Group
     result: np.ndarray | None = None
     moves: bool = False
+    spoiled: bool = False
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """Rank to engine: in this item its stage made NaN or infinity of what was finite."""
+
+    item: WorkItem
+    stage: int
 
 
 @dataclass(frozen=True)
@@ -138,7 +148,7 @@ class Stop:
     """Engine to rank: do what is under way, hand in the timeline, and end when the connection does."""
 
 
-Message = Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Beat | Failed | Timeline | Stop
+Message = Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Spoiled | Beat | Failed | Timeline | Stop
 
 _GROUP, _PICKLE = b"g", b"p"
 

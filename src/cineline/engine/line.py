@@ -12,7 +12,7 @@ from cineline.core.config import ParallelConfig, Place
 from cineline.core.family import FamilySpec
 from cineline.core.request import Group, Job, VideoRequest
 from cineline.engine.handle import Ticket
-from cineline.errors import CinelineError, EngineClosed, RequestCancelled, anew
+from cineline.errors import CinelineError, EngineClosed, NotFinite, RequestCancelled, anew
 from cineline.schedule.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -67,16 +67,26 @@ class Line:
 
     def cancel(self, ticket: Ticket) -> bool:
         """Stop a request; false if it was already done."""
+        words = f"Request {ticket.job.id} was cancelled at step {ticket.steps_done}."
+        return self._fail(ticket.job.id, RequestCancelled(words))
+
+    def _fail(self, request: int, error: CinelineError) -> bool:
+        """End one request, and leave the others alone; false if it was already done."""
         with self._lock:
-            if self._tickets.pop(ticket.job.id, None) is None:
+            ticket = self._tickets.pop(request, None)
+            if ticket is None:
                 return False
             self._drop(ticket)
             self._emit(self._scheduler.pump())
-        ticket.fail(RequestCancelled(f"Request {ticket.job.id} was cancelled at step {ticket.steps_done}."))
+        ticket.fail(error)
         return True
 
-    def hear(self, message: control.Begun | control.Done) -> None:
+    def hear(self, message: control.Begun | control.Done | control.Spoiled) -> None:
         """What a rank says."""
+        if isinstance(message, control.Spoiled):
+            item = message.item
+            self._fail(item.request, NotFinite(item.request, message.stage, item.kind.name.lower(), item.number))
+            return
         with self._lock:
             if isinstance(message, control.Begun):
                 self._scheduler.begun(message.group)
@@ -85,6 +95,8 @@ class Line:
             ticket = self._tickets.get(message.group.request)
             finished = self._scheduler.complete(message.group, message.moves)
             self._emit(self._scheduler.pump())
+            if message.spoiled:  # it stays open until the rank is heard that spoiled it, which may come later
+                return
             if ticket is not None:
                 ticket.take(message)
                 if finished:

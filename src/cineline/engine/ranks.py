@@ -24,7 +24,10 @@ NOT_DUE = "it said {} when that was not due"
 Event = tuple[int, control.Message]
 """What a rank said, with its number."""
 
-Take = Callable[[control.Begun | control.Done], None]
+Report = control.Begun | control.Done | control.Spoiled
+"""What a rank says of a request."""
+
+Take = Callable[[Report], None]
 
 Expected = TypeVar("Expected", control.StoreOpen, control.Ready)
 
@@ -138,7 +141,7 @@ class Ranks:
                 elif isinstance(message, control.Failed):
                     number, message = self._culprit(number, message, take)
                     return RankFailed(number, message.cause)
-                elif isinstance(message, (control.Begun, control.Done)):
+                elif isinstance(message, Report):
                     take(message)
                 else:
                     return RankFailed(number, NOT_DUE.format(type(message).__name__))
@@ -174,7 +177,7 @@ class Ranks:
             other, message = event
             if isinstance(message, control.Failed) and not isinstance(message.error, EdgeBroken):
                 return other, message
-            if isinstance(message, (control.Begun, control.Done)):  # of a request that may be done with it
+            if isinstance(message, Report):  # of a request that may be done with it
                 take(message)
         return number, control.Failed(failed.cause)
 

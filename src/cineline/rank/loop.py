@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cineline.core.control import Admit, Begun, Done, Message, Stop
+from cineline.core.control import Admit, Begun, Done, Message, Spoiled, Stop
 from cineline.core.request import Group, Kind, WorkItem
 from cineline.core.trace import Slice
 from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
+from cineline.rank.guard import Guard
 from cineline.rank.pace import Pace
 from cineline.rank.pulse import Pulse
 from cineline.schedule.rule import Rule, Scripts, drop_of, scripts_of
@@ -42,11 +43,13 @@ class _Request:
 
     Attributes:
         state: the family's. scripts: what the rank does for it.
+        guard: of what it makes.
         coming: receives that are posted, or whose buffers are in use, by what it is and who makes it.
     """
 
     state: Any
     scripts: Scripts
+    guard: Guard
     coming: dict[tuple[Value, WorkItem], Pending] = field(default_factory=dict)
 
 
@@ -141,7 +144,9 @@ class StageLoop:
         state = self._family.admit(job, message.image)
         experts = tuple(self._family.expert(state, step) for step in range(job.steps))
         scripts = scripts_of(Rule(self._part.parallel, job.shape, experts, place))
-        self._requests[job.id] = _Request(state, scripts)
+        self._requests[job.id] = _Request(
+            state, scripts, Guard(self._device, self._pace, partial(self._spoiled, job.id))
+        )
         actions = [action for own in scripts.values() for script in own for action in (*script.ahead, *script.run)]
         posts = [action for action in actions if isinstance(action, Post) and not action.value.stays]
         messages = {(post.edge, self._family.specs(state, post.value, post.item)) for post in posts}
@@ -155,12 +160,14 @@ class StageLoop:
         if not self._record or not turn.script.computes:
             for action in turn.script.run:
                 self._act(turn, action)
+            turn.request.guard.settle(turn.script.item)
             return
         asked = start = self._device.timed_mark()
         for action in turn.script.run:
             if action is Do.START:
                 start = self._device.timed_mark()
             self._act(turn, action)
+        turn.request.guard.settle(turn.script.item)
         item = turn.script.item._replace(request=turn.group.request)
         self._pace.after(partial(self._note, item, asked, start, self._device.timed_mark()))
 
@@ -178,7 +185,9 @@ class StageLoop:
                 self._post(request, action)
             case Wait():
                 if pending := self._pending(request, action):
-                    family.take(state, action.value, action.item, pending.wait())
+                    tensors = pending.wait()
+                    family.take(state, action.value, action.item, tensors)
+                    request.guard.came((state.latents,) if action.value is Value.HISTORY else tensors)
                     if action.value.stays:
                         del request.coming[action.value, action.item]
             case Send():
@@ -192,13 +201,16 @@ class StageLoop:
                 request.coming.pop((action.value, action.item)).release()
             case Compute():
                 family.compute(state, item, action.starts, action.ends)
+                request.guard.made(state.made(item, action.ends))
             case Do.FINISH:
                 family.finish(state, item)
+                request.guard.made((state.latents,))
             case Do.BEGUN:
                 self._report(Begun(group))
             case Do.DONE | Do.MOVES:
+                request.guard.settle(item)
                 answer = self._answer(request, item)
-                self._pace.after(partial(self._tell, group, answer, moves=action is Do.MOVES))
+                self._pace.after(partial(self._tell, request, group, answer, moves=action is Do.MOVES))
             case Do.DENOISED:
                 family.end_denoising(state)
             case Do.FORGET:
@@ -226,8 +238,12 @@ class StageLoop:
         tensor = None if item.kind is Kind.DROP else self._family.answer(request.state, item)
         return None if tensor is None else self._device.to_host(*_apart((tensor,), request))
 
-    def _tell(self, group: Group, answer: torch.Tensor | None, moves: bool) -> None:
-        self._report(Done(group, None if answer is None else answer.numpy(), moves))
+    def _spoiled(self, request: int, item: WorkItem) -> None:
+        self._report(Spoiled(item._replace(request=request), self._part.place.pp))
+
+    def _tell(self, request: _Request, group: Group, answer: torch.Tensor | None, moves: bool) -> None:
+        spoiled = request.guard.spoiled
+        self._report(Done(group, None if answer is None or spoiled else answer.numpy(), moves, spoiled))
 
 
 def _apart(made: Hidden, request: _Request) -> Hidden:
