@@ -23,7 +23,9 @@ from pretended_faults import FAULTS
 from pretended_machine import MACHINE, Actor, host_memory, labelled
 from torch import Tensor
 
+from cineline.core.control import Timeline
 from cineline.rank import worker
+from cineline.rank.engine_link import EngineLink
 from cineline.rank.loop import StageLoop
 from cineline.schedule.words import Compute, Do, Send, Wait
 from cineline.transport import queue
@@ -109,12 +111,17 @@ def _serve(connection: Connection, environment: Mapping[str, str], pretence: Pre
         setattr(queue, "time", SimpleNamespace(time_ns=lambda: MACHINE.host.free_ns))  # noqa: B010 (the host's clock)
         queue.AcceleratorQueue.prepares = pretence.rehearses
         FAULTS[pretence.fault]()
-        try:
-            serve(*args)
-        finally:
+        serve(*args)
+
+    say = EngineLink.say
+
+    def say_and_report(self: EngineLink, message: Any) -> None:
+        if isinstance(message, Timeline):  # when all ranks have said that, the engine may hang up at any moment
             report = Report(MACHINE.races, MACHINE.stops, dict(counts))
             (pretence.folder / f"{rank}.report").write_bytes(pickle.dumps(report))
+        say(self, message)
 
+    EngineLink.say = say_and_report  # type: ignore[method-assign]
     setattr(worker, "_serve", serve_pretending)  # noqa: B010 (as a process's own)
     worker.serve(connection)
 

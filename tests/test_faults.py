@@ -245,12 +245,13 @@ def test_what_is_not_finite_fails_its_request_and_no_other(seed: int, do: str, p
 @pytest.mark.parametrize("rank", range(3))
 def test_a_last_step_that_is_not_finite_never_ends_well(rank: int, at: str, plan: Plan) -> None:
     """Though the tail may be through with it before the rank is heard that spoiled it."""
-    fault = {"do": "nan", "rank": rank if at == "after" else 2, "at": at, "kind": "denoise", "number": 4}
+    stage = rank if at == "after" else 2
+    fault = {"do": "nan", "rank": stage, "at": at, "kind": "denoise", "number": 4}
     plan(*(fault | {"request": request} for request in range(8)))
     with engine(3) as line:
         for _ in range(8):
             handle = line.submit(REQUESTS[0].model_copy(update={"decode": False}))
-            assert_named(handle, fault, fault["rank"])
+            assert_named(handle, fault, stage)
 
 
 @pytest.mark.parametrize("moment", [{"at": "after", "kind": kind} for kind in ("text", "encode", "denoise")])
