@@ -22,6 +22,7 @@ from cineline import Engine, InvalidConfig, NotFinite, ParallelConfig, RankFaile
 from cineline.core.config import DeviceConfig
 from cineline.core.faults import VARIABLE, Fault, Moment, planned
 from cineline.core.request import Branch, Kind, WorkItem
+from cineline.errors import anew
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.rank.faults import EXIT_CODE, with_faults
@@ -123,7 +124,7 @@ WORDS = {
     "kill": "the process was killed by SIGKILL",
     "exit": f"the process ended with exit code {EXIT_CODE}",
     "raise": r"RuntimeError: a fault on purpose \(do=raise rank=",
-    "memory": "RuntimeError: .*can't allocate memory: you tried to allocate 1152921504606846976 bytes",
+    "memory": "cpu has no memory left.*allocate memory: you tried to allocate 1152921504606846976 bytes.*: use",
 }
 
 
@@ -134,6 +135,8 @@ def test_a_rank_that_fails_is_named_with_its_words(do: str, seed: int, plan: Pla
     plan(fault)
     failure = failure_of(stages)
     assert failure.rank == fault["rank"]
+    assert failure.request == (fault["request"] if do in ("raise", "memory") else None)
+    assert anew(failure).args == failure.args
     failure.add_note(str(fault))
     with pytest.raises(RankFailed, match=f"Rank {fault['rank']} failed: {WORDS[do]}"):
         raise failure
@@ -330,7 +333,8 @@ def test_what_is_not_finite_in_wan_stays_in_its_request(
 
 def test_a_device_without_memory_fails_wan(plan: Plan, checkpoint: Checkpoint) -> None:
     plan({"do": "memory", "rank": 1, "at": "after", "kind": "decode"})
-    failed = pytest.raises(RankFailed, match=f"Rank 1 failed: {WORDS['memory']}")
+    words = r"use a smaller size or fewer frames, more stages, or fewer requests in flight \(request 0\)$"
+    failed = pytest.raises(RankFailed, match=f"Rank 1 failed: cpu has no memory left in decode 0 .*: {words}")
     with Engine(checkpoint(RandomConfig()), ParallelConfig(pp=2), device="cpu") as line, failed:
         line.submit(wan(0)).result(2 * LIMIT_S)
 

@@ -97,6 +97,7 @@ def test_the_public_names() -> None:
         "RankFailed",
         "RequestCancelled",
         "RequestHandle",
+        "RequestTimedOut",
         "ResultTimeout",
         "Video",
         "VideoRequest",

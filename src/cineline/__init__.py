@@ -14,6 +14,7 @@ from cineline.errors import (
     OutputError,
     RankFailed,
     RequestCancelled,
+    RequestTimedOut,
     ResultTimeout,
     WrongProcess,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "RankFailed",
     "RequestCancelled",
     "RequestHandle",
+    "RequestTimedOut",
     "ResultTimeout",
     "Video",
     "VideoRequest",

@@ -6,10 +6,11 @@ CinelineError
 ├── CheckpointError     the model's folder is not what it should be
 ├── OutputError         a result cannot be written where it was asked for
 ├── MissingLibrary      a library that only some commands need is not installed
-├── RankFailed          a rank raised or died; `rank` and `cause` say which and why
+├── RankFailed          a rank raised or died; `rank`, `cause` and `request` say which, why and in whose item
 ├── EdgeBroken          inside a rank: a neighbour is gone; the engine looks for the one that failed
 ├── NotFinite           a stage made NaN or infinity of a request; `stage`, `kind` and `number` say where
 ├── RequestCancelled    the request was cancelled before it was done
+├── RequestTimedOut     the request was not done in its `timeout_s`, and was dropped
 ├── ResultTimeout       `result(timeout=...)` ran out of time; the request goes on
 ├── Deadlock            a simulated schedule in which nobody can go on
 ├── EngineClosed        the engine was closed before the request was done
@@ -82,15 +83,17 @@ class RankFailed(CinelineError, RuntimeError):
     Attributes:
         rank: the rank's number in the world.
         cause: what happened to it, in words.
+        request: the id of the job whose turn it was; None where that is not known, or was nobody's.
     """
 
-    def __init__(self, rank: int, cause: str) -> None:
-        super().__init__(f"Rank {rank} failed: {cause}")
+    def __init__(self, rank: int, cause: str, request: int | None = None) -> None:
+        super().__init__(f"Rank {rank} failed: {cause}" + ("" if request is None else f" (request {request})"))
         self.rank = rank
         self.cause = cause
+        self.request = request
 
-    def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str]]:
-        return type(self), (self.rank, self.cause)
+    def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str, int | None]]:
+        return type(self), (self.rank, self.cause, self.request)
 
 
 class EdgeBroken(CinelineError, RuntimeError):
@@ -121,6 +124,10 @@ class NotFinite(CinelineError, ArithmeticError):
 
 class RequestCancelled(CinelineError):
     """The request was cancelled before it was done."""
+
+
+class RequestTimedOut(CinelineError, TimeoutError):
+    """The request was not done in its `timeout_s`; it was dropped, and the others go on."""
 
 
 class ResultTimeout(CinelineError, TimeoutError):

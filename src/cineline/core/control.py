@@ -117,11 +117,13 @@ class Beat:
         item: what it computes, in words; empty while it waits, or loads.
         computing_s: seconds since that item began.
         limit_s: seconds that it may take, by the longest of its kind and size so far; None where there was none.
+        request: whose turn it is.
     """
 
     item: str = ""
     computing_s: float = 0.0
     limit_s: float | None = None
+    request: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,14 @@ class Failed:
     """Rank to engine: it raised and ends. `error` is set when it is one of Cineline's own.
 
     The engine also makes one of the end of a rank's connection.
+
+    Attributes:
+        request: the one whose turn it was, where that is known.
     """
 
     cause: str
     error: CinelineError | None = None
+    request: int | None = None
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def serve(line: Line, ranks: Ranks) -> None:
     """Take in what the ranks say until all are through, one has failed, or nobody is interested any more; then they are
     gone, and nobody waits for them."""
     try:
-        failure = ranks.listen(line.hear)
+        failure = ranks.listen(line.hear, line.look)
     except Exception as error:  # the thread's edge: without it nobody would ever be answered
         failure = RankFailed(0, f"what it reported could not be taken in ({type(error).__name__}: {error})")
     line.end(failure or CLOSED, failure or UNDONE)

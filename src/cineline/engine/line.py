@@ -3,7 +3,9 @@ for a rank."""
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,7 @@ from cineline.core.config import ParallelConfig, Place
 from cineline.core.family import FamilySpec
 from cineline.core.request import Group, Job, VideoRequest
 from cineline.engine.handle import Ticket
-from cineline.errors import CinelineError, EngineClosed, NotFinite, RequestCancelled, anew
+from cineline.errors import CinelineError, EngineClosed, NotFinite, RequestCancelled, RequestTimedOut, anew
 from cineline.schedule.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class Line:
         self._tickets: dict[int, Ticket] = {}
         self._images: dict[int, Image.Image] = {}
         self._next_id = 0
+        self._earliest = math.inf
         self._ended: CinelineError | None = None
 
     @property
@@ -58,7 +61,8 @@ class Line:
             if self._ended is not None:
                 raise anew(self._ended)
             self._next_id += 1
-            ticket = self._tickets[job.id] = Ticket(job)
+            ticket = self._tickets[job.id] = Ticket(job, math.inf if request.timeout_s is None else request.timeout_s)
+            self._earliest = min(self._earliest, ticket.deadline)
             if image is not None:
                 self._images[job.id] = image
             self._scheduler.submit(job)
@@ -80,6 +84,22 @@ class Line:
             self._emit(self._scheduler.pump())
         ticket.fail(error)
         return True
+
+    def look(self) -> None:
+        """Again and again: drop the requests whose time is over."""
+        now = time.monotonic()
+        if now < self._earliest:
+            return
+        with self._lock:
+            late = [ticket for ticket in self._tickets.values() if ticket.deadline <= now]
+            left = (ticket.deadline for ticket in self._tickets.values() if ticket.deadline > now)
+            self._earliest = min(left, default=math.inf)
+        for ticket in late:
+            words = (
+                f"Request {ticket.job.id} was not done in timeout_s={ticket.timeout_s:g} (step {ticket.steps_done} of "
+                f"{ticket.job.steps}): give it more, fewer steps, or a smaller size."
+            )
+            self._fail(ticket.job.id, RequestTimedOut(words))
 
     def hear(self, message: control.Begun | control.Done | control.Spoiled) -> None:
         """What a rank says."""

@@ -107,7 +107,7 @@ class Ranks:
         number, message = event
         if isinstance(message, control.Failed):
             number, message = self._culprit(number, message)
-            raise message.error or RankFailed(number, message.cause)
+            raise message.error or RankFailed(number, message.cause, message.request)
         if not isinstance(message, kind):
             raise RankFailed(number, NOT_DUE.format(type(message).__name__))
         return number, message
@@ -128,11 +128,15 @@ class Ranks:
         """Have `listen` return: nobody is interested any more. May be called from anywhere, a destructor included."""
         self._events.put(None)
 
-    def listen(self, take: Take) -> RankFailed | None:
-        """Hand on what the ranks say until all are through; the failure that ended it before, if one did."""
+    def listen(self, take: Take, tick: Callable[[], None]) -> RankFailed | None:
+        """Hand on what the ranks say until all are through; the failure that ended it before, if one did.
+
+        Args:
+            tick: called again and again, every `TICK_S` at least.
+        """
         try:
             while len(self.timelines) < len(self._all):
-                event = self._next()
+                event = self._next(tick=tick)
                 if event is None:  # abandoned
                     return None
                 number, message = event
@@ -140,7 +144,7 @@ class Ranks:
                     self.timelines[number] = message
                 elif isinstance(message, control.Failed):
                     number, message = self._culprit(number, message, take)
-                    return RankFailed(number, message.cause)
+                    return RankFailed(number, message.cause, message.request)
                 elif isinstance(message, Report):
                     take(message)
                 else:
@@ -149,13 +153,14 @@ class Ranks:
             return failure
         return None
 
-    def _next(self, deadline: float | None = None) -> Event | None:
+    def _next(self, deadline: float | None = None, tick: Callable[[], None] = lambda: None) -> Event | None:
         """What is said next; None when the time is over.
 
         Raises:
             RankFailed: one of them stopped, vanished or hangs.
         """
         while True:
+            tick()
             failure = self._watch.look()
             if failure is not None:
                 raise failure

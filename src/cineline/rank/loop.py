@@ -104,7 +104,9 @@ class StageLoop:
     def run(self) -> None:
         """Execute items until the engine says stop."""
         while self._look_ahead():
-            self._execute(self._ahead.popleft())
+            turn = self._ahead.popleft()
+            self._pulse.turns(turn.group.request)
+            self._execute(turn)
             self._pulse.ends()
             self._pace.end_item()
         self._pace.settle()
@@ -131,7 +133,9 @@ class StageLoop:
         if isinstance(message, Stop):
             self._stopping = True
         elif isinstance(message, Admit):
+            self._pulse.turns(message.job.id)
             self._admit(message)
+            self._pulse.ends()
         elif isinstance(message, Group) and (request := self._requests.get(message.request)):
             dropped = message.kind is Kind.DROP
             scripts = (self._drop,) if dropped else request.scripts.get(message._replace(request=0), ())
