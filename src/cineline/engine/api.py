@@ -28,6 +28,7 @@ from cineline.engine.hub import fetch_weights, open_model
 from cineline.engine.launch import Launcher, check_launch, launch_local, launch_torchrun
 from cineline.engine.line import CLOSED, UNDONE, Line
 from cineline.engine.ranks import START_LIMIT_S, Ranks
+from cineline.engine.room import Room, memory_of
 from cineline.engine.torchrun import need_torchrun, torchrun_world
 from cineline.errors import InvalidConfig, RankFailed, check_process, shown
 
@@ -64,7 +65,8 @@ class Engine:
         variant: of the checkpoint's weights, such as fp16, where it has several.
         device: None takes cuda where there is one.
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
-        vae_dtype, text_encoder, pin_cores, allow_untested_device: as `device` and `dtype`, see `DeviceConfig`.
+        vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb: as `device` and `dtype`, see
+            `DeviceConfig`.
         in_flight: requests that denoise at once; None fills the line with one to spare.
         trace: write a Chrome trace there on close, where nothing was left undone.
         launcher: start the ranks here, or be rank 0 of a torchrun world.
@@ -93,6 +95,7 @@ class Engine:
         launcher: Launcher = "local",
         pin_cores: bool = DeviceConfig.pin_cores,
         allow_untested_device: bool = DeviceConfig.allow_untested_device,
+        memory_gb: float | None = None,
     ) -> None:
         device = device or default_device()
         if in_flight is not None and (type(in_flight) is not int or in_flight < 1):
@@ -102,7 +105,7 @@ class Engine:
         if launcher == "torchrun":
             need_torchrun()
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device)
+        config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb)
         self.spec = open_model(model, variant)
         if parallel == "auto":
             if launcher == "torchrun":
@@ -132,7 +135,8 @@ class Engine:
         self._ranks = Ranks(processes)
         setup = Setup(self.spec, 0, parallel, cut, config, 0, None, self._trace is not None, faults, start=0)
         self.bytes_read = self._ranks.start(setup)
-        self._line = Line(self.spec, parallel, in_flight, self._ranks.tell)
+        room = Room(self.spec, parallel, config, memory_of(config, parallel.ranks, launcher == "local"))
+        self._line = Line(self.spec, parallel, in_flight, self._ranks.tell, room.check)
         # Neither knows the engine: when the caller has dropped it, they end the ranks.
         ends = self._line, self._ranks
         self._server = threading.Thread(target=serve, args=ends, name="cineline-engine", daemon=True)
@@ -155,7 +159,7 @@ class Engine:
         """Queue a request; returns at once.
 
         Raises:
-            InvalidRequest: it breaks one of the model's rules.
+            InvalidRequest: it breaks one of the model's rules, or is too large for the devices' memory.
             EngineClosed, RankFailed: the engine takes no more.
             WrongProcess: this is a child that was forked from the engine's process.
         """

@@ -28,13 +28,20 @@ class Line:
         spec: the model's. parallel: how it is divided.
         in_flight: requests that denoise at once.
         tell: says a message to all ranks, to some of them something else instead; returns at once.
+        check: refuses a job that is too large.
     """
 
     def __init__(
-        self, spec: FamilySpec, parallel: ParallelConfig, in_flight: int | None, tell: Callable[..., None]
+        self,
+        spec: FamilySpec,
+        parallel: ParallelConfig,
+        in_flight: int | None,
+        tell: Callable[..., None],
+        check: Callable[[Job], None],
     ) -> None:
         self._spec = spec
         self._tell = tell
+        self._check = check
         self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._lock = threading.RLock()
         self._scheduler = Scheduler(parallel, in_flight, self._admit)
@@ -53,13 +60,14 @@ class Line:
         """Queue a request.
 
         Raises:
-            InvalidRequest: it breaks one of the model's rules.
+            InvalidRequest: it breaks one of the model's rules, or is too large.
             EngineClosed, RankFailed: no more are taken.
         """
         with self._lock:
             job = self._spec.resolve(request, self._next_id)
             if self._ended is not None:
                 raise anew(self._ended)
+            self._check(job)
             self._next_id += 1
             ticket = self._tickets[job.id] = Ticket(job, math.inf if request.timeout_s is None else request.timeout_s)
             self._earliest = min(self._earliest, ticket.deadline)
