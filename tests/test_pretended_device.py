@@ -22,8 +22,9 @@ from oracle import Checkpoint
 from PIL import Image
 from pretended_ranks import BETWEEN, Pretence, Report, reports_in
 
-from cineline import Engine, ParallelConfig, RankFailed, RequestCancelled, Video, VideoRequest
+from cineline import Engine, NotFinite, ParallelConfig, RankFailed, RequestCancelled, Video, VideoRequest
 from cineline.core.config import DeviceConfig
+from cineline.core.faults import VARIABLE
 from cineline.engine import api, launch
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
@@ -282,6 +283,28 @@ def test_what_a_device_has_begun_another_goes_on_with(case: Case, checkpoint: Ch
         (latents, frames), other = again[number], wanted[each.request]
         assert torch.equal(latents, other.latents)
         assert frames is not None and other.frames is not None and np.array_equal(frames, other.frames)
+
+
+@pytest.mark.parametrize("way", ["nccl", "staged"])
+@pytest.mark.parametrize("rank", range(3))
+def test_what_is_not_finite_fails_its_request_alone(
+    rank: int, way: str, checkpoint: Checkpoint, pretending: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[3]
+    folder = checkpoint(RandomConfig(case.kind, heads=4))
+    wanted = expected(folder, case)
+    pretence = pretending(way=way)
+    fault = {"do": "inf", "rank": rank, "at": "after", "kind": "denoise", "number": 1, "request": 0}
+    monkeypatch.setenv(VARIABLE, json.dumps([fault]))
+    options: dict[str, Any] = {"device": "pretend", "dtype": "float32", "allow_untested_device": True}
+    with Engine(folder, ParallelConfig(**case.axes), in_flight=3, **options) as engine:
+        spoiled, *kept = [engine.submit(request) for request in (case.requests()[0], *case.requests())]
+        with pytest.raises(NotFinite, match=f"stage {rank} computed denoise 1"):
+            spoiled.result(LIMIT_S)
+        videos = [handle.result(LIMIT_S) for handle in kept]
+    reports = reports_in(pretence.folder)
+    assert_as_on_the_cpu(videos, wanted)
+    assert len(reports) == 3 and no_races(reports), [report.races for report in reports]
 
 
 # Traces.

@@ -17,7 +17,7 @@ from PIL import Image
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.faults import Fault
-from cineline.core.request import Group, Job
+from cineline.core.request import Group, Job, WorkItem
 from cineline.core.trace import Slice
 from cineline.errors import CinelineError, reason, shown
 
@@ -100,11 +100,21 @@ class Done:
     Attributes:
         result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk.
         moves: the next step is another group's of stages (split experts).
+        spoiled: NaN or infinity came to the tail, so that there is no result; whose it is the rank says that made it.
     """
 
     group: Group
     result: np.ndarray | None = None
     moves: bool = False
+    spoiled: bool = False
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """Rank to engine: in this item its stage made NaN or infinity of what was finite."""
+
+    item: WorkItem
+    stage: int
 
 
 @dataclass(frozen=True)
@@ -133,11 +143,13 @@ class Beat:
         item: what it computes, in words; empty while it waits, or loads.
         computing_s: seconds since that item began.
         limit_s: seconds that it may take, by the longest of its kind and size so far; None where there was none.
+        request: whose turn it is.
     """
 
     item: str = ""
     computing_s: float = 0.0
     limit_s: float | None = None
+    request: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,10 +157,14 @@ class Failed:
     """Rank to engine: it raised and ends. `error` is set when it is one of Cineline's own.
 
     The engine also makes one of the end of a rank's connection.
+
+    Attributes:
+        request: the one whose turn it was, where that is known.
     """
 
     cause: str
     error: CinelineError | None = None
+    request: int | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +180,9 @@ class Stop:
     """Engine to rank: do what is under way, hand in the timeline, and end when the connection does."""
 
 
-Message = Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Snapshot | Beat | Failed | Timeline | Stop
+Message = (
+    Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Spoiled | Snapshot | Beat | Failed | Timeline | Stop
+)
 
 Say = Callable[[Message | Callable[[], Message]], None]
 """Has a message sent; one that takes time to make is made just before, on the sender's thread."""

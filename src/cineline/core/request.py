@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import enum
+import math
 import struct
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 
 from cineline.errors import InvalidRequest, shown
 
@@ -18,6 +27,12 @@ def _number(value: Any) -> Any:
     """Numbers as they are, numpy's too; nothing is read into a text or a truth value."""
     if isinstance(value, (str, bytes, bool)):
         raise ValueError("it is no number")
+    return value
+
+
+def _seconds(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError("it is no finite number above 0: give seconds, or leave it out")
     return value
 
 
@@ -40,6 +55,7 @@ class VideoRequest(BaseModel):
         boundary_ratio: share of the training timesteps below which that expert runs.
         seed: of the CPU generator that draws it, 0 <= seed < 2**63.
         decode: False stops at the latents.
+        timeout_s: checked twice a second; whoever is late is cancelled, and its handle raises `RequestTimedOut`.
 
     Raises:
         InvalidRequest: an unknown field or a value of the wrong type.
@@ -61,6 +77,9 @@ class VideoRequest(BaseModel):
     seed: Annotated[Whole, "Of the noise"] = 0
     fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
+    timeout_s: Annotated[
+        Annotated[Real | None, AfterValidator(_seconds)], "Seconds from submission in which it must be done"
+    ] = None
 
     def __init__(self, /, **fields: Any) -> None:
         try:
@@ -87,7 +106,8 @@ def _first_sentence(error: ValidationError) -> str:
         return f"The request has no {shown(field)}: give one."
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
-    return f"{field}={shown(first['input'])} cannot be used: {reason}; give a value of that type."
+    remedy = "" if ": give" in reason else "; give a value of that type"
+    return f"{field}={shown(first['input'])} cannot be used: {reason}{remedy}."
 
 
 class Shape(NamedTuple):

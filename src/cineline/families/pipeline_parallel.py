@@ -20,7 +20,7 @@ from PIL import Image
 from torch.distributed.device_mesh import DeviceMesh
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, Place
-from cineline.core.request import Branch, Job, WorkItem
+from cineline.core.request import Branch, Job, Kind, WorkItem
 from cineline.families import snapshot
 from cineline.schedule.words import Value
 from cineline.transport.axis import Axis, Traffic
@@ -109,6 +109,14 @@ class RequestState:
         """What was handed on, for the one who works on it."""
         hidden, self.hidden = self.hidden, ()
         return hidden
+
+    def made(self, item: WorkItem, ends: bool) -> Hidden:
+        """What this rank's slice of the item has made, as `compute` leaves it."""
+        if item.kind is Kind.ENCODE:
+            return self.conditioning
+        if item.kind is Kind.DENOISE and ends:
+            return (self.predictions[item.branch],)
+        return self.hidden
 
 
 State = TypeVar("State", bound=RequestState)

@@ -27,11 +27,13 @@ class EngineLink:
     Attributes:
         connection: itself. inbox: what the engine says, in order.
         pulse: what the rank is at, which the engine is told again and again.
+        device: where it computes, in words, once it is known.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.inbox: queue.SimpleQueue[control.Message] = queue.SimpleQueue()
         self.pulse = Pulse()
+        self.device = ""
         self.connection = connection
         self._outbox: queue.SimpleQueue[control.Message | Callable[[], control.Message] | None] = queue.SimpleQueue()
         self._left = threading.Event()

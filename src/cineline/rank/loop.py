@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cineline.core.control import Admit, Begun, Done, Message, Say, Stop
+from cineline.core.control import Admit, Begun, Done, Message, Say, Spoiled, Stop
 from cineline.core.request import Group, Kind, WorkItem
 from cineline.core.trace import Slice
 from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
+from cineline.rank.guard import Guard
 from cineline.rank.pace import Pace
 from cineline.rank.pulse import Pulse
 from cineline.rank.snapshots import Snapshots
@@ -43,12 +44,14 @@ class _Request:
 
     Attributes:
         state: the family's. scripts: what the rank does for it. drop: and where it is cancelled.
+        guard: of what it makes.
         coming: receives that are posted, or whose buffers are in use, by what it is and who makes it.
     """
 
     state: Any
     scripts: Scripts
     drop: Script
+    guard: Guard
     coming: dict[tuple[Value, WorkItem], Pending] = field(default_factory=dict)
 
 
@@ -105,7 +108,9 @@ class StageLoop:
     def run(self) -> None:
         """Execute items until the engine says stop."""
         while self._look_ahead():
-            self._execute(self._ahead.popleft())
+            turn = self._ahead.popleft()
+            self._pulse.turns(turn.group.request)
+            self._execute(turn)
             self._pulse.ends()
             self._pace.end_item()
         self._pace.settle()
@@ -132,7 +137,9 @@ class StageLoop:
         if isinstance(message, Stop):
             self._stopping = True
         elif isinstance(message, Admit):
+            self._pulse.turns(message.job.id)
             self._admit(message)
+            self._pulse.ends()
         elif isinstance(message, Group) and (request := self._requests.get(message.request)):
             dropped = message.kind is Kind.DROP
             scripts = (request.drop,) if dropped else request.scripts.get(message._replace(request=0), ())
@@ -149,7 +156,8 @@ class StageLoop:
         if message.resume is not None and self._part.rank in rule.chain(Group(Kind.DENOISE, job.id, job.first_step)):
             self._snapshots.restore(state, message.resume)
         scripts = scripts_of(rule)
-        self._requests[job.id] = _Request(state, scripts, drop_of(rule))
+        guard = Guard(self._device, self._pace, partial(self._spoiled, job.id))
+        self._requests[job.id] = _Request(state, scripts, drop_of(rule), guard)
         actions = [action for own in scripts.values() for script in own for action in (*script.ahead, *script.run)]
         posts = [action for action in actions if isinstance(action, Post) and not action.value.stays]
         messages = {(post.edge, self._family.specs(state, post.value, post.item)) for post in posts}
@@ -163,12 +171,14 @@ class StageLoop:
         if not self._record or not turn.script.computes:
             for action in turn.script.run:
                 self._act(turn, action)
+            turn.request.guard.settle(turn.script.item)
             return
         asked = start = self._device.timed_mark()
         for action in turn.script.run:
             if action is Do.START:
                 start = self._device.timed_mark()
             self._act(turn, action)
+        turn.request.guard.settle(turn.script.item)
         item = turn.script.item._replace(request=turn.group.request)
         self._pace.after(partial(self._note, item, asked, start, self._device.timed_mark()))
 
@@ -186,7 +196,9 @@ class StageLoop:
                 self._post(request, action)
             case Wait():
                 if pending := self._pending(request, action):
-                    family.take(state, action.value, action.item, pending.wait())
+                    tensors = pending.wait()
+                    family.take(state, action.value, action.item, tensors)
+                    request.guard.came((state.latents,) if action.value is Value.HISTORY else tensors)
                     if action.value.stays:
                         del request.coming[action.value, action.item]
             case Send():
@@ -201,14 +213,17 @@ class StageLoop:
                 request.coming.pop((action.value, action.item)).release()
             case Compute():
                 family.compute(state, item, action.starts, action.ends)
+                request.guard.made(state.made(item, action.ends))
             case Do.FINISH:
                 family.finish(state, item)
+                request.guard.made((state.latents,))
             case Do.BEGUN:
                 self._report(Begun(group))
             case Do.DONE | Do.MOVES:
-                self._snapshots.take(state, group)
+                request.guard.settle(item)
+                self._snapshots.take(state, group, request.guard)
                 answer = self._answer(request, item)
-                self._pace.after(partial(self._tell, group, answer, moves=action is Do.MOVES))
+                self._pace.after(partial(self._tell, request, group, answer, moves=action is Do.MOVES))
             case Do.DENOISED:
                 family.end_denoising(state)
             case Do.FORGET:
@@ -236,8 +251,12 @@ class StageLoop:
         tensor = None if item.kind is Kind.DROP else self._family.answer(request.state, item)
         return None if tensor is None else self._device.to_host(*_apart((tensor,), request))
 
-    def _tell(self, group: Group, answer: torch.Tensor | None, moves: bool) -> None:
-        self._report(Done(group, None if answer is None else answer.numpy(), moves))
+    def _spoiled(self, request: int, item: WorkItem) -> None:
+        self._report(Spoiled(item._replace(request=request), self._part.place.pp))
+
+    def _tell(self, request: _Request, group: Group, answer: torch.Tensor | None, moves: bool) -> None:
+        spoiled = request.guard.spoiled
+        self._report(Done(group, None if answer is None or spoiled else answer.numpy(), moves, spoiled))
 
 
 def _apart(made: Hidden, request: _Request) -> Hidden:

@@ -10,6 +10,7 @@ from cineline.core.control import Say, Snapshot
 from cineline.core.request import Group, Kind
 from cineline.families import snapshot
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState
+from cineline.rank.guard import Guard
 from cineline.rank.pace import Pace
 from cineline.transport.queue import DeviceQueue
 
@@ -33,15 +34,17 @@ class Snapshots:
         self._pace = pace
         self._report = report
 
-    def take(self, state: RequestState, group: Group) -> None:
+    def take(self, state: RequestState, group: Group, guard: Guard) -> None:
         """Behind a group that this rank answers for: where it is a step after which one is due, report it when the
-        device has got to here. None is due after the last step: a request that decodes is begun anew before that."""
+        device has got to here, and nothing was spoiled. None is due after the last step: a request that decodes is
+        begun anew before that."""
         done = group.number + 1
         if not self._every or group.kind is not Kind.DENOISE or done % self._every or done >= state.job.steps:
             return
         exported = snapshot.mapped(self._family.export(state), self._device.to_host)
         expert = self._family.expert(state, done)
-        self._pace.after(partial(self._report, partial(_written, group.request, done, expert, exported)))
+        written = partial(_written, group.request, done, expert, exported)
+        self._pace.after(lambda: None if guard.spoiled else self._report(written))
 
     def restore(self, state: RequestState, resume: bytes) -> None:
         """Go on from a snapshot, where this rank has latents."""
