@@ -57,7 +57,7 @@ class Room:
                 f"{job.width}x{job.height} with {job.num_frames} frames needs {needed[device] / 1e9:.1f} GB on the "
                 f"device of stage {stages[device]}, {above / 1e9:.1f} GB more than its "
                 f"{self._memory[device] / 1e9:.1f} GB: "
-                "use a smaller size, fewer frames, or more stages."
+                "use a smaller size, fewer frames or more stages, or say with --memory-gb that there is more."
             )
 
 
