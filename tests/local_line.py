@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from local_channel import LIMIT_S, LocalChannel, RendezvousChannel
-from toy_family import ToySpec, ToyStages
+from PIL import Image
+from toy_family import ToyStages
 
 from cineline import ParallelConfig, VideoRequest
 from cineline.core.config import DeviceConfig
-from cineline.core.control import Admit, Begun, Done, Message, Stop
+from cineline.core.control import Admit, Begun, Done, Message, Snapshot, Stop
+from cineline.core.family import FamilySpec
 from cineline.core.request import Group, Job
-from cineline.families.pipeline_parallel import StagePart
+from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
 from cineline.rank.loop import StageLoop
 from cineline.rank.pulse import Pulse
 from cineline.schedule.rule import edges_of
@@ -25,20 +29,28 @@ from cineline.transport.queue import HostQueue
 
 
 class LocalLine:
-    """A toy model on a thread for each rank; with `rendezvous`, no send returns before its receive is posted."""
+    """A model, a toy where nothing is said, on a thread for each rank; with `rendezvous`, no send returns before its
+    receive is posted.
+    """
 
     def __init__(
         self,
-        spec: ToySpec,
+        spec: FamilySpec,
         parallel: ParallelConfig,
         in_flight: int | None,
         rendezvous: bool = False,
-        stages_class: type[ToyStages] = ToyStages,
+        stages_class: type[PipelineParallelMixin[Any]] = ToyStages,
+        snapshot_every: int = 0,
+        config: DeviceConfig | None = None,
     ) -> None:
         self.spec = spec
         self.reports: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.emitted: list[Group] = []
-        cut = spec.cut(parallel, DeviceConfig())
+        self.taken: list[Snapshot] = []
+        self._images: dict[int, Image.Image] = {}
+        self._resumed: Mapping[int, Snapshot] = {}
+        config = config or DeviceConfig()
+        cut = spec.cut(parallel, config)
         parallel = parallel.filled(cut)
         ranks = range(parallel.ranks)
         self._inboxes: list[queue.SimpleQueue[Message]] = [queue.SimpleQueue() for _ in ranks]
@@ -48,20 +60,29 @@ class LocalLine:
         self.loops = []
         for rank in ranks:
             family, place = stages_class(spec), parallel.place(rank)
-            part = StagePart(place, parallel, cut[place.pp], torch.device("cpu"), DeviceConfig())
+            part = StagePart(place, parallel, cut[place.pp], torch.device("cpu"), config)
             family.load(part)
             incoming = {edge: channel for edge, channel in channels.items() if edge.target == rank}
             outgoing = {edge: channel for edge, channel in channels.items() if edge.source == rank}
             edges = Edges(incoming, outgoing)
-            self.loops.append(
-                StageLoop(family, part, edges, HostQueue(), self._inboxes[rank], self.reports.put, Pulse())
-            )
+            ends = edges, HostQueue(), self._inboxes[rank], self._say, Pulse()
+            self.loops.append(StageLoop(family, part, *ends, snapshot_every=snapshot_every))
         self._threads = [threading.Thread(target=loop.run, daemon=True) for loop in self.loops]
         for thread in self._threads:
             thread.start()
 
+    def snapshots(self, number: int) -> list[Snapshot]:
+        """Of a request, by step: with split experts two ranks report, and the later one may come first."""
+        return sorted((each for each in self.taken if each.request == number), key=lambda each: each.step)
+
+    def _say(self, message: Message | Callable[[], Message]) -> None:
+        self.reports.put(message() if callable(message) else message)
+
     def _admit(self, job: Job) -> None:
-        self._tell(Admit(job))
+        resumed = self._resumed.get(job.id)
+        for loop, inbox in zip(self.loops, self._inboxes, strict=True):
+            image = self._images.get(job.id) if loop._part.is_head else None
+            inbox.put(Admit(job, image, resumed.state if resumed else None))
 
     def _tell(self, message: Message) -> None:
         for inbox in self._inboxes:
@@ -73,11 +94,21 @@ class LocalLine:
             self._tell(group)
 
     def run(
-        self, requests: Sequence[VideoRequest], cancel_after: dict[int, int]
+        self,
+        requests: Sequence[VideoRequest],
+        cancel_after: Mapping[int, int] | None = None,
+        resumed: Mapping[int, Snapshot] | None = None,
     ) -> dict[int, tuple[torch.Tensor, np.ndarray | None]]:
-        """Results by number of request. Request n is cancelled after `cancel_after[n]` reports of any kind."""
+        """Results by number of request. Request n is cancelled after `cancel_after[n]` reports of any kind.
+        Those `resumed` go on from their snapshots."""
+        cancel_after, self._resumed = cancel_after or {}, resumed or {}
         for number, request in enumerate(requests):
-            self.scheduler.submit(self.spec.resolve(request, number))
+            if isinstance(request.image, Image.Image):
+                self._images[number] = request.image
+            job = self.spec.resolve(request, number)
+            if begun := self._resumed.get(number):
+                job = replace(job, first_step=begun.step, first_expert=begun.expert)
+            self.scheduler.submit(job)
             self.emit(self.scheduler.pump())
         left = set(range(len(requests)))
         latents: dict[int, torch.Tensor] = {}
@@ -92,7 +123,9 @@ class LocalLine:
                 break
             report = self.reports.get(timeout=LIMIT_S)
             heard += 1
-            if isinstance(report, Begun):
+            if isinstance(report, Snapshot):
+                self.taken.append(report)
+            elif isinstance(report, Begun):
                 self.scheduler.begun(report.group)
             elif isinstance(report, Done):
                 number = report.group.request
@@ -108,6 +141,9 @@ class LocalLine:
         for thread in self._threads:
             thread.join(LIMIT_S)
             assert not thread.is_alive()
+        while not self.reports.empty():
+            if isinstance(report := self.reports.get(), Snapshot):
+                self.taken.append(report)
         done = set(range(len(requests))) - cancel_after.keys()
         return {
             number: (latents[number], np.concatenate(frames[number]) if frames[number] else None) for number in done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cineline.core.config import ParallelConfig
@@ -42,7 +42,8 @@ class Plan:
 
     @classmethod
     def drawn(cls, draw: random.Random) -> Plan:
-        """Any division of up to five stages by any product of axes, up to five requests, some of them cancelled."""
+        """Any division of up to five stages by any product of axes, up to five requests; some begin at a later step,
+        some are cancelled."""
         pp = draw.randint(1, 5)
         axes: dict[str, Any] = {"pp": pp, "cfg": draw.randint(1, 2), "vae_decode": draw.choice(WAYS)}
         axes |= {axis: draw.choice([1, 1, 1, 2]) for axis in ("ring", "ulysses", "tp")}
@@ -53,10 +54,14 @@ class Plan:
             axes["vae_split"] = tuple(units) if any(units) else None
         if pp > 1 and draw.random() < 0.5:
             axes |= {"expert_placement": "split", "high_stages": draw.randint(1, pp - 1)}
-        jobs = tuple(
+        jobs = [
             job(number, draw.randint(1, 5), draw.randint(1, 2), draw.random() < 0.5, draw.choice([0, 1, 2, 6]))
             for number in range(draw.randint(1, 5))
-        )
+        ]
         high = tuple(draw.randint(0, one.steps) for one in jobs)
+        for number, one in enumerate(jobs):
+            if draw.random() < 0.4:
+                step = draw.randrange(one.steps)
+                jobs[number] = replace(one, first_step=step, first_expert=int(step >= high[number]))
         cancels = {number: draw.randint(0, 40) for number in range(len(jobs)) if draw.random() < 0.2}
-        return cls(ParallelConfig(**axes), jobs, high, draw.choice([None, 1, 2, 3]), cancels)
+        return cls(ParallelConfig(**axes), tuple(jobs), high, draw.choice([None, 1, 2, 3]), cancels)

@@ -20,9 +20,11 @@ import torch.distributed as dist
 from forked_ranks import ForkedRank, _context
 from pretended_device import DeviceTensor, inner
 from pretended_faults import FAULTS
-from pretended_machine import MACHINE, Actor, host_memory, labelled
+from pretended_machine import MACHINE, Actor, host_memory, host_reads, labelled
 from torch import Tensor
 
+from cineline.core.control import Message, Snapshot
+from cineline.families import snapshot
 from cineline.rank import worker
 from cineline.rank.engine_link import EngineLink
 from cineline.rank.loop import StageLoop
@@ -45,6 +47,7 @@ class Pretence:
         folder: where each puts its report.
         way: nccl, a device a rank and its own backend; staged, all ranks on one device, over gloo.
         rehearses: whether the ranks rehearse, as those on a device do.
+        snapshot_every: steps, of which ranks keep their snapshots.
         fault: of `FAULTS`.
         kernel_ns, attention_ns, message_ns: how long a kernel takes, one of attention, and a message between ranks.
     """
@@ -52,6 +55,7 @@ class Pretence:
     folder: Path
     way: Literal["nccl", "staged"] = "nccl"
     rehearses: bool = False
+    snapshot_every: int = 0
     fault: str = ""
     kernel_ns: int = 1000
     attention_ns: int = 1000
@@ -65,11 +69,13 @@ class Report:
     Attributes:
         races: in words, and how often. stops: of the host, by what it was at and place.
         counts: by what the host was at, how many stops there were each time, and waits for what was on its way.
+        snapshots: that it took.
     """
 
     races: Counter[str] = field(default_factory=Counter)
     stops: Counter[tuple[str, str]] = field(default_factory=Counter)
     counts: Mapping[str, Counter[tuple[int, int]]] = field(default_factory=dict)
+    snapshots: Sequence[Snapshot] = ()
 
 
 def reports_in(folder: Path) -> list[Report]:
@@ -101,6 +107,7 @@ def _serve(connection: Connection, environment: Mapping[str, str], pretence: Pre
     os.environ.update(environment)
     serve = worker._serve
     counts: defaultdict[str, Counter[tuple[int, int]]] = defaultdict(Counter)
+    kept: list[list[Snapshot]] = []
 
     def serve_pretending(*args: Any) -> None:
         MACHINE.kernel_ns, MACHINE.attention_ns = pretence.kernel_ns, pretence.attention_ns
@@ -109,6 +116,7 @@ def _serve(connection: Connection, environment: Mapping[str, str], pretence: Pre
         _name_the_work(counts)
         setattr(queue, "time", SimpleNamespace(time_ns=lambda: MACHINE.host.free_ns))  # noqa: B010 (the host's clock)
         queue.AcceleratorQueue.prepares = pretence.rehearses
+        kept.append(_keep_snapshots(pretence.snapshot_every))
         FAULTS[pretence.fault]()
         try:
             serve(*args)
@@ -116,7 +124,7 @@ def _serve(connection: Connection, environment: Mapping[str, str], pretence: Pre
             write_report()
 
     def write_report() -> None:
-        report = Report(MACHINE.races, MACHINE.stops, dict(counts))
+        report = Report(MACHINE.races, MACHINE.stops, dict(counts), kept[0])
         (pretence.folder / f"{rank}.report").write_bytes(pickle.dumps(report))
 
     def leave_with_report(*args: Any) -> None:
@@ -217,6 +225,32 @@ def _collective(name: str, call: Any, begin: Callable[..., Actor]) -> Any:
         return PretendedWork([call(group, inner(first), *map(inner, others))], actor, tensors, None)
 
     return collective
+
+
+def _keep_snapshots(every: int) -> list[Snapshot]:
+    """Where the loop's snapshots will be, which are made on its own thread: the machine sees no other."""
+    begin, write, kept = StageLoop.__init__, snapshot.write, list[Snapshot]()
+
+    def begin_with_snapshots(self: StageLoop, *args: Any) -> None:
+        *before, report, pulse, record, _ = args
+
+        def keep(message: Message | Callable[[], Message]) -> None:
+            made = message() if callable(message) else message
+            if isinstance(made, Snapshot):
+                kept.append(made)
+            else:
+                report(made)
+
+        begin(self, *before, keep, pulse, record, every)  # type: ignore[call-arg]  # all of them are there
+
+    def look(tensor: Tensor) -> Tensor:
+        assert not isinstance(tensor, DeviceTensor)
+        host_reads(tensor, "snapshot")
+        return tensor
+
+    setattr(StageLoop, "__init__", begin_with_snapshots)  # noqa: B010 (a method)
+    setattr(snapshot, "write", lambda exported: write(snapshot.mapped(exported, look)))  # noqa: B010 (a function)
+    return kept
 
 
 # What the host is at when it stops.

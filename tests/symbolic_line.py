@@ -16,7 +16,7 @@ from typing import Any
 
 from plans import Plan
 
-from cineline.core.config import Place
+from cineline.core.config import ParallelConfig, Place
 from cineline.core.request import Branch, Group, Job, Kind, WorkItem
 from cineline.schedule.rule import Rule, Scripts, drop_of, scripts_of
 from cineline.schedule.scheduler import Scheduler
@@ -95,6 +95,7 @@ class SymbolicRank:
         self.place = plan.parallel.place(number)
         self.states: dict[int, State] = {}
         self.scripts: dict[int, Scripts] = {}
+        self.drops: dict[int, Script] = {}
         self.inbox: deque[Job | Group] = deque()
         self.coming: deque[tuple[Group, Script]] = deque()
         self.ahead: deque[tuple[Group, Script]] = deque()
@@ -105,9 +106,15 @@ class SymbolicRank:
 
     def admit(self, job: Job) -> None:
         experts = self.plan.experts(job)
-        scripts = self.make_scripts(Rule(self.plan.parallel, job.shape, tuple(experts), self.place))
+        rule = Rule(self.plan.parallel, job.shape, tuple(experts), self.place)
+        scripts = self.make_scripts(rule)
         if scripts:
-            self.states[job.id], self.scripts[job.id] = State(job, experts), scripts
+            state = self.states[job.id] = State(job, experts)
+            self.scripts[job.id], self.drops[job.id] = scripts, drop_of(rule)
+            if job.first_step:  # on the stages that go on with it
+                goes_on = self.place.pp in route(self.plan.parallel, experts[job.first_step])
+                state.latents = Held(("latents", job.first_step if goes_on else "unknown"))
+                state.stepped = job.first_step if goes_on else -1
 
     @property
     def state(self) -> State:
@@ -123,13 +130,8 @@ class SymbolicRank:
         return self.group.request, named(message)
 
     def route(self, step: int) -> range:
-        """The stages of a step: all, or those of its expert."""
-        parallel = self.plan.parallel
-        if parallel.expert_placement == "shared":
-            return range(parallel.pp)
-        high = parallel.high_stages
-        assert high is not None
-        return range(high, parallel.pp) if self.state.experts[step] else range(high)
+        """The stages of a step."""
+        return route(self.plan.parallel, self.state.experts[step])
 
     @property
     def decoding(self) -> list[int]:
@@ -334,7 +336,6 @@ class SymbolicLine:
             rank.group, rank.script = rank.ahead.popleft()
             rank.due.extend(rank.script.run)
             if rank.group.request not in rank.states:  # it has ended here
-                self.answer_drop(rank, rank.group, rank.script)
                 rank.due.clear()
         elif rank.due:
             if not self.act(rank, rank.due[0]):
@@ -355,20 +356,11 @@ class SymbolicLine:
             message = rank.inbox.popleft()
             if isinstance(message, Job):
                 rank.admit(message)
-            elif message.kind is Kind.DROP:
-                script = drop_of(self.plan.parallel, self.plan.parallel.place(rank.number))
-                if message.request in rank.states:
-                    rank.coming.append((message, script))
-                else:
-                    self.answer_drop(rank, message, script)
+            elif message.request in rank.states and message.kind is Kind.DROP:
+                rank.coming.append((message, rank.drops[message.request]))
             elif message.request in rank.states:
                 scripts = rank.scripts[message.request].get(message._replace(request=0), ())
                 rank.coming.extend((message, script) for script in scripts)
-
-    def answer_drop(self, rank: SymbolicRank, group: Group, script: Script) -> None:
-        """Of a request that is not known any more."""
-        if Do.DONE in script.run:
-            self.words[rank.number].append((Do.DONE, group))
 
     def act(self, rank: SymbolicRank, action: Action) -> bool:
         match action:
@@ -443,13 +435,22 @@ class SymbolicLine:
             if one.texts and place.is_first_lane and place.pp in rank.texts:
                 wanted |= {WorkItem(Kind.TEXT, one.id, 0, branch) for branch in branches}
             groups = parallel.groups
-            for step, expert in enumerate(self.plan.experts(one)):
+            for step, expert in list(enumerate(self.plan.experts(one)))[one.first_step :]:
                 if place.pp in groups[expert if len(groups) == 2 else 0]:
                     wanted |= {WorkItem(Kind.DENOISE, one.id, step, branch) for branch in branches}
             if place == Place(pp=place.pp) and place.pp in rank.decoding:
                 wanted |= {WorkItem(Kind.DECODE, one.id, chunk) for chunk in range(one.chunks)}
         found = {item for item in rank.computed if item.request == one.id}
         demand(found == wanted, "rank", rank.number, "computed", found ^ wanted)
+
+
+def route(parallel: ParallelConfig, expert: int) -> range:
+    """The stages of an expert's steps: all, or its own."""
+    if parallel.expert_placement == "shared":
+        return range(parallel.pp)
+    high = parallel.high_stages
+    assert high is not None
+    return range(high, parallel.pp) if expert else range(high)
 
 
 def named(message: Message) -> Message:

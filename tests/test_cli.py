@@ -126,6 +126,7 @@ BAD_OPTIONS = [
     (["--output", f"{'x' * 300}.mp4"], ["xxx", "longer than 200 bytes"]),
     (["--model", "x" * 300], ["xxx", "cannot be a folder"]),
     (["--fps", "3000000000"], ["fps=3000000000", "above 1000"]),
+    (["--timeout-s", "-1"], ["timeout_s=-1.0", "above 0", "give seconds"]),
     (["--num-inference-steps", "1000000000000"], ["num_inference_steps=1000000000000", "above 10000"]),
     (["--pp", "0"], ["pp=0", "at least 1"]),
     (["--pp", "99"], ["pp=99", "4 blocks"]),

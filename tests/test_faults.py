@@ -18,10 +18,11 @@ from oracle import Checkpoint, Oracle, assert_equal
 from toy_family import ToySpec, ToyStages
 from toy_reference import toy_reference
 
-from cineline import Engine, InvalidConfig, ParallelConfig, RankFailed, RequestHandle, VideoRequest
+from cineline import Engine, InvalidConfig, NotFinite, ParallelConfig, RankFailed, RequestHandle, VideoRequest
 from cineline.core.config import DeviceConfig
 from cineline.core.faults import VARIABLE, Fault, Moment, planned
 from cineline.core.request import Branch, Kind, WorkItem
+from cineline.errors import anew
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.rank.faults import EXIT_CODE, with_faults
@@ -123,7 +124,7 @@ WORDS = {
     "kill": "the process was killed by SIGKILL",
     "exit": f"the process ended with exit code {EXIT_CODE}",
     "raise": r"RuntimeError: a fault on purpose \(do=raise rank=",
-    "memory": "RuntimeError: .*can't allocate memory: you tried to allocate 1152921504606846976 bytes",
+    "memory": "cpu has no memory left.*allocate memory: you tried to allocate 1152921504606846976 bytes.*: use",
 }
 
 
@@ -134,6 +135,8 @@ def test_a_rank_that_fails_is_named_with_its_words(do: str, seed: int, plan: Pla
     plan(fault)
     failure = failure_of(stages)
     assert failure.rank == fault["rank"]
+    assert failure.request == (fault["request"] if do in ("raise", "memory") else None)
+    assert anew(failure).args == failure.args
     failure.add_note(str(fault))
     with pytest.raises(RankFailed, match=f"Rank {fault['rank']} failed: {WORDS[do]}"):
         raise failure
@@ -216,20 +219,51 @@ def test_a_slow_disk_is_a_delay_at_load(plan: Plan) -> None:
         assert_right(line.submit(REQUESTS[0]), REQUESTS[0])
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_nan_spoils_its_request_and_no_other(seed: int, plan: Plan) -> None:
-    draw = random.Random(seed)
-    stages, fault = drawn("nan", seed, "after", "finish")
-    if fault.get("kind") == "decode":  # no latents come of that
-        fault |= {"kind": "denoise", "number": draw.randrange(5)}
+def assert_named(handle: RequestHandle, fault: dict[str, Any], stage: int) -> None:
+    with pytest.raises(NotFinite) as failed:
+        handle.result(LIMIT_S)
+    error = failed.value
+    assert (error.stage, error.kind) == (stage, fault["kind"]), str(error)
+    assert error.number == fault.get("number", error.number)
+
+
+@pytest.mark.parametrize("do", ["nan", "inf"])
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_not_finite_fails_its_request_and_no_other(seed: int, do: str, plan: Plan) -> None:
+    stages, fault = drawn(do, seed, "after", "finish")
+    if fault["kind"] == "decode" and fault["rank"] == stages - 1:  # frames are bytes
+        fault["rank"] = 0
     plan(fault)
     with engine(stages) as line:
         handles = [line.submit(one) for one in REQUESTS]
         for number, (handle, wanted) in enumerate(zip(handles, REQUESTS, strict=True)):
             if number == fault["request"]:
-                assert handle.result(LIMIT_S).latents.isnan().any()
+                assert_named(handle, fault, fault["rank"])
             else:
                 assert_right(handle, wanted)
+        assert_right(line.submit(REQUESTS[0]), REQUESTS[0])
+
+
+@pytest.mark.parametrize("at", ["after", "finish"])
+@pytest.mark.parametrize("rank", range(3))
+def test_a_last_step_that_is_not_finite_never_ends_well(rank: int, at: str, plan: Plan) -> None:
+    """Though the tail may be through with it before the rank is heard that spoiled it."""
+    stage = rank if at == "after" else 2
+    fault = {"do": "nan", "rank": stage, "at": at, "kind": "denoise", "number": 4}
+    plan(*(fault | {"request": request} for request in range(8)))
+    with engine(3) as line:
+        for _ in range(8):
+            handle = line.submit(REQUESTS[0].model_copy(update={"decode": False}))
+            assert_named(handle, fault, stage)
+
+
+@pytest.mark.parametrize("moment", [{"at": "after", "kind": kind} for kind in ("text", "encode", "denoise")])
+def test_one_stage_alone_is_named_too(moment: dict[str, Any], plan: Plan) -> None:
+    plan({"do": "inf", "rank": 0, "request": 0, **moment})
+    with engine(1) as line:
+        spoiled, right = [line.submit(one) for one in REQUESTS[:2]]
+        assert_named(spoiled, moment, 0)
+        assert_right(right, REQUESTS[1])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -269,21 +303,38 @@ def test_faults_that_never_fit_change_nothing(plan: Plan) -> None:
             assert_right(handle, wanted)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_nan_in_wan_stays_in_its_request(seed: int, plan: Plan, checkpoint: Checkpoint, oracle: Oracle) -> None:
-    draw = random.Random(seed)
-    moment = draw.choice([{"at": "finish", "rank": 1}, {"at": "after", "rank": draw.randrange(2), "kind": "denoise"}])
-    plan({"do": "nan", "request": 0, "number": draw.randrange(3), **moment})
-    folder, requests = checkpoint(RandomConfig()), [wan(0), wan(1)]
-    with Engine(folder, ParallelConfig(pp=2), device="cpu") as line:
-        spoiled, right = [line.submit(one) for one in requests]
-        assert spoiled.result(2 * LIMIT_S).latents.isnan().any()
-        assert_equal(right.result(2 * LIMIT_S), oracle.run(folder, "float32", requests[1]))
+WAN_KINDS = ("text", "encode", "denoise", "finish", "decode")
+
+
+@pytest.mark.parametrize("axes", [{"pp": 1}, {"pp": 2}, {"pp": 3}, {"pp": 2, "cfg": 2}], ids=str)
+def test_what_is_not_finite_in_wan_stays_in_its_request(
+    axes: dict[str, Any], plan: Plan, checkpoint: Checkpoint, oracle: Oracle
+) -> None:
+    draw = random.Random(str(axes))
+    parallel = ParallelConfig(**axes)
+    tails = [rank for rank in range(parallel.ranks) if parallel.place(rank).pp == parallel.pp - 1]
+    kinds = [kind for kind in WAN_KINDS if parallel.pp > 1 or kind != "decode"]
+    faults: list[dict[str, Any]] = []
+    for request, kind in enumerate(kinds):
+        ranks = {"finish": tails[:1], "decode": [0], "encode": [0]}.get(kind, range(parallel.ranks))
+        moment = {"at": "finish", "kind": "denoise"} if kind == "finish" else {"at": "after", "kind": kind}
+        number = draw.randrange({"denoise": 3, "decode": 2}.get(moment["kind"], 1))
+        do = draw.choice(["nan", "inf"])
+        faults.append({"do": do, "request": request, "rank": draw.choice(ranks), "number": number, **moment})
+    plan(*faults)
+    folder, wanted = checkpoint(RandomConfig()), wan(1)
+    with Engine(folder, parallel, device="cpu") as line:
+        handles = [line.submit(wan(0)) for _ in kinds]
+        right = line.submit(wanted)
+        for handle, fault in zip(handles, faults, strict=True):
+            assert_named(handle, fault, parallel.place(fault["rank"]).pp)
+        assert_equal(right.result(2 * LIMIT_S), oracle.run(folder, "float32", wanted))
 
 
 def test_a_device_without_memory_fails_wan(plan: Plan, checkpoint: Checkpoint) -> None:
     plan({"do": "memory", "rank": 1, "at": "after", "kind": "decode"})
-    failed = pytest.raises(RankFailed, match=f"Rank 1 failed: {WORDS['memory']}")
+    words = r"use a smaller size or fewer frames, more stages, or fewer requests in flight \(request 0\)$"
+    failed = pytest.raises(RankFailed, match=f"Rank 1 failed: cpu has no memory left in decode 0 .*: {words}")
     with Engine(checkpoint(RandomConfig()), ParallelConfig(pp=2), device="cpu") as line, failed:
         line.submit(wan(0)).result(2 * LIMIT_S)
 
@@ -406,6 +457,7 @@ def prepared(state: RequestState) -> RequestState:
         ([{"rank": None}], "rank=None of fault 0"),
         ([{"do": "delay"}], "of fault 0, do='delay' has no seconds: give some"),
         ([{"seconds": 1}], r"of fault 0, seconds=1.0 is for do='delay', not 'kill': leave it out"),
+        ([{"do": "inf", "at": "give"}], "at='give' has nothing for do='inf' to spoil"),
         ([{"do": "nan"}], "of fault 0, at='before' has nothing for do='nan' to spoil: use after or finish"),
         ([{"at": "load", "request": 0}], "of fault 0, request=0 is not known at='load': leave it out"),
         ([{"at": "admit", "kind": "text"}], "of fault 0, kind='text' is not known at='admit': leave it out"),

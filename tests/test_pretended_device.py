@@ -17,14 +17,19 @@ import numpy as np
 import pretended_ranks
 import pytest
 import torch
+from local_line import LocalLine
 from oracle import Checkpoint
 from PIL import Image
 from pretended_ranks import BETWEEN, Pretence, Report, reports_in
 
-from cineline import Engine, ParallelConfig, RankFailed, RequestCancelled, Video, VideoRequest
+from cineline import Engine, NotFinite, ParallelConfig, RankFailed, RequestCancelled, Video, VideoRequest
+from cineline.core.config import DeviceConfig
+from cineline.core.faults import VARIABLE
 from cineline.engine import api, launch
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.stages import WanStages
 
 STEPS = 3
 LIMIT_S = 60
@@ -71,6 +76,7 @@ class Case:
 
 
 STAGED = {"way": "staged"}
+SNAPSHOTS = {"snapshot_every": 1}
 REHEARSED = {"rehearses": True}
 SPLIT = {"expert_placement": "split"}
 
@@ -102,7 +108,10 @@ CASES = [
     Case("bfloat16", "ti2v", {"pp": 2}, {"dtype": "bfloat16"}, image=True, stops={"ENCODE first": (7,)}),
     Case("bfloat16 in a ring", "t2v", {"ring": 2}, {"dtype": "bfloat16", "vae_dtype": "bfloat16"}),
     Case("staged", "ti2v", {"pp": 3}, pretence=STAGED | REHEARSED, frames=9),
-    Case("staged and split", "t2v", {"pp": 2, **SPLIT}, pretence=STAGED, stops={"SEND history": (10,)}),
+    Case("staged and split", "t2v", {"pp": 2, **SPLIT}, pretence=STAGED, stops={"SEND history": (8,)}),
+    Case("snapshots", "ti2v", {"pp": 2}, pretence=SNAPSHOTS | REHEARSED),
+    Case("snapshots of two lines", "ti2v", {"cfg": 2}, pretence=SNAPSHOTS | STAGED),
+    Case("snapshots with split experts", "t2v", {"pp": 2, **SPLIT}, pretence=SNAPSHOTS),
     Case("staged branches", "i2v", {"pp": 2, "cfg": 2}, pretence=STAGED, image=True),
 ]
 
@@ -118,7 +127,7 @@ OF_STAGES: Stops = {
     # UniPC's first step, the second, and those with its order of 2: numbers for the device, and a solution's check
     "FINISH": (2, 5, 6),
     # a solver's tensors through a file in memory
-    "SEND history": (9,),
+    "SEND history": (7,),
     "RECEIVE history": (8,),
 }
 
@@ -257,6 +266,47 @@ def test_a_cancel_leaves_the_others_alone(way: str, checkpoint: Checkpoint, pret
     assert len(reports) == 3 and no_races(reports), [report.races for report in reports]
 
 
+@pytest.mark.parametrize("case", [each for each in CASES if "snapshots" in each.name], ids=lambda case: str(case.name))
+def test_what_a_device_has_begun_another_goes_on_with(case: Case, checkpoint: Checkpoint, pretending: Pretend) -> None:
+    folder = checkpoint(RandomConfig(case.kind, heads=4))
+    wanted = expected(folder, case)
+    pretence = pretending(**case.pretence)
+    run(folder, case.axes, case.requests(), device="pretend", **case.options)
+    taken = [each for report in reports_in(pretence.folder) for each in report.snapshots]
+    assert sorted((each.request, each.step) for each in taken) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    spec = WanSpec.open(folder)
+    line = LocalLine(
+        spec, spec.place(ParallelConfig()), None, stages_class=WanStages, config=DeviceConfig(dtype="float32")
+    )
+    again = line.run([case.requests()[each.request] for each in taken], resumed=dict(enumerate(taken)))
+    for number, each in enumerate(taken):
+        (latents, frames), other = again[number], wanted[each.request]
+        assert torch.equal(latents, other.latents)
+        assert frames is not None and other.frames is not None and np.array_equal(frames, other.frames)
+
+
+@pytest.mark.parametrize("way", ["nccl", "staged"])
+@pytest.mark.parametrize("rank", range(3))
+def test_what_is_not_finite_fails_its_request_alone(
+    rank: int, way: str, checkpoint: Checkpoint, pretending: Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[3]
+    folder = checkpoint(RandomConfig(case.kind, heads=4))
+    wanted = expected(folder, case)
+    pretence = pretending(way=way)
+    fault = {"do": "inf", "rank": rank, "at": "after", "kind": "denoise", "number": 1, "request": 0}
+    monkeypatch.setenv(VARIABLE, json.dumps([fault]))
+    options: dict[str, Any] = {"device": "pretend", "dtype": "float32", "allow_untested_device": True}
+    with Engine(folder, ParallelConfig(**case.axes), in_flight=3, **options) as engine:
+        spoiled, *kept = [engine.submit(request) for request in (case.requests()[0], *case.requests())]
+        with pytest.raises(NotFinite, match=f"stage {rank} computed denoise 1"):
+            spoiled.result(LIMIT_S)
+        videos = [handle.result(LIMIT_S) for handle in kept]
+    reports = reports_in(pretence.folder)
+    assert_as_on_the_cpu(videos, wanted)
+    assert len(reports) == 3 and no_races(reports), [report.races for report in reports]
+
+
 # Traces.
 
 
@@ -283,7 +333,7 @@ def test_a_trace_has_the_device_s_times(
 
 def with_fault(fault: str, way: str, checkpoint: Checkpoint, pretending: Pretend) -> list[Report]:
     case = Case(fault, "ti2v", {"pp": 2})
-    pretence = pretending(fault=fault, way=way)
+    pretence = pretending(fault=fault, way=way, **SNAPSHOTS)
     run(checkpoint(RandomConfig("ti2v", heads=4)), case.axes, case.requests(), device="pretend")
     reports = reports_in(pretence.folder)
     assert len(reports) == 2
@@ -299,6 +349,7 @@ def with_fault(fault: str, way: str, checkpoint: Checkpoint, pretending: Pretend
         ("host memory used again early", "staged", "recv on communicator"),
         ("host memory sent early", "staged", "send on communicator"),
         ("host memory reported early", "nccl", "numpy on host reads"),
+        ("host memory reported early", "nccl", "snapshot on host reads"),
     ],
 )
 def test_a_race_is_found(fault: str, way: str, found: str, checkpoint: Checkpoint, pretending: Pretend) -> None:

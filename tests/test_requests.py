@@ -232,6 +232,7 @@ FIELDS: dict[str, Any] = {
     "seed": 7,
     "fps": 8,
     "decode": False,
+    "timeout_s": 60.0,
 }
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import Plan
+from plans import Plan, job
 from symbolic_line import MakeScripts, SymbolicLine, Wrong, named
 
 from cineline.core.config import ParallelConfig
@@ -26,6 +26,15 @@ seeds = st.integers(0, 2**32)
 def test_each_value_is_made_once_before_its_use_and_nothing_deadlocks(seed: int) -> None:
     draw = random.Random(seed)
     SymbolicLine(Plan.drawn(draw), draw).run()
+
+
+def test_a_cancel_is_answered_where_the_tail_has_no_part_in_the_rest() -> None:
+    """It neither decodes, nor, with split experts, makes the steps of the first: it may have forgotten the request."""
+    lines = [ParallelConfig(pp=2, vae_split=(1, 0)), ParallelConfig(pp=2, expert_placement="split", high_stages=1)]
+    for parallel, chunks in zip(lines, (3, 0), strict=True):
+        for seed in range(100):
+            draw, jobs = random.Random(seed), tuple(job(number, chunks=chunks) for number in range(2))
+            SymbolicLine(Plan(parallel, jobs, high=(3, 3), in_flight=1, cancels={0: seed % 10}), draw).run()
 
 
 def requests_of(plan: Plan, make_scripts: MakeScripts = scripts_of) -> Iterator[tuple[list[Group], list[Scripts]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from cineline.core.request import Group, Job, Kind
 from cineline.schedule.scheduler import MOST_WAITING, Scheduler, default_in_flight, speed_up_limit, turns_of
 
 
-def job(number: int, steps: int = 3, guidance: float = 2.0, chunks: int = 0) -> Job:
+def job(number: int, steps: int = 3, guidance: float = 2.0, chunks: int = 0, first: int = 0, expert: int = 0) -> Job:
     request = VideoRequest(
         prompt="x",
         num_inference_steps=steps,
@@ -22,16 +23,17 @@ def job(number: int, steps: int = 3, guidance: float = 2.0, chunks: int = 0) -> 
         num_frames=max(1, chunks),
         decode=chunks > 0,
     )
-    return ToySpec().resolve(request, number)
+    return replace(ToySpec().resolve(request, number), first_step=min(first, steps - 1), first_expert=expert)
 
 
-jobs = st.lists(st.tuples(st.integers(1, 4), st.sampled_from([1.0, 2.0]), st.integers(0, 3)), min_size=1, max_size=8)
+shape = st.tuples(st.integers(1, 4), st.sampled_from([1.0, 2.0]), st.integers(0, 3), st.integers(0, 3))
+jobs = st.lists(shape, min_size=1, max_size=8)
 
 
 @settings(max_examples=200, deadline=None)
 @given(shapes=jobs, stages=st.integers(1, 8), in_flight=st.one_of(st.none(), st.integers(1, 4)))
 def test_every_job_runs_whole_in_order_and_within_the_limits(
-    shapes: list[tuple[int, float, int]], stages: int, in_flight: int | None
+    shapes: list[tuple[int, float, int, int]], stages: int, in_flight: int | None
 ) -> None:
     admitted: list[int] = []
     scheduler = Scheduler(ParallelConfig(pp=stages), in_flight, lambda job: admitted.append(job.id))
@@ -41,7 +43,7 @@ def test_every_job_runs_whole_in_order_and_within_the_limits(
     stream: deque[Group] = deque(scheduler.pump())
     seen: dict[int, list[Group]] = {number: [] for number in wanted}
     finished: set[int] = set()
-    steps_left = {number: one.steps for number, one in wanted.items()}
+    steps_left = {number: one.steps - one.first_step for number, one in wanted.items()}
     decoding: set[int] = set()
     while stream:
         item = stream.popleft()
@@ -76,6 +78,16 @@ def test_a_cancelled_request_is_dropped_once_and_only_when_it_is_in_the_line() -
     assert scheduler.cancel(0) == Group(Kind.DROP, 0)
     assert scheduler.cancel(0) is None
     assert scheduler.pump() == []
+
+
+def test_a_request_counts_in_the_group_of_stages_that_it_goes_on_in() -> None:
+    """Two groups of one stage, one request in each: of those that begin anew only one comes in, others beside it."""
+    parallel = ParallelConfig(pp=2, expert_placement="split", high_stages=1)
+    for experts, admitted in (((0, 0), {0}), ((1, 0), {0, 1}), ((0, 1), {0, 1}), ((1, 1, 1), {0, 1})):
+        scheduler = Scheduler(parallel, 2, lambda job: None)
+        for number, expert in enumerate(experts):
+            scheduler.submit(job(number, first=expert, expert=expert))
+        assert {group.request for group in scheduler.pump()} == admitted
 
 
 def test_a_cancel_makes_room() -> None:

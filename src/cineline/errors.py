@@ -6,9 +6,11 @@ CinelineError
 ├── CheckpointError     the model's folder is not what it should be
 ├── OutputError         a result cannot be written where it was asked for
 ├── MissingLibrary      a library that only some commands need is not installed
-├── RankFailed          a rank raised or died; `rank` and `cause` say which and why
+├── RankFailed          a rank raised or died; `rank`, `cause` and `request` say which, why and in whose item
 ├── EdgeBroken          inside a rank: a neighbour is gone; the engine looks for the one that failed
+├── NotFinite           a stage made NaN or infinity of a request; `stage`, `kind` and `number` say where
 ├── RequestCancelled    the request was cancelled before it was done
+├── RequestTimedOut     the request was not done in its `timeout_s`, and was dropped
 ├── ResultTimeout       `result(timeout=...)` ran out of time; the request goes on
 ├── Deadlock            a simulated schedule in which nobody can go on
 ├── EngineClosed        the engine was closed before the request was done
@@ -81,23 +83,51 @@ class RankFailed(CinelineError, RuntimeError):
     Attributes:
         rank: the rank's number in the world.
         cause: what happened to it, in words.
+        request: the id of the job whose turn it was; None where that is not known, or was nobody's.
     """
 
-    def __init__(self, rank: int, cause: str) -> None:
-        super().__init__(f"Rank {rank} failed: {cause}")
+    def __init__(self, rank: int, cause: str, request: int | None = None) -> None:
+        super().__init__(f"Rank {rank} failed: {cause}" + ("" if request is None else f" (request {request})"))
         self.rank = rank
         self.cause = cause
+        self.request = request
 
-    def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str]]:
-        return type(self), (self.rank, self.cause)
+    def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str, int | None]]:
+        return type(self), (self.rank, self.cause, self.request)
 
 
 class EdgeBroken(CinelineError, RuntimeError):
     """Inside a rank: a neighbour is gone. A symptom; the engine looks for the rank that failed."""
 
 
+class NotFinite(CinelineError, ArithmeticError):
+    """A stage made NaN or infinity of what was finite; the request is dropped, and the others go on.
+
+    Attributes:
+        request: the job's id.
+        stage: the stage's number.
+        kind: what it computed: text, encode, denoise or decode.
+        number: the solver step (denoise) or the chunk (decode).
+    """
+
+    def __init__(self, request: int, stage: int, kind: str, number: int) -> None:
+        where = f"{kind} {number}" if kind in ("denoise", "decode") else kind
+        super().__init__(
+            f"Request {request} is not finite (NaN or infinity) since stage {stage} computed {where}: "
+            "use dtype='float32', less guidance, or weights that are not damaged."
+        )
+        self.request, self.stage, self.kind, self.number = request, stage, kind, number
+
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[int, int, str, int]]:
+        return type(self), (self.request, self.stage, self.kind, self.number)
+
+
 class RequestCancelled(CinelineError):
     """The request was cancelled before it was done."""
+
+
+class RequestTimedOut(CinelineError, TimeoutError):
+    """The request was not done in its `timeout_s`; it was dropped, and the others go on."""
 
 
 class ResultTimeout(CinelineError, TimeoutError):

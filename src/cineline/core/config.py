@@ -367,6 +367,9 @@ class DeviceConfig:
     ] = "resident"
     pin_cores: bool = False
     allow_untested_device: Annotated[bool, "Let --device be another of torch's accelerators"] = False
+    memory_gb: Annotated[float | None, "GB of each device, which refuses larger requests; as a GPU says of itself"] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES and not self.allow_untested_device:
@@ -381,6 +384,10 @@ class DeviceConfig:
         if self.text_encoder not in get_args(TextEncoder):
             known = ", ".join(get_args(TextEncoder))
             raise InvalidConfig(f"text_encoder={shown(self.text_encoder)} is not known: use one of {known}.")
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise InvalidConfig(
+                f"memory_gb={shown(self.memory_gb)} is no finite number above 0: give GB, or leave it out."
+            )
 
     def rank_environment(self, ranks_on_host: int) -> dict[str, str]:
         """Environment of a rank process, to be set before torch loads.

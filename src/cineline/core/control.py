@@ -7,7 +7,7 @@ as a pickle of the classes below.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -17,7 +17,7 @@ from PIL import Image
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.faults import Fault
-from cineline.core.request import Group, Job
+from cineline.core.request import Group, Job, WorkItem
 from cineline.core.trace import Slice
 from cineline.errors import CinelineError, reason, shown
 
@@ -42,6 +42,7 @@ class Setup:
             and is not used under torchrun, which has its own.
         trace: whether to keep a timeline.
         faults: on purpose, of all ranks. start: which start of the ranks this is, from 0.
+        snapshot_every: solver steps of a request from one snapshot to the next; 0 for none.
     """
 
     spec: FamilySpec
@@ -54,6 +55,7 @@ class Setup:
     trace: bool
     faults: tuple[Fault, ...]
     start: int
+    snapshot_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,16 @@ class Ready:
 
 @dataclass(frozen=True)
 class Admit:
-    """Engine to rank: a request whose items follow; the image goes to the head alone."""
+    """Engine to rank: a request whose items follow.
+
+    Attributes:
+        image: goes to the head alone.
+        resume: `Snapshot.state`, where the job does not begin at its first step.
+    """
 
     job: Job
     image: Image.Image | None = None
+    resume: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -92,11 +100,39 @@ class Done:
     Attributes:
         result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk.
         moves: the next step is another group's of stages (split experts).
+        spoiled: NaN or infinity came to the tail, so that there is no result; whose it is the rank says that made it.
     """
 
     group: Group
     result: np.ndarray | None = None
     moves: bool = False
+    spoiled: bool = False
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """Rank to engine: in this item its stage made NaN or infinity of what was finite."""
+
+    item: WorkItem
+    stage: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The rank that answers to engine, before the `Done` of a step: the request can begin again from here, on any
+    division of the model. With split experts two ranks report, and the later step's may come first; or after the last
+    `Done`.
+
+    Attributes:
+        request: the job's id.
+        step: steps that are done, the job's `first_step` from here. expert: its `first_expert`.
+        state: the family's, the content of a safetensors file.
+    """
+
+    request: int
+    step: int
+    expert: int
+    state: bytes
 
 
 @dataclass(frozen=True)
@@ -107,11 +143,13 @@ class Beat:
         item: what it computes, in words; empty while it waits, or loads.
         computing_s: seconds since that item began.
         limit_s: seconds that it may take, by the longest of its kind and size so far; None where there was none.
+        request: whose turn it is.
     """
 
     item: str = ""
     computing_s: float = 0.0
     limit_s: float | None = None
+    request: int | None = None
 
 
 @dataclass(frozen=True)
@@ -119,10 +157,14 @@ class Failed:
     """Rank to engine: it raised and ends. `error` is set when it is one of Cineline's own.
 
     The engine also makes one of the end of a rank's connection.
+
+    Attributes:
+        request: the one whose turn it was, where that is known.
     """
 
     cause: str
     error: CinelineError | None = None
+    request: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +180,12 @@ class Stop:
     """Engine to rank: do what is under way, hand in the timeline, and end when the connection does."""
 
 
-Message = Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Beat | Failed | Timeline | Stop
+Message = (
+    Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Spoiled | Snapshot | Beat | Failed | Timeline | Stop
+)
+
+Say = Callable[[Message | Callable[[], Message]], None]
+"""Has a message sent; one that takes time to make is made just before, on the sender's thread."""
 
 _GROUP, _PICKLE = b"g", b"p"
 

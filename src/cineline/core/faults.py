@@ -38,9 +38,10 @@ class Fault(BaseModel):
     """One thing that goes wrong on one rank. A field left out (None) fits all.
 
     Attributes:
-        do: kill, stop: SIGKILL, SIGSTOP to the own process. exit: end it. raise: an error. delay: sleep. nan: one NaN
-            in what was made. memory: an allocation that the rank's device refuses. hang_up: nothing more reaches the
-            engine, the process goes on. cut: its other TCP connections, and with them its edges, are shut down.
+        do: kill, stop: SIGKILL, SIGSTOP to the own process. exit: end it. raise: an error. delay: sleep. nan, inf: one
+            NaN or infinity in what was made. memory: an allocation that the rank's device refuses. hang_up: nothing
+            more reaches the engine, the process goes on. cut: its other TCP connections, and with them its edges, are
+            shut down.
         rank: that does it. at: the moment.
         kind, number, branch: of the item, which is the maker where a value is taken or given. request: the job's id.
         seconds: of a delay.
@@ -50,7 +51,7 @@ class Fault(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    do: Literal["kill", "stop", "exit", "raise", "delay", "nan", "memory", "hang_up", "cut"]
+    do: Literal["kill", "stop", "exit", "raise", "delay", "nan", "inf", "memory", "hang_up", "cut"]
     rank: Number
     at: Moment
     kind: Literal["text", "encode", "denoise", "decode"] | None = None
@@ -67,8 +68,8 @@ class Fault(BaseModel):
             raise ValueError("do='delay' has no seconds: give some")
         if self.do != "delay" and self.seconds is not None:
             raise ValueError(f"seconds={shown(self.seconds)} is for do='delay', not '{self.do}': leave it out")
-        if self.do == "nan" and self.at not in SPOILS:
-            raise ValueError(f"at='{self.at}' has nothing for do='nan' to spoil: use {' or '.join(SPOILS)}")
+        if self.do in ("nan", "inf") and self.at not in SPOILS:
+            raise ValueError(f"at='{self.at}' has nothing for do='{self.do}' to spoil: use {' or '.join(SPOILS)}")
         for field in UNKNOWN.get(self.at, ()):
             if (value := getattr(self, field)) is not None:
                 raise ValueError(f"{field}={shown(value)} is not known at='{self.at}': leave it out")

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import enum
+import math
 import struct
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    StrictBool,
+    ValidationError,
+    model_validator,
+)
 
 from cineline.errors import InvalidRequest, shown
 
@@ -18,6 +27,12 @@ def _number(value: Any) -> Any:
     """Numbers as they are, numpy's too; nothing is read into a text or a truth value."""
     if isinstance(value, (str, bytes, bool)):
         raise ValueError("it is no number")
+    return value
+
+
+def _seconds(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError("it is no finite number above 0: give seconds, or leave it out")
     return value
 
 
@@ -40,6 +55,7 @@ class VideoRequest(BaseModel):
         boundary_ratio: share of the training timesteps below which that expert runs.
         seed: of the CPU generator that draws it, 0 <= seed < 2**63.
         decode: False stops at the latents.
+        timeout_s: checked twice a second; whoever is late is cancelled, and its handle raises `RequestTimedOut`.
 
     Raises:
         InvalidRequest: an unknown field or a value of the wrong type.
@@ -61,6 +77,9 @@ class VideoRequest(BaseModel):
     seed: Annotated[Whole, "Of the noise"] = 0
     fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
+    timeout_s: Annotated[
+        Annotated[Real | None, AfterValidator(_seconds)], "Seconds from submission in which it must be done"
+    ] = None
 
     def __init__(self, /, **fields: Any) -> None:
         try:
@@ -87,20 +106,22 @@ def _first_sentence(error: ValidationError) -> str:
         return f"The request has no {shown(field)}: give one."
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
-    return f"{field}={shown(first['input'])} cannot be used: {reason}; give a value of that type."
+    remedy = "" if ": give" in reason else "; give a value of that type"
+    return f"{field}={shown(first['input'])} cannot be used: {reason}{remedy}."
 
 
 class Shape(NamedTuple):
     """What the line must know of a job: jobs alike in this follow the same scripts.
 
     Attributes:
-        steps, branches, chunks: `Job`'s. texts: whether its prompts go through the stages.
+        steps, branches, chunks, first_step: `Job`'s. texts: whether its prompts go through the stages.
     """
 
     steps: int
     branches: int
     texts: bool
     chunks: int
+    first_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +135,8 @@ class Job:
         texts: prompts that go through the stages' text encoder, one a branch; 0 where the family has none.
         chunks: decode items, one a latent frame; 0 when the request stops at the latents.
         has_image: whether the head is handed a first frame.
+        first_step: where it begins, 0 <= first_step < steps; above 0 with a snapshot of so many steps.
+        first_expert: of that step, as the snapshot says.
         The other fields are `VideoRequest`'s, resolved.
     """
 
@@ -131,10 +154,12 @@ class Job:
     seed: int
     fps: int
     has_image: bool
+    first_step: int = field(default=0, kw_only=True)
+    first_expert: int = field(default=0, kw_only=True)
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.steps, self.branches, self.texts > 0, self.chunks)
+        return Shape(self.steps, self.branches, self.texts > 0, self.chunks, self.first_step)
 
     def ends_denoising(self, item: WorkItem) -> bool:
         """Whether the item belongs to the last step."""
@@ -143,8 +168,8 @@ class Job:
     @property
     def own_settings(self) -> dict[str, Any]:
         """The family's own, without those that the model does not use."""
-        common = {field.name for field in fields(Job)}
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in common}
+        common = {each.name for each in fields(Job)}
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in common}
         return {name: value for name, value in own.items() if value is not None}
 
 

@@ -28,6 +28,7 @@ from cineline.engine.hub import fetch_weights, open_model
 from cineline.engine.launch import Launcher, check_launch, launch_local, launch_torchrun
 from cineline.engine.line import CLOSED, UNDONE, Line
 from cineline.engine.ranks import START_LIMIT_S, Ranks
+from cineline.engine.room import Room, memory_of
 from cineline.engine.torchrun import need_torchrun, torchrun_world
 from cineline.errors import InvalidConfig, RankFailed, check_process, shown
 
@@ -64,7 +65,8 @@ class Engine:
         variant: of the checkpoint's weights, such as fp16, where it has several.
         device: None takes cuda where there is one.
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
-        vae_dtype, text_encoder, pin_cores, allow_untested_device: as `device` and `dtype`, see `DeviceConfig`.
+        vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb: as `device` and `dtype`, see
+            `DeviceConfig`.
         in_flight: requests that denoise at once; None fills the line with one to spare.
         trace: write a Chrome trace there on close, where nothing was left undone.
         launcher: start the ranks here, or be rank 0 of a torchrun world.
@@ -93,6 +95,7 @@ class Engine:
         launcher: Launcher = "local",
         pin_cores: bool = DeviceConfig.pin_cores,
         allow_untested_device: bool = DeviceConfig.allow_untested_device,
+        memory_gb: float | None = None,
     ) -> None:
         device = device or default_device()
         if in_flight is not None and (type(in_flight) is not int or in_flight < 1):
@@ -102,7 +105,7 @@ class Engine:
         if launcher == "torchrun":
             need_torchrun()
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device)
+        config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb)
         self.spec = open_model(model, variant)
         if parallel == "auto":
             if launcher == "torchrun":
@@ -133,7 +136,8 @@ class Engine:
         try:
             setup = Setup(self.spec, 0, parallel, cut, config, 0, None, self._trace is not None, faults, start=0)
             self.bytes_read = self._ranks.start(setup)
-            self._line = Line(self.spec, parallel, in_flight, self._ranks)
+            room = Room(self.spec, parallel, config, memory_of(config, parallel.ranks, launcher == "local"))
+            self._line = Line(self.spec, parallel, in_flight, self._ranks, room.check)
             # Neither knows the engine: when the caller has dropped it, they end the ranks.
             ends = self._line, self._ranks
             self._server = threading.Thread(target=serve, args=ends, name="cineline-engine", daemon=True)
@@ -158,7 +162,7 @@ class Engine:
         """Queue a request; returns at once.
 
         Raises:
-            InvalidRequest: it breaks one of the model's rules.
+            InvalidRequest: it breaks one of the model's rules, or is too large for the devices' memory.
             EngineClosed, RankFailed: the engine takes no more.
             WrongProcess: this is a child that was forked from the engine's process.
         """
@@ -200,7 +204,7 @@ def serve(line: Line, ranks: Ranks) -> None:
     """Take in what the ranks say until all are through, one has failed, or nobody is interested any more; then they are
     gone, and nobody waits for them."""
     try:
-        failure = ranks.listen(line.hear)
+        failure = ranks.listen(line.hear, line.look)
     except Exception as error:  # the thread's edge: without it nobody would ever be answered
         failure = RankFailed(0, f"what it reported could not be taken in ({type(error).__name__}: {error})")
     line.end(failure or CLOSED, failure or UNDONE)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -22,12 +24,15 @@ class Ticket:
 
     Attributes:
         job: the request as it runs, with nothing left open.
+        timeout_s, deadline: seconds that it has, and when they are over (`time.monotonic`).
         future: its end.
         steps_done, chunks_done: so far.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, timeout_s: float = math.inf) -> None:
         self.job = job
+        self.timeout_s = timeout_s
+        self.deadline = time.monotonic() + timeout_s
         self.future: Future[Video] = Future()
         self.steps_done = 0
         self.chunks_done = 0
@@ -129,7 +134,7 @@ class RequestHandle:
 
         Raises:
             ResultTimeout: it is not done yet.
-            RequestCancelled, RankFailed, EngineClosed: it will never be.
+            RequestCancelled, RequestTimedOut, NotFinite, RankFailed, EngineClosed: it will never be.
             WrongProcess: this is a child that was forked since.
         """
         check_process(self._process)

@@ -6,8 +6,10 @@ caller that is interrupted leaves no word said to some ranks and not to others.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,8 @@ from cineline.core.config import ParallelConfig, Place
 from cineline.core.family import FamilySpec
 from cineline.core.request import Group, Job, VideoRequest
 from cineline.engine.handle import Ticket
-from cineline.engine.ranks import Ranks
-from cineline.errors import CinelineError, EngineClosed, RequestCancelled, anew
+from cineline.engine.ranks import Ranks, Report
+from cineline.errors import CinelineError, EngineClosed, NotFinite, RequestCancelled, RequestTimedOut, anew
 from cineline.schedule.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -31,17 +33,27 @@ class Line:
         spec: the model's. parallel: how it is divided.
         in_flight: requests that denoise at once.
         ranks: told what to do.
+        check: refuses a job that is too large.
     """
 
-    def __init__(self, spec: FamilySpec, parallel: ParallelConfig, in_flight: int | None, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        spec: FamilySpec,
+        parallel: ParallelConfig,
+        in_flight: int | None,
+        ranks: Ranks,
+        check: Callable[[Job], None],
+    ) -> None:
         self._spec = spec
         self._ranks = ranks
+        self._check = check
         self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._lock = threading.Lock()
         self._scheduler = Scheduler(parallel, in_flight, self._admit)
         self._tickets: dict[int, Ticket] = {}
         self._images: dict[int, Image.Image] = {}
         self._next_id = 0
+        self._earliest = math.inf
         self._ended: CinelineError | None = None
 
     @property
@@ -53,35 +65,65 @@ class Line:
         """Queue a request.
 
         Raises:
-            InvalidRequest: it breaks one of the model's rules.
+            InvalidRequest: it breaks one of the model's rules, or is too large.
             EngineClosed, RankFailed: no more are taken.
         """
         with self._lock:
             job = self._spec.resolve(request, self._next_id)
             if self._ended is not None:
                 raise anew(self._ended)
+            self._check(job)
             self._next_id += 1
-            ticket = self._tickets[job.id] = Ticket(job)
+            ticket = self._tickets[job.id] = Ticket(job, math.inf if request.timeout_s is None else request.timeout_s)
+            self._earliest = min(self._earliest, ticket.deadline)
         self._ranks.do(partial(self._queue, job, image))
         return ticket
 
     def cancel(self, ticket: Ticket) -> bool:
         """Stop a request; false if it was already done."""
+        words = f"Request {ticket.job.id} was cancelled at step {ticket.steps_done}."
+        return self._fail(ticket.job.id, RequestCancelled(words))
+
+    def _fail(self, request: int, error: CinelineError) -> bool:
+        """End one request, and leave the others alone; false if it was already done."""
         with self._lock:
-            if self._tickets.pop(ticket.job.id, None) is None:
+            ticket = self._tickets.pop(request, None)
+            if ticket is None:
                 return False
-        self._ranks.do(partial(self._drop, ticket.job.id))
-        ticket.fail(RequestCancelled(f"Request {ticket.job.id} was cancelled at step {ticket.steps_done}."))
+        self._ranks.do(partial(self._drop, request))
+        ticket.fail(error)
         return True
 
-    def hear(self, message: control.Begun | control.Done) -> None:
+    def look(self) -> None:
+        """Again and again: drop the requests whose time is over."""
+        now = time.monotonic()
+        if now < self._earliest:
+            return
+        with self._lock:
+            late = [ticket for ticket in self._tickets.values() if ticket.deadline <= now]
+            left = (ticket.deadline for ticket in self._tickets.values() if ticket.deadline > now)
+            self._earliest = min(left, default=math.inf)
+        for ticket in late:
+            words = (
+                f"Request {ticket.job.id} was not done in timeout_s={ticket.timeout_s:g} (step {ticket.steps_done} of "
+                f"{ticket.job.steps}): give it more, fewer steps, or a smaller size."
+            )
+            self._fail(ticket.job.id, RequestTimedOut(words))
+
+    def hear(self, message: Report) -> None:
         """What a rank says; for the engine's thread."""
+        if isinstance(message, control.Spoiled):
+            item = message.item
+            self._fail(item.request, NotFinite(item.request, message.stage, item.kind.name.lower(), item.number))
+            return
         if isinstance(message, control.Begun):
             self._scheduler.begun(message.group)
             self._emit(self._scheduler.pump())
             return
         finished = self._scheduler.complete(message.group, message.moves)
         self._emit(self._scheduler.pump())
+        if message.spoiled:  # it stays open until the rank is heard that spoiled it, which may come later
+            return
         with self._lock:
             number = message.group.request
             ticket = self._tickets.pop(number, None) if finished else self._tickets.get(number)

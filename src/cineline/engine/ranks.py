@@ -28,7 +28,10 @@ Said = tuple[int, control.Message]
 Event = Said | Callable[[], None]
 """That, or something to be done."""
 
-Take = Callable[[control.Begun | control.Done], None]
+Report = control.Begun | control.Done | control.Spoiled
+"""What a rank says of a request."""
+
+Take = Callable[[Report], None]
 
 Expected = TypeVar("Expected", control.StoreOpen, control.Ready)
 
@@ -120,7 +123,7 @@ class Ranks:
         number, message = event
         if isinstance(message, control.Failed):
             number, message = self._culprit(number, message)
-            raise message.error or RankFailed(number, message.cause)
+            raise message.error or RankFailed(number, message.cause, message.request)
         if not isinstance(message, kind):
             raise RankFailed(number, NOT_DUE.format(type(message).__name__))
         return number, message
@@ -148,11 +151,15 @@ class Ranks:
         """Have `listen` return: nobody is interested any more. May be called from anywhere, a destructor included."""
         self._events.put(None)
 
-    def listen(self, take: Take) -> RankFailed | None:
-        """Hand on what the ranks say until all are through; the failure that ended it before, if one did."""
+    def listen(self, take: Take, tick: Callable[[], None]) -> RankFailed | None:
+        """Hand on what the ranks say until all are through; the failure that ended it before, if one did.
+
+        Args:
+            tick: called again and again, every `TICK_S` at least.
+        """
         try:
             while len(self.timelines) < len(self._all):
-                event = self._next()
+                event = self._next(tick=tick)
                 if event is None:  # abandoned
                     return None
                 if callable(event):
@@ -163,8 +170,8 @@ class Ranks:
                     self.timelines[number] = message
                 elif isinstance(message, control.Failed):
                     number, message = self._culprit(number, message, take)
-                    return RankFailed(number, message.cause)
-                elif isinstance(message, (control.Begun, control.Done)):
+                    return RankFailed(number, message.cause, message.request)
+                elif isinstance(message, Report):
                     take(message)
                 else:
                     return RankFailed(number, NOT_DUE.format(type(message).__name__))
@@ -172,13 +179,14 @@ class Ranks:
             return failure
         return None
 
-    def _next(self, deadline: float | None = None) -> Event | None:
+    def _next(self, deadline: float | None = None, tick: Callable[[], None] = lambda: None) -> Event | None:
         """What is said next; None when the time is over.
 
         Raises:
             RankFailed: one of them stopped, vanished or hangs.
         """
         while True:
+            tick()
             failure = self._watch.look()
             if failure is not None:
                 raise failure
@@ -202,7 +210,7 @@ class Ranks:
             other, message = event
             if isinstance(message, control.Failed) and not isinstance(message.error, EdgeBroken):
                 return other, message
-            if isinstance(message, (control.Begun, control.Done)):  # of a request that may be done with it
+            if isinstance(message, Report):  # of a request that may be done with it
                 take(message)
         return number, control.Failed(failed.cause)
 

@@ -87,23 +87,26 @@ class Watch:
         stopped = [rank.rank for rank in self.ranks if rank.pid is not None and self.is_stopped(rank.pid)]
         self._stopped_since = {rank: self._stopped_since.get(rank, now) for rank in stopped}
         for rank in self.ranks:
-            cause = self._cause(rank, now)
-            if cause is not None:
-                return RankFailed(rank.rank, cause)
+            failure = self._failure(rank, now)
+            if failure is not None:
+                return failure
         return None
 
-    def _cause(self, rank: Watched, now: float) -> str | None:
+    def _failure(self, rank: Watched, now: float) -> RankFailed | None:
         if rank.rank in self._stopped_since:
             stopped_s = now - self._stopped_since[rank.rank]
             if self.leaving or stopped_s >= STOPPED_LIMIT_S:
-                return f"its process {rank.pid} is stopped, as by SIGSTOP, for {stopped_s:.0f} s"
+                cause = f"its process {rank.pid} is stopped, as by SIGSTOP, for {stopped_s:.0f} s"
+                return RankFailed(rank.rank, cause)
         silent_s = now - max(rank.heard, self._since)
         if silent_s >= (LOADING_LIMIT_S if self.loading else SILENT_LIMIT_S):
-            return f"nothing was heard of it for {silent_s:.0f} s (its process or its host is stopped, or cut off)"
+            cause = f"nothing was heard of it for {silent_s:.0f} s (its process or its host is stopped, or cut off)"
+            return RankFailed(rank.rank, cause)
         beat = rank.beat
         if beat is not None and beat.limit_s is not None and beat.computing_s >= beat.limit_s:
-            return (
+            cause = (
                 f"it hangs in {beat.item}, for {beat.computing_s:.0f} s (the limit is {beat.limit_s:.0f} s by "
                 "the longest of that kind and size so far)"
             )
+            return RankFailed(rank.rank, cause, beat.request)
         return None

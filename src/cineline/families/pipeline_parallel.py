@@ -20,7 +20,7 @@ from PIL import Image
 from torch.distributed.device_mesh import DeviceMesh
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, Place
-from cineline.core.request import Branch, Job, WorkItem
+from cineline.core.request import Branch, Job, Kind, WorkItem
 from cineline.families import snapshot
 from cineline.schedule.words import Value
 from cineline.transport.axis import Axis, Traffic
@@ -110,6 +110,14 @@ class RequestState:
         hidden, self.hidden = self.hidden, ()
         return hidden
 
+    def made(self, item: WorkItem, ends: bool) -> Hidden:
+        """What this rank's slice of the item has made, as `compute` leaves it."""
+        if item.kind is Kind.ENCODE:
+            return self.conditioning
+        if item.kind is Kind.DENOISE and ends:
+            return (self.predictions[item.branch],)
+        return self.hidden
+
 
 State = TypeVar("State", bound=RequestState)
 
@@ -172,23 +180,27 @@ class PipelineParallelMixin(ABC, Generic[State]):
         loaded, so that no kernel is used for the first time while the line waits."""
         return ()
 
-    # A family of several experts says more: with split experts a request moves from the stages of one to the other's.
-
     def expert(self, state: State, step: int) -> int:
         """Which of the family's experts a step needs; with split experts they are on different stages."""
         return 0
 
+    # A request goes on elsewhere: from its snapshot, or with split experts from one's stages to the other's.
+
+    @abstractmethod
     def export(self, state: State) -> Mapping[str, Any]:
         """All that steps and decoding so far have changed of the state, copied: another rank can go on with it.
 
-        Tensors, numbers and texts, in lists and dicts. `specs` says how many bytes the HISTORY is at most, which is
-        sent before anything is decoded.
+        Tensors, numbers and texts, in lists and dicts, of which none looks at the values of a device's tensors: it is
+        called after each step. `specs` says how many bytes the HISTORY is at most, which is sent before anything is
+        decoded.
         """
-        raise NotImplementedError("a family of several experts exports a request's state")
 
+    @abstractmethod
     def restore(self, state: State, exported: Mapping[str, Any]) -> None:
-        """Go on from there, with a state that `admit` has made of the same job."""
-        raise NotImplementedError("a family of several experts restores a request's state")
+        """Go on from there, with a state that `admit` has made of the same job, and which has latents.
+
+        What was exported at the end of a line comes to each rank that goes on: each takes what it has itself.
+        """
 
     # What travels, in and out of the state.
 

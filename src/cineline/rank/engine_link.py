@@ -7,6 +7,7 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
@@ -26,13 +27,15 @@ class EngineLink:
     Attributes:
         connection: itself. inbox: what the engine says, in order.
         pulse: what the rank is at, which the engine is told again and again.
+        device: where it computes, in words, once it is known.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.inbox: queue.SimpleQueue[control.Message] = queue.SimpleQueue()
         self.pulse = Pulse()
+        self.device = ""
         self.connection = connection
-        self._outbox: queue.SimpleQueue[control.Message | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[control.Message | Callable[[], control.Message] | None] = queue.SimpleQueue()
         self._left = threading.Event()
         self._through = False
         self._sender = threading.Thread(target=self._send_all, daemon=True)
@@ -45,8 +48,8 @@ class EngineLink:
         threading.Thread(target=self._receive_all, daemon=True).start()
         return message
 
-    def say(self, message: control.Message) -> None:
-        """Have it sent."""
+    def say(self, message: control.Message | Callable[[], control.Message]) -> None:
+        """Have it sent; see `control.Say`."""
         self._outbox.put(message)
 
     def leave(self, timeline: control.Timeline) -> NoReturn:
@@ -69,7 +72,7 @@ class EngineLink:
     def _send_all(self) -> None:
         while (message := self._outbox.get()) is not None:
             try:
-                self.connection.send_bytes(_packed(message))
+                self.connection.send_bytes(_packed(_made(message)))
             except OSError:
                 self._hung_up()
 
@@ -108,3 +111,11 @@ def _packed(message: control.Message) -> bytes:
     except Exception as error:  # whatever an error's class may raise
         cause = message.cause if isinstance(message, control.Failed) else f"it cannot say what it should ({error})"
         return control.pack(control.Failed(cause))
+
+
+def _made(message: control.Message | Callable[[], control.Message]) -> control.Message:
+    """The message; a failure where it could not be made."""
+    try:
+        return message() if callable(message) else message
+    except Exception as error:  # the thread's edge, as the process's: the engine must hear of it
+        return control.Failed(f"{type(error).__name__}: {error}")

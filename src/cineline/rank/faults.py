@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -134,9 +133,11 @@ class _Faulty(PipelineParallelMixin[RequestState]):
         for number, fault in enumerate(self._faults):
             if not self._left[number] or not fault.fits(at, request, item):
                 continue
-            if fault.do == "nan":
+            if fault.do in ("nan", "inf"):
                 assert state and item
-                if not _spoil(state, item, at, ends):  # frames are bytes: it waits for what can hold one
+                if not _spoil(
+                    state, item, at, ends, float(fault.do)
+                ):  # frames are bytes: it waits for what can hold one
                     continue
             self._left[number] -= 1
             log.warning("A fault on purpose: %s.", fault)
@@ -164,26 +165,26 @@ class _Faulty(PipelineParallelMixin[RequestState]):
                 _cut(None if self._connection is None else self._connection.fileno())
 
 
-def _spoil(state: RequestState, item: WorkItem, at: Moment, ends: bool) -> bool:
-    """One NaN in what the item has made; whether something in it can hold one."""
+def _spoil(state: RequestState, item: WorkItem, at: Moment, ends: bool, value: float) -> bool:
+    """One such value in what the item has made; whether something in it can hold one."""
     if at == "finish":
         assert state.latents is not None
-        (state.latents,), spoiled = _with_nan((state.latents,))
+        (state.latents,), spoiled = _with(value, (state.latents,))
     elif item.kind is Kind.ENCODE:
-        state.conditioning, spoiled = _with_nan(state.conditioning)
+        state.conditioning, spoiled = _with(value, state.conditioning)
     elif item.kind is Kind.DENOISE and ends:
-        (state.predictions[item.branch],), spoiled = _with_nan((state.predictions[item.branch],))
+        (state.predictions[item.branch],), spoiled = _with(value, (state.predictions[item.branch],))
     else:
-        state.hidden, spoiled = _with_nan(state.hidden)
+        state.hidden, spoiled = _with(value, state.hidden)
     return spoiled
 
 
-def _with_nan(tensors: Hidden) -> tuple[Hidden, bool]:
-    """The same with one NaN, in a copy: the tensor may be the line's, or others' too."""
+def _with(value: float, tensors: Hidden) -> tuple[Hidden, bool]:
+    """The same with such a value, in a copy: the tensor may be the line's, or others' too."""
     for number, tensor in enumerate(tensors):
         if tensor.is_floating_point() and tensor.numel():
             spoiled = tensor.clone()
-            spoiled[(0,) * tensor.dim()] = math.nan
+            spoiled[(0,) * tensor.dim()] = value
             return (*tensors[:number], spoiled, *tensors[number + 1 :]), True
     return tensors, False
 

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cineline.core.control import Admit, Begun, Done, Message, Stop
+from cineline.core.control import Admit, Begun, Done, Message, Say, Spoiled, Stop
 from cineline.core.request import Group, Kind, WorkItem
 from cineline.core.trace import Slice
 from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
+from cineline.rank.guard import Guard
 from cineline.rank.pace import Pace
 from cineline.rank.pulse import Pulse
+from cineline.rank.snapshots import Snapshots
 from cineline.schedule.rule import Rule, Scripts, drop_of, scripts_of
 from cineline.schedule.words import (
     Action,
@@ -41,12 +43,15 @@ class _Request:
     """A request on this rank.
 
     Attributes:
-        state: the family's. scripts: what the rank does for it.
+        state: the family's. scripts: what the rank does for it. drop: and where it is cancelled.
+        guard: of what it makes.
         coming: receives that are posted, or whose buffers are in use, by what it is and who makes it.
     """
 
     state: Any
     scripts: Scripts
+    drop: Script
+    guard: Guard
     coming: dict[tuple[Value, WorkItem], Pending] = field(default_factory=dict)
 
 
@@ -69,6 +74,7 @@ class StageLoop:
         report: called with what the engine must know.
         pulse: told what is computed.
         record: called with the timeline's slices, or None.
+        snapshot_every: solver steps from one snapshot to the next; 0 for none.
     """
 
     def __init__(
@@ -78,20 +84,21 @@ class StageLoop:
         edges: Edges,
         device: DeviceQueue,
         inbox: queue.SimpleQueue[Message],
-        report: Callable[[Message], None],
+        report: Say,
         pulse: Pulse,
         record: Callable[[Slice], None] | None = None,
+        snapshot_every: int = 0,
     ) -> None:
         self._family = family
         self._part = part
         self._inbox = inbox
         self._report = report
         self._pulse = pulse
-        self._drop = drop_of(part.parallel, part.place)
         self._record = record
         self._edges = edges
         self._device = device
         self._pace = Pace(device)
+        self._snapshots = Snapshots(family, snapshot_every, device, self._pace, report)
         self._requests: dict[int, _Request] = {}
         self._coming: deque[_Turn] = deque()
         self._ahead: deque[_Turn] = deque()
@@ -101,7 +108,9 @@ class StageLoop:
     def run(self) -> None:
         """Execute items until the engine says stop."""
         while self._look_ahead():
-            self._execute(self._ahead.popleft())
+            turn = self._ahead.popleft()
+            self._pulse.turns(turn.group.request)
+            self._execute(turn)
             self._pulse.ends()
             self._pace.end_item()
         self._pace.settle()
@@ -128,14 +137,13 @@ class StageLoop:
         if isinstance(message, Stop):
             self._stopping = True
         elif isinstance(message, Admit):
+            self._pulse.turns(message.job.id)
             self._admit(message)
-        elif isinstance(message, Group):
-            dropped, request = message.kind is Kind.DROP, self._requests.get(message.request)
-            if request is not None:
-                scripts = (self._drop,) if dropped else request.scripts.get(message._replace(request=0), ())
-                self._coming.extend(_Turn(request, message, script) for script in scripts)
-            elif dropped:
-                self._drop_unknown(message)
+            self._pulse.ends()
+        elif isinstance(message, Group) and (request := self._requests.get(message.request)):
+            dropped = message.kind is Kind.DROP
+            scripts = (request.drop,) if dropped else request.scripts.get(message._replace(request=0), ())
+            self._coming.extend(_Turn(request, message, script) for script in scripts)
 
     def _admit(self, message: Admit) -> None:
         job, place = message.job, self._part.place
@@ -143,8 +151,13 @@ class StageLoop:
             return
         state = self._family.admit(job, message.image)
         experts = tuple(self._family.expert(state, step) for step in range(job.steps))
-        scripts = scripts_of(Rule(self._part.parallel, job.shape, experts, place))
-        self._requests[job.id] = _Request(state, scripts)
+        rule = Rule(self._part.parallel, job.shape, experts, place)
+        assert (message.resume is None) == (job.first_step == 0), "a snapshot and where it begins go together"
+        if message.resume is not None and self._part.rank in rule.chain(Group(Kind.DENOISE, job.id, job.first_step)):
+            self._snapshots.restore(state, message.resume)
+        scripts = scripts_of(rule)
+        guard = Guard(self._device, self._pace, partial(self._spoiled, job.id))
+        self._requests[job.id] = _Request(state, scripts, drop_of(rule), guard)
         actions = [action for own in scripts.values() for script in own for action in (*script.ahead, *script.run)]
         posts = [action for action in actions if isinstance(action, Post) and not action.value.stays]
         messages = {(post.edge, self._family.specs(state, post.value, post.item)) for post in posts}
@@ -154,24 +167,20 @@ class StageLoop:
 
     def _execute(self, turn: _Turn) -> None:
         if turn.group.request not in self._requests:  # a drop of what has ended since it was looked at
-            self._drop_unknown(turn.group)
             return
         if not self._record or not turn.script.computes:
             for action in turn.script.run:
                 self._act(turn, action)
+            turn.request.guard.settle(turn.script.item)
             return
         asked = start = self._device.timed_mark()
         for action in turn.script.run:
             if action is Do.START:
                 start = self._device.timed_mark()
             self._act(turn, action)
+        turn.request.guard.settle(turn.script.item)
         item = turn.script.item._replace(request=turn.group.request)
         self._pace.after(partial(self._note, item, asked, start, self._device.timed_mark()))
-
-    def _drop_unknown(self, group: Group) -> None:
-        """A request that has ended here: the engine waits for the word all the same."""
-        if Do.DONE in self._drop.run:
-            self._pace.after(partial(self._report, Done(group)))
 
     def _note(self, item: WorkItem, asked: TimedMark, start: TimedMark, end: TimedMark) -> None:
         """A slice of the timeline, once the device has got to its end."""
@@ -187,7 +196,9 @@ class StageLoop:
                 self._post(request, action)
             case Wait():
                 if pending := self._pending(request, action):
-                    family.take(state, action.value, action.item, pending.wait())
+                    tensors = pending.wait()
+                    family.take(state, action.value, action.item, tensors)
+                    request.guard.came((state.latents,) if action.value is Value.HISTORY else tensors)
                     if action.value.stays:
                         del request.coming[action.value, action.item]
             case Send():
@@ -202,13 +213,17 @@ class StageLoop:
                 request.coming.pop((action.value, action.item)).release()
             case Compute():
                 family.compute(state, item, action.starts, action.ends)
+                request.guard.made(state.made(item, action.ends))
             case Do.FINISH:
                 family.finish(state, item)
+                request.guard.made((state.latents,))
             case Do.BEGUN:
                 self._report(Begun(group))
             case Do.DONE | Do.MOVES:
+                request.guard.settle(item)
+                self._snapshots.take(state, group, request.guard)
                 answer = self._answer(request, item)
-                self._pace.after(partial(self._tell, group, answer, moves=action is Do.MOVES))
+                self._pace.after(partial(self._tell, request, group, answer, moves=action is Do.MOVES))
             case Do.DENOISED:
                 family.end_denoising(state)
             case Do.FORGET:
@@ -236,8 +251,12 @@ class StageLoop:
         tensor = None if item.kind is Kind.DROP else self._family.answer(request.state, item)
         return None if tensor is None else self._device.to_host(*_apart((tensor,), request))
 
-    def _tell(self, group: Group, answer: torch.Tensor | None, moves: bool) -> None:
-        self._report(Done(group, None if answer is None else answer.numpy(), moves))
+    def _spoiled(self, request: int, item: WorkItem) -> None:
+        self._report(Spoiled(item._replace(request=request), self._part.place.pp))
+
+    def _tell(self, request: _Request, group: Group, answer: torch.Tensor | None, moves: bool) -> None:
+        spoiled = request.guard.spoiled
+        self._report(Done(group, None if answer is None or spoiled else answer.numpy(), moves, spoiled))
 
 
 def _apart(made: Hidden, request: _Request) -> Hidden:

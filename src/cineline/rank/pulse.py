@@ -28,12 +28,20 @@ class Pulse:
 
     Args:
         clock: seconds.
+
+    Attributes:
+        request: whose turn it is, from before what its item needs is here.
     """
 
     clock: Callable[[], float] = time.monotonic
+    request: int | None = None
     _now: tuple[WorkItem, Size, float] | None = None
     _beaten: tuple[float, float] = (0.0, 0.0)
     _longest: dict[Size, float] = field(default_factory=dict)
+
+    def turns(self, request: int) -> None:
+        """It is the request's turn."""
+        self.request = request
 
     def starts(self, item: WorkItem, job: Job) -> None:
         """All that the item needs is here."""
@@ -43,10 +51,17 @@ class Pulse:
 
     def ends(self) -> None:
         """The item is done, or was none that is computed."""
+        self.request = None
         if self._now is not None:
             _, size, since = self._now
             self._longest[size] = max(self._longest.get(size, 0.0), self.clock() - since)
             self._now = None
+
+    @property
+    def words(self) -> str:
+        """The item that is computed; empty where none is."""
+        now = self._now
+        return "" if now is None else f"{now[0].kind.name.lower()} {now[0].number}"
 
     def beat(self) -> Beat:
         """What the engine is told."""
@@ -59,4 +74,9 @@ class Pulse:
         self._beaten = here, computing + min(here - last, MOST_BETWEEN_S)
         longest = self._longest.get(size)
         limit = None if longest is None else max(LEAST_LIMIT_S, TIMES_LONGEST * longest)
-        return Beat(f"{item.kind.name.lower()} {item.number} of request {item.request}", self._beaten[1], limit)
+        return Beat(
+            f"{item.kind.name.lower()} {item.number} of request {item.request}",
+            self._beaten[1],
+            limit,
+            item.request,
+        )

@@ -13,6 +13,7 @@ from PIL import Image
 
 from cineline.core.request import Job
 from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
+from cineline.rank.guard import extremes
 from cineline.schedule.rule import Rule, scripts_of
 from cineline.schedule.words import Action, Compute, Do, Keep, Script, Send, Value, Wait
 from cineline.transport.queue import DeviceQueue
@@ -55,6 +56,8 @@ def _act(family: PipelineParallelMixin[Any], state: Any, device: DeviceQueue, sc
             family.take(state, action.value, action.item, family.give(state, action.value, action.item))
         case Compute():
             family.compute(state, script.item, action.starts, action.ends)
+            if seen := extremes(state.made(script.item, action.ends)):
+                device.to_host(torch.stack(seen))
         case Do.FINISH:
             family.finish(state, script.item)
         case Do.DONE | Do.MOVES:

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 
 from cineline.core import control, streams
 from cineline.core.sockets import UNANSWERED_S, notice_loss, notice_loss_of_all
-from cineline.errors import CinelineError, EdgeBroken, InvalidConfig
+from cineline.errors import EdgeBroken, InvalidConfig
 from cineline.rank.engine_link import EngineLink
+from cineline.rank.failure import failure_of
 from cineline.rank.owner import die_with, end_with
 
 
@@ -48,9 +49,9 @@ def serve(connection: Connection, store: Any = None) -> NoReturn:
     try:
         _serve(link, store)
     except Exception as error:  # the process's edge: whatever it was, the engine must hear of it
-        own = error if isinstance(error, CinelineError) else None
-        details = "" if own else traceback.format_exc()  # of a defect, which its one sentence would not place
-        link.fail(control.Failed(f"{type(error).__name__}: {error}", own), details)
+        failure = failure_of(error, link.pulse, link.device)
+        details = "" if failure.error else traceback.format_exc()  # of a defect, which its one sentence would not place
+        link.fail(failure, details)
 
 
 def _serve(link: EngineLink, store: Any) -> NoReturn:
@@ -79,6 +80,7 @@ def _serve(link: EngineLink, store: Any) -> NoReturn:
         if setup.store_port is None:
             link.say(control.StoreOpen(store.port))
     device = queue_of(mesh.pick_device(setup.config.device, setup.local_rank))
+    link.device = str(device.device)
     traffic = Traffic()
     try:
         edges, device_mesh = mesh.join(store, setup.rank, parallel, device, traffic)
@@ -103,7 +105,7 @@ def _serve(link: EngineLink, store: Any) -> NoReturn:
     link.say(control.Ready(bytes_read))
     slices: list[Any] = []
     record = slices.append if setup.trace else None
-    StageLoop(family, part, edges, device, link.inbox, link.say, link.pulse, record).run()
+    StageLoop(family, part, edges, device, link.inbox, link.say, link.pulse, record, setup.snapshot_every).run()
     edges.settle()
     link.leave(control.Timeline(tuple(slices), dict(traffic)))
 

@@ -40,7 +40,7 @@ def groups_of(parallel: ParallelConfig, shape: Shape, request: int = 0) -> Itera
     if shape.texts:
         yield Group(Kind.TEXT, request, 0, size)
     yield Group(Kind.ENCODE, request)
-    yield from (Group(Kind.DENOISE, request, step, size) for step in range(shape.steps))
+    yield from (Group(Kind.DENOISE, request, step, size) for step in range(shape.first_step, shape.steps))
     yield from (Group(Kind.DECODE, request, chunk) for chunk in range(shape.chunks))
 
 
@@ -81,11 +81,12 @@ class Parcel:
 
 @dataclass(frozen=True)
 class Rule:
-    """The chains and parcels of one request, in one lane.
+    """The chains and parcels of one request, in one lane. Its first step waits for no parcel: a new request's latents
+    are noise, another one's are in its snapshot.
 
     Args:
         parallel: placed: nothing left open.
-        shape: of the request. experts: of each of its steps.
+        shape: of the request. experts: of each of its steps, those before its first one included.
         place: of the rank whose lane and line it is.
     """
 
@@ -187,9 +188,10 @@ def scripts_of(rule: Rule) -> Scripts:
     return scripts
 
 
-def drop_of(parallel: ParallelConfig, place: Place) -> Script:
-    """What a rank does for a group that ends a request; the tail, which is through with it last, says so."""
-    tells = place.leads and place.pp == parallel.pp - 1
+def drop_of(rule: Rule) -> Script:
+    """What the rule's rank does for a group that ends a request; who keeps the request to its last group says so."""
+    *_, last = groups_of(rule.parallel, rule.shape)
+    tells = rule.place.leads and rule.chain(last)[-1:] == (rule.parallel.rank(rule.place),)
     return Script(WorkItem(Kind.DROP, 0), (), (Do.FORGET, Do.DONE) if tells else (Do.FORGET,))
 
 

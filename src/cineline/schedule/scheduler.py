@@ -1,11 +1,12 @@
 """Which work item comes next: the one place that decides the order (no torch).
 
-A request is a row of turns: its prompts through the text encoder, encode and first step, one turn a further step, one
-a decode chunk (the first of these holds as many chunks as there are stages, where the decoder is cut over them, so that
-each has one). A turn is one or more groups of work items, emitted together. The next turn of a request is emitted when
-the tail begins the last item of a group. Headers thus run one stage's work ahead of the tensors, so that no stage waits
-for one; requests take turns in the order in which they come back; and the line never holds two turns of one request
-while another could go, which would leave a bubble between the two.
+A request is a row of turns: its prompts through the text encoder, encode and first step, one turn a further step, one a
+decode chunk (the first of these holds as many chunks as there are stages, where the decoder is cut over them, so that
+each has one). One that goes on from a snapshot begins at a later step. A turn is one or more groups of work items,
+emitted together. The next turn of a request is emitted when the tail begins the last item of a group. Headers thus run
+one stage's work ahead of the tensors, so that no stage waits for one; requests take turns in the order in which they
+come back; and the line never holds two turns of one request while another could go, which would leave a bubble between
+the two.
 """
 
 from __future__ import annotations
@@ -59,14 +60,17 @@ def turns_of(parallel: ParallelConfig, job: Job) -> Iterator[list[Group]]:
 
 @dataclass(eq=False)
 class _Entry:
+    """A request in the line; `group` is the stages' that it is in."""
+
     job: Job
     turns: deque[list[Group]]
+    group: int
     unfinished: int = 0
     steps_done: int = 0
-    group: int = 0
     leaving: bool = False
 
     def __post_init__(self) -> None:
+        self.steps_done = self.job.first_step
         self.unfinished = sum(group.kind is not Kind.ENCODE for turn in self.turns for group in turn)
 
     @property
@@ -109,7 +113,7 @@ class Scheduler:
         while self._waiting and self._has_room(self._waiting[0]):
             job = self._waiting.popleft()
             self._admit(job)
-            self._active[job.id] = _Entry(job, deque(turns_of(self._parallel, job)))
+            self._active[job.id] = _Entry(job, deque(turns_of(self._parallel, job)), self._first_group(job))
             self._ready.append(self._active[job.id])
         emitted: list[Group] = []
         while (entry := next(filter(self._may_go, self._ready), None)) is not None:
@@ -169,10 +173,16 @@ class Scheduler:
         in_flight = [entry for entry in active if entry.denoising or entry.leaving]
         first = [entry for entry in in_flight if entry.group == 0]
         waiting = [entry for entry in active if entry not in in_flight and entry is not self._decoder]
-        return sum(self._share(entry.job) for entry in waiting) < MOST_WAITING and all(
-            sum((share(entry.job) for entry in entries), share(job)) <= 1
-            for entries, share in ((in_flight, self._share), (first, self._share_of_first_group))
-        )
+        if sum(self._share(entry.job) for entry in waiting) >= MOST_WAITING:
+            return False
+        limits = [(in_flight, self._share)]
+        if self._first_group(job) == 0:
+            limits.append((first, self._share_of_first_group))
+        return all(sum((share(entry.job) for entry in entries), share(job)) <= 1 for entries, share in limits)
+
+    def _first_group(self, job: Job) -> int:
+        """Of stages: the one that its first step is in."""
+        return min(job.first_expert, len(self._stages) - 1)
 
     def _share(self, job: Job) -> Fraction:
         return Fraction(1, self._in_flight or sum(self._default(stages, job) for stages in self._stages))

@@ -75,9 +75,13 @@ def make_steps(solver: Any, job: WanJob) -> list[Step]:
     return steps
 
 
-def export_solver(solver: Any, fresh: Any) -> dict[str, Any]:
-    """What steps have changed of a solver, against a `fresh` one of the same job: its history, and what it counts."""
-    before = vars(fresh)
+def contents(solver: Any) -> dict[str, Any]:
+    """What a solver has now; its lists are copied, for it changes them in place."""
+    return {name: list(value) if isinstance(value, list) else value for name, value in vars(solver).items()}
+
+
+def export_solver(solver: Any, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What steps have changed of a solver, against its `contents` before them: its history, and what it counts."""
     return {
         name: copied(value)
         for name, value in vars(solver).items()
@@ -97,8 +101,9 @@ def history_bytes(solver: Any, latents: int) -> int:
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Tensors are so where they are the same one: a look at an accelerator's values would wait for all in its queue."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one, other)
+        return one is other
     if isinstance(one, list):
         same_length = isinstance(other, list) and len(one) == len(other)
         return same_length and all(_same(a, b) for a, b in zip(one, other, strict=True))

@@ -24,6 +24,7 @@ from cineline.families.wan.conditioning import Conditioner
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.decoding import DecoderPart
 from cineline.families.wan.denoise import (
+    contents,
     export_solver,
     history_bytes,
     make_solver,
@@ -78,7 +79,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         stage, groups = self._part.place.pp, self._experts.groups
         ends = {group.stop - 1 for group in groups}
         if stage in ends:
-            state.solver = solver
+            state.solver, state.fresh = solver, contents(solver)
         if stage in ends | {group.start for group in groups}:
             generator = torch.Generator("cpu").manual_seed(job.seed)
             state.latents = randn_tensor(shape, generator=generator, device=self._device, dtype=torch.float32)
@@ -147,12 +148,13 @@ class WanStages(PipelineParallelMixin[WanState]):
         state.end_denoising()
 
     def export(self, state: WanState) -> Mapping[str, Any]:
-        solver = state.solver and export_solver(state.solver, self._solver(state.job))
+        solver = state.solver and export_solver(state.solver, state.fresh)
         return {"latents": copied(state.latents), "solver": solver, "decoding": self._decoder.export(state)}
 
     def restore(self, state: WanState, exported: Mapping[str, Any]) -> None:
         state.latents = copied(exported["latents"])
-        if exported["solver"] is not None:
+        if state.solver and exported["solver"] is not None:  # a head needs the latents alone
             state.solver = self._solver(state.job)
+            state.fresh = contents(state.solver)
             restore_solver(state.solver, exported["solver"])
         self._decoder.restore(state, exported["decoding"])

@@ -29,7 +29,7 @@ class WanState(RequestState):
         keeps_first_frame: the first latent frame is given, not denoised (TI2V with an image).
         names: of the conditioning's tensors, in their order.
         rotary: cosines and sines of this rank's positions, float32 [1, s, 1, head dim] each.
-        solver: on the tail, diffusers' scheduler with this request's history.
+        solver: on the tail, diffusers' scheduler with this request's history. fresh: what it had before the first step.
         beside: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'];
             with split experts, whose second head needs them too, they are in the conditioning.
         decoding: the decode under way, as this stage's decoder keeps it.
@@ -46,6 +46,7 @@ class WanState(RequestState):
     names: tuple[str, ...] = ()
     rotary: tuple[torch.Tensor, torch.Tensor] = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
     solver: Any = None
+    fresh: dict[str, Any] = field(default_factory=dict)
     beside: torch.Tensor | None = None
     decoding: Any = None
     uniform: dict[int, list[bool]] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class WanState(RequestState):
         self.names = kept
         self.rotary = torch.empty(0), torch.empty(0)
         self.beside = self.solver = None
+        self.fresh = {}
 
 
 def text_name(expert: int, branch: Branch) -> str:

@@ -1,0 +1,56 @@
+"""A request's state for the engine, step by step, and back from there where the request begins anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from cineline.core.control import Say, Snapshot
+from cineline.core.request import Group, Kind
+from cineline.families import snapshot
+from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState
+from cineline.rank.guard import Guard
+from cineline.rank.pace import Pace
+from cineline.transport.queue import DeviceQueue
+
+
+class Snapshots:
+    """Takes a rank's snapshots, and goes on from them.
+
+    Args:
+        family: this rank's part of the model.
+        every: solver steps from one to the next; 0 for none.
+        device: its queue. pace: its distance.
+        report: has them sent.
+    """
+
+    def __init__(
+        self, family: PipelineParallelMixin[Any], every: int, device: DeviceQueue, pace: Pace, report: Say
+    ) -> None:
+        self._family = family
+        self._every = every
+        self._device = device
+        self._pace = pace
+        self._report = report
+
+    def take(self, state: RequestState, group: Group, guard: Guard) -> None:
+        """Behind a group that this rank answers for: where it is a step after which one is due, report it when the
+        device has got to here, and nothing was spoiled. None is due after the last step: a request that decodes is
+        begun anew before that."""
+        done = group.number + 1
+        if not self._every or group.kind is not Kind.DENOISE or done % self._every or done >= state.job.steps:
+            return
+        exported = snapshot.mapped(self._family.export(state), self._device.to_host)
+        expert = self._family.expert(state, done)
+        written = partial(_written, group.request, done, expert, exported)
+        self._pace.after(lambda: None if guard.spoiled else self._report(written))
+
+    def restore(self, state: RequestState, resume: bytes) -> None:
+        """Go on from a snapshot, where this rank has latents."""
+        if state.latents is not None:
+            self._family.restore(state, snapshot.mapped(snapshot.read(resume), self._device.to_device))
+
+
+def _written(request: int, step: int, expert: int, exported: Mapping[str, Any]) -> Snapshot:
+    return Snapshot(request, step, expert, snapshot.write(exported))
