@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import psutil
 import pytest
@@ -20,8 +20,12 @@ from toy_reference import toy_reference
 
 from cineline import Engine, InvalidConfig, NotFinite, ParallelConfig, RankFailed, RequestHandle, VideoRequest
 from cineline.core.config import DeviceConfig
+from cineline.core.control import Done, Spoiled
 from cineline.core.faults import VARIABLE, Fault, Moment, planned
-from cineline.core.request import Branch, Kind, WorkItem
+from cineline.core.request import Branch, Group, Kind, WorkItem
+from cineline.engine import line as line_of_requests
+from cineline.engine.line import Line
+from cineline.engine.ranks import Ranks
 from cineline.errors import anew
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
 from cineline.families.wan.random_checkpoint import RandomConfig
@@ -148,6 +152,7 @@ def test_each_moment_comes(moment: str, plan: Plan) -> None:
     plan(fault)
     failure = failure_of(stages)
     assert failure.rank == fault["rank"]
+    assert failure.request == fault["request"]
     assert f"at={moment} " in failure.cause
 
 
@@ -345,7 +350,48 @@ def wan(seed: int) -> VideoRequest:
     )
 
 
+@pytest.mark.parametrize("moment", ["take", "before", "after", "give", "finish", "answer"])
+def test_want_of_memory_says_where_and_whose(moment: str, plan: Plan) -> None:
+    plan({"do": "memory", "rank": 1, "at": moment, "kind": "denoise", "number": 2, "request": 1})
+    failure = failure_of(2)
+    assert (failure.rank, failure.request) == (1, 1)
+    words = " has no memory left" if moment == "take" else " has no memory left in denoise 2 ("
+    assert words in failure.cause
+
+
 # Without processes.
+
+
+class NoRanks:
+    """Told what to do, and does nothing."""
+
+    def do(self, deed: Callable[[], None]) -> None:
+        deed()
+
+    def tell(self, message: object, instead: object = None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("word", ["none", "before", "behind"])
+def test_what_is_not_finite_is_answered_whoever_says_who_made_it(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_of_requests, "CULPRIT_LIMIT_S", 0.1)
+    parallel, ranks = ParallelConfig(pp=3), cast(Ranks, NoRanks())
+    line = Line(ToySpec(), parallel.filled(ToySpec().cut(parallel, DeviceConfig())), None, ranks, lambda job: None)
+    ticket, other = line.submit(REQUESTS[0], None), line.submit(REQUESTS[1], None)
+    spoiled = Spoiled(WorkItem(Kind.DENOISE, 0, 2), 1)
+    if word == "before":
+        line.hear(spoiled)
+    line.hear(Done(Group(Kind.DENOISE, 0, 3, 2), spoiled=True))
+    if word == "behind":
+        line.hear(spoiled)
+    line.look()
+    assert ticket.future.done() == (word != "none")
+    time.sleep(0.15)
+    line.look()
+    error = ticket.future.exception(0)
+    assert isinstance(error, NotFinite)
+    assert (error.stage, error.number) == ((None, 3) if word == "none" else (1, 2))
+    assert not other.future.done()
 
 
 @pytest.fixture

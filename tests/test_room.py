@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,3 +80,28 @@ def test_an_engine_refuses_what_is_too_large_and_goes_on(checkpoint: Checkpoint)
 def test_a_memory_that_is_none_is_refused(value: float) -> None:
     with pytest.raises(InvalidConfig, match=r"memory_gb=\S+ is no finite number above 0: give GB, or leave it out\.$"):
         DeviceConfig(memory_gb=value)
+
+
+def test_a_line_that_is_too_large_leaves_the_other_lines_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    spec, parallel, _, job = prepared(checkpoint, {"pp": 1})
+    line = spec.line(parallel, [Device("any", 0.0)], ANY_LINK, job)
+    enough = (line.peak_bytes(Place(), 0) + 1) / 1e9
+    fields = wan().model_dump(exclude_none=True)
+    lines = [json.dumps(fields | {"num_frames": frames}) for frames in (fields["num_frames"], 4001, 1)]
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    (tmp_path / "out").mkdir()
+    options = ["--requests", str(tmp_path / "lines.jsonl"), "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-m", "cineline", "generate", "--model", spec.folder, "--memory-gb", repr(enough), *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "with 4001 frames needs" in done.stderr and "0002.mp4" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0001.mp4", "0003.mp4"]
+
+
+def test_a_memory_beside_a_text_encoder_elsewhere_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match=r"memory_gb=1\.0 is held against a resident text encoder"):
+        DeviceConfig(memory_gb=1.0, text_encoder="cpu")

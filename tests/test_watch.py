@@ -166,6 +166,7 @@ def test_whoever_says_something_to_a_rank_that_takes_nothing_never_waits() -> No
     assert time.monotonic() - started < 2
     failed = said.get(timeout=LIMIT_S)
     assert failed == control.Failed(f"it has not taken in the last {MOST_UNSENT} messages")
+    assert said.empty()  # once
     started = time.monotonic()
     link.close()
     assert time.monotonic() - started < 2

@@ -105,20 +105,21 @@ class NotFinite(CinelineError, ArithmeticError):
 
     Attributes:
         request: the job's id.
-        stage: the stage's number.
+        stage: the stage's number; None where no rank saw who made it, as where it came about on the way.
         kind: what it computed: text, encode, denoise or decode.
         number: the solver step (denoise) or the chunk (decode).
     """
 
-    def __init__(self, request: int, stage: int, kind: str, number: int) -> None:
+    def __init__(self, request: int, stage: int | None, kind: str, number: int) -> None:
         where = f"{kind} {number}" if kind in ("denoise", "decode") else kind
+        who = "at the latest" if stage is None else f"stage {stage} computed"
         super().__init__(
-            f"Request {request} is not finite (NaN or infinity) since stage {stage} computed {where}: "
+            f"Request {request} is not finite (NaN or infinity) since {who} {where}: "
             "use dtype='float32', less guidance, or weights that are not damaged."
         )
         self.request, self.stage, self.kind, self.number = request, stage, kind, number
 
-    def __reduce__(self) -> tuple[type[NotFinite], tuple[int, int, str, int]]:
+    def __reduce__(self) -> tuple[type[NotFinite], tuple[int, int | None, str, int]]:
         return type(self), (self.request, self.stage, self.kind, self.number)
 
 

@@ -21,6 +21,7 @@ from cineline.core.output import check_output
 from cineline.core.request import Job, VideoRequest
 from cineline.core.streams import console
 from cineline.engine.api import Engine, default_device
+from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import MINIS, missing_weights, open_model
 from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
 from cineline.engine.sink import Sink
@@ -138,7 +139,8 @@ def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Ou
 
 def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, screen: Console) -> dict[Path, CinelineError]:
     """Submit all, write each result as it comes; the files that could not be made, after the others are done."""
-    handles = [engine.submit(task.request) for task in tasks]
+    unmade: dict[Path, CinelineError] = {}
+    tasks, handles = _submit(engine, tasks, unmade)
     labels = [(task.video or task.latents or Path()).name for task in tasks]
     if not quiet:
         for label, handle in zip(labels, handles, strict=True):
@@ -150,7 +152,6 @@ def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, screen: Console) ->
         for number, (task, handle) in enumerate(zip(tasks, handles, strict=True))
     }
     del handles  # a sink that is done goes, and its video with it: that is large
-    unmade: dict[Path, CinelineError] = {}
     try:
         while sinks:
             time.sleep(POLL_S)
@@ -172,6 +173,20 @@ def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, screen: Console) ->
             sink.give_up(KeyboardInterrupt())
         view.close()
     return unmade
+
+
+def _submit(
+    engine: Engine, tasks: Sequence[Task], unmade: dict[Path, CinelineError]
+) -> tuple[list[Task], list[RequestHandle]]:
+    """Those that the engine takes; why it does not take the others goes to `unmade`."""
+    taken, handles = [], []
+    for task in tasks:
+        try:
+            handles.append(engine.submit(task.request))
+            taken.append(task)
+        except InvalidRequest as error:
+            unmade |= dict.fromkeys((path for path in (task.latents, task.video) if path is not None), error)
+    return taken, handles
 
 
 def _write(sink: Sink, done: bool) -> None:

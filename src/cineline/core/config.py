@@ -384,6 +384,11 @@ class DeviceConfig:
         if self.text_encoder not in get_args(TextEncoder):
             known = ", ".join(get_args(TextEncoder))
             raise InvalidConfig(f"text_encoder={shown(self.text_encoder)} is not known: use one of {known}.")
+        if self.memory_gb is not None and self.text_encoder != "resident":
+            raise InvalidConfig(
+                f"memory_gb={shown(self.memory_gb)} is held against a resident text encoder, not "
+                f"text_encoder={shown(self.text_encoder)}: leave one of them out."
+            )
         if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
             raise InvalidConfig(
                 f"memory_gb={shown(self.memory_gb)} is no finite number above 0: give GB, or leave it out."

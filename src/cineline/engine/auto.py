@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec, plannable
@@ -33,10 +34,12 @@ def divide(spec: FamilySpec, config: DeviceConfig, in_flight: int | None) -> tup
             f"parallel='auto' plans for a resident text encoder, not {shown(config.text_encoder)}: "
             "give a ParallelConfig."
         )
-    planned = plannable(spec)
+    planned, devices = plannable(spec), local_devices()
+    if config.memory_gb is not None:
+        devices = [replace(device, memory=config.memory_gb * 1e9) for device in devices]
     task = Task(
         planned,
-        local_devices(),
+        devices,
         LINKS[LINK],
         planned_job(planned, {}),
         dtype=config.dtype,

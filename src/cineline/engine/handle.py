@@ -14,7 +14,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 import numpy as np
 
 from cineline.core.control import Done
-from cineline.core.request import Job, Kind
+from cineline.core.request import Group, Job, Kind
 from cineline.errors import CinelineError, ResultTimeout, anew, check_process
 from cineline.media.result import Video
 
@@ -25,6 +25,7 @@ class Ticket:
     Attributes:
         job: the request as it runs, with nothing left open.
         timeout_s, deadline: seconds that it has, and when they are over (`time.monotonic`).
+        spoiled: the first group that the end of the line has heard of as not finite.
         future: its end.
         steps_done, chunks_done: so far.
     """
@@ -33,6 +34,7 @@ class Ticket:
         self.job = job
         self.timeout_s = timeout_s
         self.deadline = time.monotonic() + timeout_s
+        self.spoiled: Group | None = None
         self.future: Future[Video] = Future()
         self.steps_done = 0
         self.chunks_done = 0

@@ -18,7 +18,7 @@ from cineline.core.config import ParallelConfig, Place
 from cineline.core.family import FamilySpec
 from cineline.core.request import Group, Job, VideoRequest
 from cineline.engine.handle import Ticket
-from cineline.engine.ranks import Ranks, Report
+from cineline.engine.ranks import CULPRIT_LIMIT_S, Ranks, Report
 from cineline.errors import CinelineError, EngineClosed, NotFinite, RequestCancelled, RequestTimedOut, anew
 from cineline.schedule.scheduler import Scheduler
 
@@ -104,11 +104,7 @@ class Line:
             left = (ticket.deadline for ticket in self._tickets.values() if ticket.deadline > now)
             self._earliest = min(left, default=math.inf)
         for ticket in late:
-            words = (
-                f"Request {ticket.job.id} was not done in timeout_s={ticket.timeout_s:g} (step {ticket.steps_done} of "
-                f"{ticket.job.steps}): give it more, fewer steps, or a smaller size."
-            )
-            self._fail(ticket.job.id, RequestTimedOut(words))
+            self._fail(ticket.job.id, _lateness(ticket))
 
     def hear(self, message: Report) -> None:
         """What a rank says; for the engine's thread."""
@@ -122,15 +118,24 @@ class Line:
             return
         finished = self._scheduler.complete(message.group, message.moves)
         self._emit(self._scheduler.pump())
-        if message.spoiled:  # it stays open until the rank is heard that spoiled it, which may come later
+        number = message.group.request
+        if message.spoiled:  # the rank that spoiled it may be heard later
+            self._await_culprit(message.group)
             return
         with self._lock:
-            number = message.group.request
             ticket = self._tickets.pop(number, None) if finished else self._tickets.get(number)
         if ticket is not None:
             ticket.take(message)
             if finished:
                 ticket.finish()
+
+    def _await_culprit(self, group: Group) -> None:
+        with self._lock:
+            ticket = self._tickets.get(group.request)
+            if ticket is not None and ticket.spoiled is None:
+                ticket.spoiled = group
+                ticket.deadline = min(ticket.deadline, time.monotonic() + CULPRIT_LIMIT_S)
+                self._earliest = min(self._earliest, ticket.deadline)
 
     def end(self, error: CinelineError, for_open: CinelineError | None = None) -> bool:
         """Take no more requests, and end those that are open; false where that was done before.
@@ -169,6 +174,17 @@ class Line:
     def _emit(self, groups: Sequence[Group]) -> None:
         for group in groups:
             self._ranks.tell(group)
+
+
+def _lateness(ticket: Ticket) -> CinelineError:
+    """Of a request whose time is over."""
+    number = ticket.job.id
+    if ticket.spoiled is not None:
+        return NotFinite(number, None, ticket.spoiled.kind.name.lower(), ticket.spoiled.number)
+    return RequestTimedOut(
+        f"Request {number} was not done in timeout_s={ticket.timeout_s:g} (step {ticket.steps_done} of "
+        f"{ticket.job.steps}): give it more, fewer steps, or a smaller size."
+    )
 
 
 CLOSED = EngineClosed("The engine is closed: make a new one.")

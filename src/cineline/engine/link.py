@@ -42,6 +42,7 @@ class Link:
         self._hear = hear
         self._describe_end = describe_end
         self._unsent: queue.Queue[bytes | None] = queue.Queue(MOST_UNSENT)
+        self._choked = False
         self._threads: list[threading.Thread] = []
         try:
             for each in (self._write, self._read):
@@ -57,7 +58,9 @@ class Link:
         try:
             self._unsent.put_nowait(message)
         except queue.Full:
-            self._hear(Failed(f"it has not taken in the last {MOST_UNSENT} messages"))
+            if not self._choked:
+                self._hear(Failed(f"it has not taken in the last {MOST_UNSENT} messages"))
+            self._choked = True
 
     def hang_up(self) -> None:
         """End the connection, whatever the threads wait for; the rank ends by that, too."""

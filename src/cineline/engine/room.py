@@ -1,4 +1,4 @@
-"""Refuses a request that the devices' memory cannot hold, by the planner's formulas, at once (no torch)."""
+"""Refuses a request that the devices' memory cannot hold, by the planner's formulas, at once."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ def memory_of(config: DeviceConfig, ranks: int, is_local: bool) -> list[float]:
     Args:
         is_local: whether all ranks are on this host; elsewhere each has a device of its own, like the smallest here.
     """
-    if config.memory_gb is not None:
-        return [config.memory_gb * 1e9] * ranks
     if config.device != "cuda":
-        return []
+        return [] if config.memory_gb is None else [config.memory_gb * 1e9] * ranks
     import torch
 
     found = [float(torch.cuda.get_device_properties(each).total_memory) for each in range(torch.cuda.device_count())]
+    if config.memory_gb is not None:
+        found = [config.memory_gb * 1e9 for _ in found]
     return found if is_local or not found else [min(found)] * ranks

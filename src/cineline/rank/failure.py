@@ -6,25 +6,28 @@ from cineline.core.control import Failed
 from cineline.errors import CinelineError, EdgeBroken, reason
 from cineline.rank.pulse import Pulse
 
-NO_MEMORY = ("out of memory", "can't allocate memory")
-"""Words of the RuntimeErrors that torch raises for want of memory: drivers' and the CPU allocator's."""
+NO_MEMORY = ("out of memory", "can't allocate memory", "status_alloc_failed")
+"""Words of the RuntimeErrors that torch raises for want of memory: drivers', the CPU allocator's, CUDA libraries'."""
 
 
 def failure_of(error: Exception, pulse: Pulse, device: str) -> Failed:
-    """The failure, with the request whose turn it was; a broken edge is nobody's.
+    """The failure, with the request whose turn it was, where it is any request's.
 
     Args:
         pulse: what the rank was at. device: where it computes.
     """
     own = error if isinstance(error, CinelineError) else None
     words = f"{type(error).__name__}: {error}"
-    if _is_out_of_memory(error):
+    out_of_memory = _is_out_of_memory(error)
+    if out_of_memory:
         where = f" in {pulse.words}" if pulse.words else ""
         words = (
             f"{device or 'the host'} has no memory left{where} ({type(error).__name__}: {reason(error)}): "
             "use a smaller size or fewer frames, more stages, or fewer requests in flight"
         )
-    return Failed(words, own, None if isinstance(error, EdgeBroken) else pulse.request)
+    # What a device reports late may be of an item before.
+    nobodys = isinstance(error, EdgeBroken) or (type(error).__name__ == "AcceleratorError" and not out_of_memory)
+    return Failed(words, own, None if nobodys else pulse.request)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -111,7 +111,7 @@ class StageLoop:
             turn = self._ahead.popleft()
             self._pulse.turns(turn.group.request)
             self._execute(turn)
-            self._pulse.ends()
+            self._pulse.rests()
             self._pace.end_item()
         self._pace.settle()
 
@@ -139,7 +139,7 @@ class StageLoop:
         elif isinstance(message, Admit):
             self._pulse.turns(message.job.id)
             self._admit(message)
-            self._pulse.ends()
+            self._pulse.rests()
         elif isinstance(message, Group) and (request := self._requests.get(message.request)):
             dropped = message.kind is Kind.DROP
             scripts = (request.drop,) if dropped else request.scripts.get(message._replace(request=0), ())

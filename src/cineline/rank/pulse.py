@@ -31,37 +31,38 @@ class Pulse:
 
     Attributes:
         request: whose turn it is, from before what its item needs is here.
+        words: the item that is computed, or was in this turn; empty where none was.
     """
 
     clock: Callable[[], float] = time.monotonic
     request: int | None = None
+    words: str = ""
     _now: tuple[WorkItem, Size, float] | None = None
     _beaten: tuple[float, float] = (0.0, 0.0)
     _longest: dict[Size, float] = field(default_factory=dict)
 
     def turns(self, request: int) -> None:
         """It is the request's turn."""
-        self.request = request
+        self.request, self.words = request, ""
+
+    def rests(self) -> None:
+        """It is nobody's."""
+        self.ends()
+        self.request, self.words = None, ""
 
     def starts(self, item: WorkItem, job: Job) -> None:
         """All that the item needs is here."""
         since = self.clock()
         self._beaten = since, 0.0
+        self.words = f"{item.kind.name.lower()} {item.number}"
         self._now = item, (item.kind, job.height, job.width, job.num_frames), since
 
     def ends(self) -> None:
-        """The item is done, or was none that is computed."""
-        self.request = None
+        """The item is computed, or was none that is; what follows may wait for others."""
         if self._now is not None:
             _, size, since = self._now
             self._longest[size] = max(self._longest.get(size, 0.0), self.clock() - since)
             self._now = None
-
-    @property
-    def words(self) -> str:
-        """The item that is computed; empty where none is."""
-        now = self._now
-        return "" if now is None else f"{now[0].kind.name.lower()} {now[0].number}"
 
     def beat(self) -> Beat:
         """What the engine is told."""

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from cineline.core.request import Job
-from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
+from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
 from cineline.rank.guard import extremes
 from cineline.schedule.rule import Rule, scripts_of
 from cineline.schedule.words import Action, Compute, Do, Keep, Script, Send, Value, Wait
@@ -50,19 +50,26 @@ def _act(family: PipelineParallelMixin[Any], state: Any, device: DeviceQueue, sc
             specs = family.specs(state, action.value, action.item)
             zeros = tuple(torch.zeros(spec.shape, dtype=spec.dtype, device=device.device) for spec in specs)
             family.take(state, action.value, action.item, zeros)
+            _look(zeros, device)
         case Send():
             family.give(state, action.value, action.item)
         case Keep():
             family.take(state, action.value, action.item, family.give(state, action.value, action.item))
         case Compute():
             family.compute(state, script.item, action.starts, action.ends)
-            if seen := extremes(state.made(script.item, action.ends)):
-                device.to_host(torch.stack(seen))
+            _look(state.made(script.item, action.ends), device)
         case Do.FINISH:
             family.finish(state, script.item)
+            _look((state.latents,), device)
         case Do.DONE | Do.MOVES:
             answer = family.answer(state, script.item)
             if answer is not None:
                 device.to_host(answer)
         case Do.DENOISED:
             family.end_denoising(state)
+
+
+def _look(tensors: Hidden, device: DeviceQueue) -> None:
+    """As the guard does."""
+    if seen := extremes(tensors):
+        device.to_host(torch.stack(seen))
