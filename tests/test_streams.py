@@ -245,4 +245,4 @@ def test_ranks_of_a_process_without_streams_start_and_say_why_they_fail(tmp_path
     told = tmp_path / "told"
     kinds = ("closed", random.choice(["full", "gone", "closed", "read-only"]), False)
     run_with([sys.executable, "-c", script, str(told)], kinds, tmp_path)
-    assert told.read_text() == "Rank 1 failed: ValueError: a fault on purpose", kinds
+    assert told.read_text() == "Rank 1 failed: ValueError: a fault on purpose (request 0)", kinds
