@@ -77,9 +77,9 @@ class VideoRequest(BaseModel):
     seed: Annotated[Whole, "Of the noise"] = 0
     fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
-    timeout_s: Annotated[
-        Annotated[Real | None, AfterValidator(_seconds)], "Seconds from submission in which it must be done"
-    ] = None
+    timeout_s: Annotated[Real | None, AfterValidator(_seconds), "Seconds from submission in which it must be done"] = (
+        None
+    )
 
     def __init__(self, /, **fields: Any) -> None:
         try:

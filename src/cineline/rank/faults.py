@@ -135,9 +135,8 @@ class _Faulty(PipelineParallelMixin[RequestState]):
                 continue
             if fault.do in ("nan", "inf"):
                 assert state and item
-                if not _spoil(
-                    state, item, at, ends, float(fault.do)
-                ):  # frames are bytes: it waits for what can hold one
+                spoiled = _spoil(state, item, at, ends, float(fault.do))
+                if not spoiled:  # frames are bytes: it waits for what can hold one
                     continue
             self._left[number] -= 1
             log.warning("A fault on purpose: %s.", fault)

@@ -6,7 +6,7 @@ seconds of a core for that. Without modules it starts a Python for each: an acce
 touched before a fork, which libraries may do when they load.
 
 Over its own pipe it says the ranks' processes once all are there, then (number, exit code) of each that ends. It is
-told numbers of ranks to kill, or None, as by its end: kill all.
+told numbers of ranks to kill, and by the pipe's end to kill all.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Ranks:
 
     def _obey(self, connection: Connection) -> None:
         with contextlib.suppress(EOFError, OSError):
-            while (number := connection.recv()) is not None:
-                self._kill(number)
+            while True:
+                self._kill(connection.recv())
         self.kill_all()
 
     def kill_all(self) -> None:

@@ -54,7 +54,7 @@ class Pulse:
         """All that the item needs is here."""
         since = self.clock()
         self._beaten = since, 0.0
-        self.words = f"{item.kind.name.lower()} {item.number}"
+        self.words = _words(item)
         self._now = item, (item.kind, job.height, job.width, job.num_frames), since
 
     def ends(self) -> None:
@@ -75,9 +75,8 @@ class Pulse:
         self._beaten = here, computing + min(here - last, MOST_BETWEEN_S)
         longest = self._longest.get(size)
         limit = None if longest is None else max(LEAST_LIMIT_S, TIMES_LONGEST * longest)
-        return Beat(
-            f"{item.kind.name.lower()} {item.number} of request {item.request}",
-            self._beaten[1],
-            limit,
-            item.request,
-        )
+        return Beat(f"{_words(item)} of request {item.request}", self._beaten[1], limit, item.request)
+
+
+def _words(item: WorkItem) -> str:
+    return f"{item.kind.name.lower()} {item.number}"
