@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import psutil
 import pytest
 import torch
 from oracle import Checkpoint, Oracle, assert_equal
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from toy_family import ToySpec, ToyStages
 from toy_reference import toy_reference
 
@@ -29,6 +33,7 @@ from cineline.engine.ranks import Ranks
 from cineline.errors import anew
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.shapes import WanKind
 from cineline.rank.faults import EXIT_CODE, with_faults
 from cineline.schedule.rule import Rule, scripts_of
 from cineline.schedule.words import Compute, Do, Keep, Send, Wait
@@ -334,6 +339,24 @@ def test_what_is_not_finite_in_wan_stays_in_its_request(
         for handle, fault in zip(handles, faults, strict=True):
             assert_named(handle, fault, parallel.place(fault["rank"]).pp)
         assert_equal(right.result(2 * LIMIT_S), oracle.run(folder, "float32", wanted))
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [("i2v", {"pp": 1}), ("i2v", {"pp": 2}), ("i2v", {"pp": 2, "expert_placement": "split"}), ("ti2v", {"pp": 2})],
+    ids=str,
+)
+def test_an_image_that_is_not_finite_is_told_as_encode(
+    kind: WanKind, axes: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint(RandomConfig(kind)), tmp_path / kind)
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(vae)
+    weights["quant_conv.bias"][0] = torch.nan
+    save_file(weights, vae, {"format": "pt"})
+    request = wan(0).model_copy(update={"image": Image.new("RGB", (64, 64))})
+    with Engine(folder, ParallelConfig(**axes), device="cpu") as line:
+        assert_named(line.submit(request), {"kind": "encode", "number": 0}, 0)
 
 
 def test_a_device_without_memory_fails_wan(plan: Plan, checkpoint: Checkpoint) -> None:
