@@ -4,6 +4,7 @@ never interrupted."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -175,6 +176,33 @@ def test_a_state_survives_its_file() -> None:
     assert found["list"][3] == "text" and torch.equal(found["column"], torch.tensor([1, 4]))
     length = int.from_bytes(content[:8], "little")
     assert "__metadata__" in json.loads(content[8 : 8 + length])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sigma": np.float32(0.1)}, "state['sigma'] is of type numpy.float32: a snapshot holds tensors, Python's"),
+        ({"solver": [0, {"order": np.int64(2)}]}, "state['solver'][1]['order'] is of type numpy.int64: "),
+        ({"yes": np.bool_(True)}, "state['yes'] is of type numpy.bool"),
+        ({"sigmas": np.zeros(2)}, "state['sigmas'] is of type numpy.ndarray: "),
+        ({"pair": (1, 2)}, "state['pair'] is of type builtins.tuple: "),
+        ({"dtype": torch.float32}, "state['dtype'] is of type torch.dtype: "),
+        ({"noise": torch.Generator()}, "state['noise'] is of type torch._C.Generator: "),
+        ({"caches": {3: None}}, "The key 3 of state['caches'] is of type builtins.int: a snapshot's are texts."),
+        ({"caches": {"tensor": "0"}}, "The only key of state['caches'] is 'tensor', by which a snapshot finds its"),
+    ],
+)
+def test_what_would_not_come_back_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError) as refused:
+        snapshot.write({"latents": torch.zeros(2), **given})
+    assert str(refused.value).startswith(words)
+
+
+def test_numbers_come_back_to_the_bit() -> None:
+    numbers = {"tenth": 0.1, "least": 5e-324, "less": -0.0, "none": math.nan, "all": -math.inf, "large": 2**70}
+    found = snapshot.read(snapshot.write(numbers | {"generator": torch.Generator().manual_seed(7).get_state()}))
+    assert torch.equal(found.pop("generator"), torch.Generator().manual_seed(7).get_state())
+    assert repr(found) == repr(numbers)
 
 
 def _rank(connection: Connection) -> None:
