@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
 import psutil
 import pytest
 import torch
+from faulty_family import InexactSpec
 from oracle import Checkpoint, Oracle, assert_equal
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,9 +26,10 @@ from toy_reference import toy_reference
 
 from cineline import Engine, InvalidConfig, NotFinite, ParallelConfig, RankFailed, RequestHandle, VideoRequest
 from cineline.core.config import DeviceConfig
-from cineline.core.control import Done, Spoiled
+from cineline.core.control import Done, Setup, Spoiled, Unkept
 from cineline.core.faults import VARIABLE, Fault, Moment, planned
 from cineline.core.request import Branch, Group, Kind, WorkItem
+from cineline.engine import api
 from cineline.engine import line as line_of_requests
 from cineline.engine.line import Line
 from cineline.engine.ranks import Ranks
@@ -415,6 +418,29 @@ def test_what_is_not_finite_is_answered_whoever_says_who_made_it(word: str, monk
     assert isinstance(error, NotFinite)
     assert (error.stage, error.number) == ((None, 3) if word == "none" else (1, 2))
     assert not other.future.done()
+
+
+def test_a_request_without_snapshots_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    parallel, ranks = ParallelConfig(pp=1), cast(Ranks, NoRanks())
+    line = Line(ToySpec(), parallel.filled(ToySpec().cut(parallel, DeviceConfig())), None, ranks, lambda job: None)
+    for number in (3, 4):
+        line.hear(Unkept(number, "no such state"))
+    words = "Request 3 cannot go on from a snapshot (no such state): if a rank is lost it begins anew."
+    assert caplog.messages == [words]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_request_without_snapshots_goes_on(
+    stages: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(api, "Setup", partial(Setup, snapshot_every=1))
+    with Engine(InexactSpec(), ParallelConfig(pp=stages), device="cpu") as line:
+        handles = [line.submit(wanted) for wanted in REQUESTS]
+        for handle, wanted in zip(handles, REQUESTS, strict=True):
+            assert_right(handle, wanted)
+    (words,) = caplog.messages
+    cause = "TypeError: state['sigma'] is of type numpy.float32: a snapshot holds tensors, Python's numbers, texts"
+    assert words.startswith(f"Request 0 cannot go on from a snapshot ({cause}")
 
 
 @pytest.fixture

@@ -7,10 +7,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import islice
-from multiprocessing import Pipe, get_context
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -26,14 +22,13 @@ from toy_family import ToySpec
 from toy_reference import toy_reference
 
 from cineline import ParallelConfig, VideoRequest
-from cineline.core.control import Beat, Done, Failed, Message, Snapshot, Timeline, receive
-from cineline.core.request import Group, Kind
+from cineline.core.control import Snapshot
+from cineline.core.request import Kind
 from cineline.families import snapshot
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import SOLVERS, WanSpec
 from cineline.families.wan.stages import WanStages
-from cineline.rank.engine_link import EngineLink
 
 Results = Mapping[int, tuple[torch.Tensor, np.ndarray | None]]
 
@@ -203,28 +198,3 @@ def test_numbers_come_back_to_the_bit() -> None:
     found = snapshot.read(snapshot.write(numbers | {"generator": torch.Generator().manual_seed(7).get_state()}))
     assert torch.equal(found.pop("generator"), torch.Generator().manual_seed(7).get_state())
     assert repr(found) == repr(numbers)
-
-
-def _rank(connection: Connection) -> None:
-    def fails() -> Message:
-        raise ValueError("no such state")
-
-    link = EngineLink(connection)
-    link.say(lambda: Snapshot(0, 1, 0, b"state"))
-    link.say(Done(Group(Kind.DENOISE, 0)))
-    link.say(fails)
-    link.leave(Timeline((), {}))
-
-
-def test_what_takes_time_to_make_is_said_in_order() -> None:
-    ours, theirs = Pipe()
-    rank = get_context("fork").Process(target=_rank, args=(theirs,), daemon=True)
-    rank.start()
-    theirs.close()
-    said = (message for message in iter(partial(receive, ours), None) if not isinstance(message, Beat))
-    assert list(islice(said, 3)) == [
-        Snapshot(0, 1, 0, b"state"),
-        Done(Group(Kind.DENOISE, 0)),
-        Failed("ValueError: no such state"),
-    ]
-    rank.kill()

@@ -6,6 +6,7 @@ caller that is interrupted leaves no word said to some ranks and not to others.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -24,6 +25,8 @@ from cineline.schedule.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger(__name__)
 
 
 class Line:
@@ -55,6 +58,7 @@ class Line:
         self._next_id = 0
         self._earliest = math.inf
         self._ended: CinelineError | None = None
+        self._unkept = False
 
     @property
     def idle(self) -> bool:
@@ -115,6 +119,14 @@ class Line:
         if isinstance(message, control.Begun):
             self._scheduler.begun(message.group)
             self._emit(self._scheduler.pump())
+            return
+        if isinstance(message, control.Snapshot):  # nobody goes on from one
+            return
+        if isinstance(message, control.Unkept):
+            if not self._unkept:
+                words = "Request %d cannot go on from a snapshot (%s): if a rank is lost it begins anew."
+                log.warning(words, message.request, message.cause)
+            self._unkept = True
             return
         finished = self._scheduler.complete(message.group, message.moves)
         self._emit(self._scheduler.pump())

@@ -28,7 +28,7 @@ Said = tuple[int, control.Message]
 Event = Said | Callable[[], None]
 """That, or something to be done."""
 
-Report = control.Begun | control.Done | control.Spoiled
+Report = control.Begun | control.Done | control.Spoiled | control.Snapshot | control.Unkept
 """What a rank says of a request."""
 
 Take = Callable[[Report], None]

@@ -105,7 +105,8 @@ def _serve(link: EngineLink, store: Any) -> NoReturn:
     link.say(control.Ready(bytes_read))
     slices: list[Any] = []
     record = slices.append if setup.trace else None
-    StageLoop(family, part, edges, device, link.inbox, link.say, link.pulse, record, setup.snapshot_every).run()
+    ends = edges, device, link.inbox, link.say, link.keep, link.pulse
+    StageLoop(family, part, *ends, record, setup.snapshot_every).run()
     edges.settle()
     link.leave(control.Timeline(tuple(slices), dict(traffic)))
 
