@@ -160,6 +160,15 @@ def test_requests_come_back_as_they_were(
         assert each.snapshot == (None if step is None else replace(taken(step), request=-1))
 
 
+def test_an_image_is_kept_whatever_its_file_said_of_it(tmp_path: Path) -> None:
+    image = picture(0)
+    image.info["transparency"] = 3
+    with opened(tmp_path) as folder:
+        add(folder, VideoRequest(prompt="x", image=image))
+    (kept,) = reopened(tmp_path)
+    assert same_pixels(kept.request.image, image)
+
+
 def test_what_is_kept_can_be_read_by_a_person(tmp_path: Path) -> None:
     with opened(tmp_path) as folder:
         folder.begin(RUN)
@@ -480,13 +489,33 @@ def child(folder: SnapshotFolder, name: str, lives: Any, tells: Any) -> None:
     assert lives.wait(LIMIT_S)
 
 
+@contextmanager
+def held_by_another(lock: threading.Condition | threading.Lock) -> Iterator[None]:
+    """As a thread may have it when another one forks."""
+    held, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_a_forked_child_changes_nothing(tmp_path: Path) -> None:
     """Nor does it keep the folder when its parent has let go."""
     lives, told = Event(), Value("i", -1)
     folder = SnapshotFolder(tmp_path)
     folder.begin(RUN)
     name = add(folder, VideoRequest(prompt="x"))
-    with folder._keeper._changed, folder._lock:  # as a thread may hold them when another one forks
+    with held_by_another(folder._keeper._changed), held_by_another(folder._lock):
         process = fork.Process(target=child, args=(folder, name, lives, told))
         process.start()
         until(lambda: told.value >= 0)
@@ -590,6 +619,29 @@ def test_one_warning_says_what_is_lost(
         (kept,) = folder.unfinished()
         assert same_pixels(kept.request.image, picture(1))
     assert len(caplog.records) == 1
+
+
+def test_what_comes_while_a_write_fails_joins_what_is_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes, begun = threading.Event(), threading.Event()
+
+    def fails(path: Path, content: bytes) -> None:
+        begun.set()
+        assert goes.wait(LIMIT_S)
+        monkeypatch.setattr(keeper, "synced", synced)
+        raise OSError(27, os.strerror(27))
+
+    synced = keeper.synced
+    monkeypatch.setattr(keeper, "synced", fails)
+    with opened(tmp_path) as folder:
+        name = add(folder, VideoRequest(prompt="x", image=picture(0)))
+        assert begun.wait(LIMIT_S)
+        folder.put(name, taken(1))
+        goes.set()
+    assert [said(record, tmp_path) for record in caplog.records] == ["0001 cannot be resumed"]
+    (kept,) = reopened(tmp_path)
+    assert same_pixels(kept.request.image, picture(0)) and kept.snapshot is not None
 
 
 def test_an_entry_that_cannot_go_is_tried_again_at_the_end(

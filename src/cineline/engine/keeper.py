@@ -187,6 +187,8 @@ class Keeper:
             newer = self._todo.setdefault(name, todo)
             if newer is not todo and not newer.gone:
                 newer.content, newer.image = todo.content, todo.image
+                waiting = [each for each in (newer.snapshot, todo.snapshot) if each is not None]
+                newer.snapshot = max(waiting, key=lambda each: each.step)
 
     def _warn(self, name: str, todo: Todo, error: Exception) -> None:
         if not self._warned:
