@@ -77,12 +77,20 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: instead of an operating-system error, and where the disk is full.
     """
+    try:
+        with renamed_file(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise OutputError(unwritable(path, error)) from None
+
+
+@contextmanager
+def renamed_file(path: Path) -> Iterator[Path]:
+    """The same, with the operating system's own errors."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
-    except OSError as error:
-        raise OutputError(unwritable(path, error)) from None
     finally:
         with suppress(OSError):  # the error that led here tells more
             temporary.unlink(missing_ok=True)
