@@ -115,13 +115,25 @@ def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> Non
     assert (row["axes"], row["latents"], row["frames"], row["requests"], row["deviation"]) == ("pp=2", 3, 3, 3, 0.0)
 
 
+def small_requests(case: LineCase, count: int) -> list[VideoRequest]:
+    sizes = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": case.steps}
+    return [VideoRequest(prompt="x", seed=seed, decode=False, **sizes) for seed in range(count)]
+
+
+def test_recovery_times_snapshots_beside_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.json"
+    monkeypatch.setattr(LineCase, "requests", small_requests)
+    bench(monkeypatch, "recovery", "--in-flight", "2", "--steps", "3", "--runs", "2", "--json", str(file))
+    runs = json.loads(file.read_text())["runs"]
+    assert {name: len(own) for name, own in runs.items()} == {"none": 2, "in memory": 2, "on disk too": 2}
+    assert "throughput" in capsys.readouterr().out
+
+
 def test_line_times_all_arms_in_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def small_requests(case: LineCase, count: int) -> list[VideoRequest]:
-        sizes = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": case.steps}
-        return [VideoRequest(prompt="x", seed=seed, decode=False, **sizes) for seed in range(count)]
-
     file = tmp_path / "l.json"
     monkeypatch.setattr(LineCase, "requests", small_requests)
     bench(monkeypatch, "line", "--in-flight", "2", "--steps", "2", "--runs", "1", "--json", str(file))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -26,13 +25,14 @@ from toy_reference import toy_reference
 
 from cineline import Engine, InvalidConfig, NotFinite, ParallelConfig, RankFailed, RequestHandle, VideoRequest
 from cineline.core.config import DeviceConfig
-from cineline.core.control import Done, Setup, Spoiled, Unkept
+from cineline.core.control import Done, Spoiled, Unkept
 from cineline.core.faults import VARIABLE, Fault, Moment, planned
 from cineline.core.request import Branch, Group, Kind, WorkItem
-from cineline.engine import api
 from cineline.engine import line as line_of_requests
+from cineline.engine.blueprint import Blueprint
 from cineline.engine.line import Line
 from cineline.engine.ranks import Ranks
+from cineline.engine.record import Record
 from cineline.errors import anew
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
 from cineline.families.wan.random_checkpoint import RandomConfig
@@ -61,7 +61,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 
 def engine(stages: int) -> Engine:
-    return Engine(ToySpec(), ParallelConfig(pp=stages), device="cpu")
+    return Engine(ToySpec(), ParallelConfig(pp=stages), device="cpu", restarts=0)
 
 
 def moments(stages: int, rank: int) -> Iterator[dict[str, Any]]:
@@ -366,7 +366,7 @@ def test_a_device_without_memory_fails_wan(plan: Plan, checkpoint: Checkpoint) -
     plan({"do": "memory", "rank": 1, "at": "after", "kind": "decode"})
     words = r"use a smaller size or fewer frames, more stages, or fewer requests in flight \(request 0\)$"
     failed = pytest.raises(RankFailed, match=f"Rank 1 failed: cpu has no memory left in decode 0 .*: {words}")
-    with Engine(checkpoint(RandomConfig()), ParallelConfig(pp=2), device="cpu") as line, failed:
+    with Engine(checkpoint(RandomConfig()), ParallelConfig(pp=2), device="cpu", restarts=0) as line, failed:
         line.submit(wan(0)).result(2 * LIMIT_S)
 
 
@@ -398,12 +398,16 @@ class NoRanks:
         pass
 
 
+def line_without_ranks(stages: int) -> Line:
+    blueprint = Blueprint.draw(ToySpec(), ParallelConfig(pp=stages), DeviceConfig(), None, "local")
+    return Line(blueprint, cast(Ranks, NoRanks()), Record(None, blueprint.run))
+
+
 @pytest.mark.parametrize("word", ["none", "before", "behind"])
 def test_what_is_not_finite_is_answered_whoever_says_who_made_it(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line_of_requests, "CULPRIT_LIMIT_S", 0.1)
-    parallel, ranks = ParallelConfig(pp=3), cast(Ranks, NoRanks())
-    line = Line(ToySpec(), parallel.filled(ToySpec().cut(parallel, DeviceConfig())), None, ranks, lambda job: None)
-    ticket, other = line.submit(REQUESTS[0], None), line.submit(REQUESTS[1], None)
+    line = line_without_ranks(3)
+    ticket, other = (line.submit(one, None, {}) for one in REQUESTS[:2])
     spoiled = Spoiled(WorkItem(Kind.DENOISE, 0, 2), 1)
     if word == "before":
         line.hear(spoiled)
@@ -421,26 +425,22 @@ def test_what_is_not_finite_is_answered_whoever_says_who_made_it(word: str, monk
 
 
 def test_a_request_without_snapshots_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    parallel, ranks = ParallelConfig(pp=1), cast(Ranks, NoRanks())
-    line = Line(ToySpec(), parallel.filled(ToySpec().cut(parallel, DeviceConfig())), None, ranks, lambda job: None)
+    line = line_without_ranks(1)
     for number in (3, 4):
         line.hear(Unkept(number, "no such state"))
-    words = "Request 3 cannot go on from a snapshot (no such state): if a rank is lost it begins anew."
+    words = "Request 3 has no new snapshot (no such state): if a rank is lost it begins at an older one, or anew."
     assert caplog.messages == [words]
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_request_without_snapshots_goes_on(
-    stages: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(api, "Setup", partial(Setup, snapshot_every=1))
+def test_a_request_without_snapshots_goes_on(stages: int, caplog: pytest.LogCaptureFixture) -> None:
     with Engine(InexactSpec(), ParallelConfig(pp=stages), device="cpu") as line:
         handles = [line.submit(wanted) for wanted in REQUESTS]
         for handle, wanted in zip(handles, REQUESTS, strict=True):
             assert_right(handle, wanted)
     (words,) = caplog.messages
     cause = "TypeError: state['sigma'] is of type numpy.float32: a snapshot holds tensors, Python's numbers, texts"
-    assert words.startswith(f"Request 0 cannot go on from a snapshot ({cause}")
+    assert words.startswith(f"Request 0 has no new snapshot ({cause}")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from pretended_ranks import BETWEEN, Pretence, Report, reports_in
 from cineline import Engine, NotFinite, ParallelConfig, RankFailed, RequestCancelled, Video, VideoRequest
 from cineline.core.config import DeviceConfig
 from cineline.core.faults import VARIABLE
-from cineline.engine import api, launch
+from cineline.engine import blueprint, launch
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
@@ -171,7 +171,7 @@ def pretending(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
     def pretend(**options: Any) -> Pretence:
         pretence = Pretence(tmp_path, **options)
         monkeypatch.setattr(launch, "start_ranks", pretended_ranks.starter(pretence))
-        monkeypatch.setattr(api, "_check_devices", lambda parallel, config: None)
+        monkeypatch.setattr(blueprint, "_check_devices", lambda parallel, config: None)
         return pretence
 
     return pretend

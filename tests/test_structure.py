@@ -92,6 +92,7 @@ def test_the_public_names() -> None:
         "InvalidConfig",
         "InvalidRequest",
         "NotFinite",
+        "OutOfMemory",
         "OutputError",
         "ParallelConfig",
         "RankFailed",

@@ -1,4 +1,4 @@
-"""`cineline bench line | schedule | exact`."""
+"""`cineline bench line | schedule | recovery | exact`."""
 
 from __future__ import annotations
 
@@ -90,6 +90,35 @@ def schedule(
         COLUMNS,
         rows(case, results),
         {"machine": machine("cpu"), "case": asdict(case), "runs": plain(results)},
+        json,
+    )
+
+
+@app.command()
+@spread
+def recovery(
+    *,
+    arm: Annotated[str, typer.Option(help="How the model is divided, such as pp=2 or pp=2,cfg=2.")] = "pp=2",
+    in_flight: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 3,
+    snapshot_every: Annotated[int, typer.Option(help="Solver steps from one snapshot to the next.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 8,
+    runs: Runs = 8,
+    devices: Devices,
+    json: Json = None,
+) -> None:
+    """What snapshots cost: 8 blocks of width 512 at 1,536 tokens, without them, with them, and on disk."""
+    from cineline.bench.measure import plain
+    from cineline.bench.recovery import COLUMNS, RecoveryCase, rows, time_recovery
+    from cineline.bench.report import machine, report
+
+    config = DeviceConfig(**devices, pin_cores=devices["device"] == "cpu")
+    case = RecoveryCase(axes_of("arm", arm), in_flight, snapshot_every, steps, runs)
+    results = time_recovery(case, config, teller())
+    report(
+        f"A snapshot every {snapshot_every} steps, {arm}, M={in_flight}, {config.dtype}, {runs} runs: median (range)",
+        COLUMNS,
+        rows(case, results),
+        {"machine": machine(config.device), "case": asdict(case), "runs": plain(results)},
         json,
     )
 

@@ -185,12 +185,13 @@ class Failed:
     The engine also makes one of the end of a rank's connection.
 
     Attributes:
-        request: the one whose turn it was, where that is known.
+        request: the one whose turn it was, where that is known. out_of_memory: for want of it.
     """
 
     cause: str
     error: CinelineError | None = None
     request: int | None = None
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 
 from cineline.core import control
 from cineline.core.image import load_image
-from cineline.core.output import check_folder, unwritable, whole_file
+from cineline.core.output import check_folder, time_of, unwritable, whole_file
 from cineline.core.request import Job, VideoRequest
-from cineline.engine.keeper import ENTRY, IMAGE, REMOVED, REQUEST, TEMPORARY, Keeper, snapshots_of, synced
+from cineline.engine.keeper import ENTRY, IMAGE, REQUEST, TEMPORARY, UNFINISHED, Keeper, snapshots_of, synced
 from cineline.errors import InvalidConfig, InvalidRequest, OutputError, check_process, reason, shown
 
 LOCK, RUN = "lock", "run.json"
@@ -47,7 +47,7 @@ class Run:
         model: as `--model` takes it, absolute where it is a folder; None for a family's own spec.
         variant: of its weights.
         identity: see `identity_of`.
-        bits: settings that bits depend on.
+        bits: settings that bits depend on. made_with: what they may depend on, too.
         line: how the model was divided; may be another when the requests are resumed.
         options: of the engine, likewise.
     """
@@ -56,11 +56,12 @@ class Run:
     variant: str | None
     identity: str
     bits: Mapping[str, Any]
+    made_with: Mapping[str, str]
     line: Mapping[str, Any]
     options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("bits", "line", "options"):
+        for name in ("bits", "made_with", "line", "options"):
             object.__setattr__(self, name, json.loads(_json(dict(getattr(self, name)))))
 
 
@@ -102,6 +103,23 @@ def settings_of(job: Job) -> dict[str, Any]:
     return plain
 
 
+def run_of(path: Path) -> Run:
+    """What was run last in a folder, which a process may be using.
+
+    Raises:
+        InvalidConfig: it is no snapshot folder.
+    """
+    if not (path / RUN).exists():
+        raise InvalidConfig(f"{shown(path)} has no {RUN}, as snapshot folders do: give what --snapshot-dir named.")
+    return _read(path / RUN, Run, "give another folder, or remove that file")
+
+
+def entries_in(path: Path) -> list[Path]:
+    """The entries of requests that are not done, in order of submission; none where there is no folder."""
+    names = [file.parent.name for file in path.glob(f"*/{REQUEST}")]
+    return [path / name for name in sorted(filter(ENTRY.fullmatch, names), key=int)]
+
+
 class SnapshotFolder:
     """A folder of requests and their snapshots, of one process at a time; it may be killed at any moment.
 
@@ -125,12 +143,11 @@ class SnapshotFolder:
         self._process = os.getpid()
         lock = _locked(self.path)
         try:
-            file = self.path / RUN
-            self.run = _read(file, Run, "give another folder, or remove that file") if file.exists() else None
+            self.run = run_of(self.path) if (self.path / RUN).exists() else None
             self._tidy()
             numbers = [int(path.name) for path in self.path.iterdir() if ENTRY.fullmatch(path.name)]
             self._next = max(numbers, default=0) + 1
-            self._keeper = Keeper(self.path, lock, [entry.name for entry in self._entries()])
+            self._keeper = Keeper(self.path, lock, [entry.name for entry in entries_in(self.path)])
         except OSError as error:
             lock.release()
             raise error if isinstance(error, OutputError) else OutputError(unwritable(self.path, error)) from None
@@ -146,7 +163,7 @@ class SnapshotFolder:
         Raises:
             InvalidConfig: an entry cannot be read.
         """
-        return [_kept(entry) for entry in self._entries()]
+        return [_kept(entry) for entry in entries_in(self.path)]
 
     def begin(self, run: Run) -> None:
         """Say what is run here from now on.
@@ -170,7 +187,7 @@ class SnapshotFolder:
         if request.image is not None:
             given["image"] = IMAGE
         files = {kind: path.absolute() for kind, path in outputs.items()}
-        before = {kind: _written_at(path) for kind, path in files.items()}
+        before = {kind: time_of(path) for kind, path in files.items()}
         entry = Entry(given, settings_of(job), {kind: str(path) for kind, path in files.items()}, before)
         with self._lock:
             name = f"{self._next:04}"
@@ -196,23 +213,32 @@ class SnapshotFolder:
         if os.getpid() == self._process:
             self._keeper.close(limit_s)
 
-    def _entries(self) -> list[Path]:
-        names = [path.parent.name for path in self.path.glob(f"*/{REQUEST}")]
-        return [self.path / name for name in sorted(filter(ENTRY.fullmatch, names), key=int)]
+    def clear(self) -> None:
+        """Remove all entries, and what was run; for before there are new ones.
+
+        Raises:
+            OutputError: something cannot be removed.
+        """
+        check_process(self._process)
+        try:
+            for entry in entries_in(self.path):
+                shutil.rmtree(entry)
+            (self.path / RUN).unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(unwritable(self.path, error)) from None
+        self.run = None
 
     def _tidy(self) -> None:
         """Remove what a process that was killed has left half done, and nothing of anybody else's."""
         for path in list(self.path.iterdir()):
             if TEMPORARY.fullmatch(path.name):
                 path.unlink()
-            elif REMOVED.fullmatch(path.name):
+            elif UNFINISHED.fullmatch(path.name):
                 shutil.rmtree(path)
-            elif ENTRY.fullmatch(path.name) and path.is_dir():
-                for file in list(path.iterdir()):
-                    if TEMPORARY.fullmatch(file.name):
-                        file.unlink()
-                if self.run is not None and not (path / REQUEST).exists():
-                    _discard(path)
+        for entry in entries_in(self.path):
+            for file in list(entry.iterdir()):
+                if TEMPORARY.fullmatch(file.name):
+                    file.unlink()
 
 
 def _locked(path: Path) -> FileLock:
@@ -260,21 +286,6 @@ def _newest(entry: Path) -> control.Snapshot | None:
         except OSError:
             continue
     return None
-
-
-def _discard(entry: Path) -> None:
-    """Remove an entry without a request: the files that are ours, and the folder where it holds no others."""
-    for file in [entry / IMAGE, *(file for *_, file in snapshots_of(entry))]:
-        file.unlink(missing_ok=True)
-    with suppress(OSError):
-        entry.rmdir()
-
-
-def _written_at(path: Path) -> int | None:
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
 
 
 Read = TypeVar("Read")

@@ -56,6 +56,18 @@ def open_model(model: str | Path | FamilySpec | None, variant: str | None = None
     return open_checkpoint(folder_of(model), variant)
 
 
+def name_of(spec: FamilySpec) -> str | None:
+    """What `open_model` opens this spec's model by, from whatever folder it is called in; None where nothing does."""
+    if not isinstance(spec, StoredFamily):
+        return None
+    folder = spec.folder.absolute()
+    return folder.name if folder.parent == _minis() and folder.name in MINIS else str(folder)
+
+
+def _minis() -> Path:
+    return Path(__file__).absolute().parent.parent / "minis"
+
+
 def folder_of(model: str | Path | None) -> Path:
     """Where its configs are, downloading them first where it is a hub id.
 
@@ -63,7 +75,7 @@ def folder_of(model: str | Path | None) -> Path:
         CheckpointError: there is no such model.
     """
     if model is None or str(model) in MINIS:
-        return Path(__file__).parent.parent / "minis" / str(model or MINIS[0])
+        return _minis() / str(model or MINIS[0])
     folder = Path(model)
     try:
         is_folder, exists = folder.is_dir(), folder.exists()

@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 
 REQUEST, IMAGE = "request.json", "image.png"
 ENTRY = re.compile(r"[0-9]{4,}")
-REMOVED = re.compile(r"\.[0-9]{4,}\.removed")
+UNFINISHED = re.compile(r"\.[0-9]{4,}\.(new|removed)")
+"""Entries that are being made, or taken away."""
+
 TEMPORARY = re.compile(r"\.(run|request|image|step-[0-9]+-expert-[0-9]+)\.[0-9]+\.(json|png|safetensors)")
 """`core.output`'s names for files that are being written."""
 
@@ -137,6 +139,9 @@ class Keeper:
         try:
             while self._write_next():
                 pass
+            lost = ", ".join(sorted(name for name, todo in self._todo.items() if todo.content is not None))
+            if lost:
+                log.warning("%s lacks requests that are not done: %s cannot be resumed.", shown(self._path), lost)
         finally:
             self._lock.release()
 
@@ -161,12 +166,13 @@ class Keeper:
         if todo.gone:
             self._take_away(entry)
         if todo.content is not None:
-            entry.mkdir(exist_ok=True)
+            new = entry.with_name(f".{entry.name}.new")
+            new.mkdir(exist_ok=True)
             if todo.image is not None:
-                _write_whole(entry / IMAGE, _png(todo.image))
-                todo.image = None
-            _write_whole(entry / REQUEST, todo.content)
-            todo.content = None
+                _write_whole(new / IMAGE, _png(todo.image))
+            _write_whole(new / REQUEST, todo.content)
+            new.rename(entry)
+            todo.content = todo.image = None
         if (snapshot := todo.snapshot) is not None:
             _write_whole(entry / f"step-{snapshot.step:05}-expert-{snapshot.expert}.safetensors", snapshot.state)
             todo.snapshot = None
