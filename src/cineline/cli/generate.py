@@ -15,7 +15,7 @@ import typer
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
 from cineline.cli.options import Fields, Given, spread
 from cineline.cli.progress import RequestProgress, make_view
-from cineline.core.config import AXES, DeviceConfig, ParallelConfig
+from cineline.core.config import AXES, DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.output import check_output
 from cineline.core.request import Job, VideoRequest
@@ -36,7 +36,7 @@ POLL_S = 0.1
 NAMED = 5
 """Files that an error names at most, of those that are not there."""
 
-_REQUEST, _PARALLEL, _RUN = "The request", "The line", "The run"
+_REQUEST, _PARALLEL, _RUN, _FILES = "The request", "The line", "The run", "Files of the model"
 _OF_THE_MODEL = {"negative_prompt": "", "seed": "0"}
 """What a checkpoint may have a default for, which an option that is not there must not hide."""
 
@@ -54,6 +54,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
     model: Annotated[str | None, _option(_RUN, "A folder in diffusers format, a hub id, mini-t2v; mini-ti2v.")] = None,
     variant: Annotated[str | None, _option(_RUN, "Of its weights, such as fp16; the plain ones.")] = None,
+    files: Annotated[Given, Fields(ModelFiles, panel=_FILES)],
     fields: Annotated[Given, Fields(VideoRequest, panel=_REQUEST, unset=_OF_THE_MODEL)],
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
@@ -89,13 +90,13 @@ def generate(
         check_output(trace, (".json",))
     if quiet:
         os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
-    spec = open_model(model, variant)
+    spec = open_model(model, variant, ModelFiles(**files))
     check_tasks(spec, tasks, requests)
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
     _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
-        screen.print(f"Loading {model or MINIS[0]} on {ranks}", highlight=False, soft_wrap=True)
+        screen.print(f"Loading {_name_of(model, files)} on {ranks}", highlight=False, soft_wrap=True)
 
     unmade: dict[Path, CinelineError] = {}
     try:
@@ -107,6 +108,13 @@ def generate(
         unmade[trace] = error
     if unmade:
         raise _told(unmade)
+
+
+def _name_of(model: str | None, files: Given) -> str:
+    """What is loaded, as the user has called it."""
+    return " with ".join(
+        [*([] if files and model is None else [model or MINIS[0]]), *(path.name for path in files.values())]
+    )
 
 
 def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:

@@ -55,12 +55,15 @@ class StoredFamily(FamilySpec, Protocol):
     Attributes:
         folder: the checkpoint's; it names the model.
         variant: of its weights, such as fp16; None for the plain ones.
+        files: by component, the file that its weights come from instead.
     """
 
     @property
     def folder(self) -> Path: ...
     @property
     def variant(self) -> str | None: ...
+    @property
+    def files(self) -> Mapping[str, Path]: ...
 
 
 @runtime_checkable

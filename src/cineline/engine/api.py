@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, get_args
 
-from cineline.core.config import DEVICES, DeviceConfig, Dtype, ParallelConfig, TextEncoder, asked_threads
+from cineline.core.config import DEVICES, DeviceConfig, Dtype, ModelFiles, ParallelConfig, TextEncoder, asked_threads
 from cineline.core.control import Setup
 from cineline.core.family import FamilySpec
 from cineline.core.faults import planned
@@ -63,6 +63,7 @@ class Engine:
         parallel: how the model is divided; "auto" lets the planner divide it over this machine's devices, for
             requests of the model's default size.
         variant: of the checkpoint's weights, such as fp16, where it has several.
+        files: that weights come from instead of the model's folder, or without a model all of them.
         device: None takes cuda where there is one.
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
         vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb: as `device` and `dtype`, see
@@ -86,6 +87,7 @@ class Engine:
         parallel: ParallelConfig | Literal["auto"] | None = None,
         *,
         variant: str | None = None,
+        files: ModelFiles | None = None,
         device: str | None = None,
         dtype: Dtype | None = None,
         vae_dtype: Dtype = DeviceConfig.vae_dtype,
@@ -106,7 +108,7 @@ class Engine:
             need_torchrun()
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb)
-        self.spec = open_model(model, variant)
+        self.spec = open_model(model, variant, files)
         if parallel == "auto":
             if launcher == "torchrun":
                 raise InvalidConfig("parallel='auto' is for ranks of this machine: give torchrun's a ParallelConfig.")
