@@ -89,9 +89,9 @@ def look_into(path: Path) -> Found:
         CheckpointError: it cannot be read, or holds nothing that Cineline runs.
     """
     source = open_source(path)
+    parts = {part: name for name in source.stored for part in name.split(".")}
     for word, what in STRANGERS.items():
-        parts = ((name, part) for name in source.stored for part in name.split("."))
-        name = next((name for name, part in parts if part.startswith(word)), None)
+        name = next((name for part, name in parts.items() if part.startswith(word)), None)
         if name is not None:
             raise CheckpointError(
                 f"{shown(path)} is {what}, by its tensor {shown(name)}, which Cineline does not run: use a Wan 2.2 "
