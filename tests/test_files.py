@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from foreign import Packed, folder_that_says, write
+from foreign import Packed, folder_that_says, state_of, write
 from oracle import Checkpoint, Oracle, assert_equal
+from safetensors.torch import load_file
 from test_parity import mixed_requests
 from test_weights import VAE_ENCODER, owner
 
@@ -21,6 +22,7 @@ from cineline.core.config import DeviceConfig, Dtype, Place
 from cineline.core.request import Kind
 from cineline.engine.hub import open_model
 from cineline.families.pipeline_parallel import StagePart
+from cineline.families.wan.convert import convert
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
@@ -188,3 +190,40 @@ def test_latents_and_frames_equal_diffusers(
         expected = [oracle.run(folder, dtype, request) for request in requests]  # while the ranks are at work
         for handle, one in zip(handles, expected, strict=True):
             assert_equal(handle.result(120), one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("number", "name"), list(enumerate(LAYOUTS)))
+def test_what_is_converted_is_what_the_files_say(
+    number: int, name: str, dtype: Dtype, layout: Layout, same: Same, tmp_path: Path
+) -> None:
+    kind = KINDS[number % 3]
+    written, expected = layout(name, kind), same(name, kind, dtype)
+    spec = open_model(written.folder, files=written.files)
+    assert isinstance(spec, WanSpec)
+    told: list[str] = []
+    convert(spec, tmp_path / "model", dtype, told.append, limit=40_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert len(told) == len(spec.experts) + 2
+    made = WanSpec.open(tmp_path / "model")
+    assert replace(made, folder=expected, vae={}) == replace(WanSpec.open(expected), vae={})
+    assert (made.vae, made.scheduler) == (spec.vae, spec.scheduler)
+    for component in (*made.experts, "vae", "text_encoder"):
+        found, wanted = state_of(tmp_path / "model", component), state_of(expected, component)
+        assert found.keys() == wanted.keys()
+        for key, one in found.items():
+            assert one.dtype in (wanted[key].dtype, torch.bfloat16)  # GGUF's BF16 stays that
+            assert torch.equal(one.float(), wanted[key].float())
+        for file in (tmp_path / "model" / component).glob("*.safetensors"):  # what was in memory at once
+            sizes = [one.nbytes for one in load_file(file).values()]
+            assert sum(sizes) <= 40_000 or len(sizes) == 1
+
+
+def test_diffusers_makes_the_same_of_what_is_converted(layout: Layout, oracle: Oracle, tmp_path: Path) -> None:
+    written = layout("comfy", "i2v")
+    spec = open_model(written.folder, files=written.files)
+    assert isinstance(spec, WanSpec)
+    convert(spec, tmp_path / "model", "bfloat16")
+    request = mixed_requests("i2v")[1]
+    with Engine(spec, ParallelConfig(pp=2), dtype="bfloat16", device="cpu") as engine:
+        assert_equal(engine.submit(request).result(120), oracle.run(tmp_path / "model", "bfloat16", request))

@@ -64,6 +64,10 @@ class Weights:
         """What a tensor is in its file."""
         return self._source.stored[self._names[name]]
 
+    def is_scaled(self, name: str) -> bool:
+        """Whether it has a scale beside it."""
+        return self._names[name] in self._scales.of
+
     def check_names(self, expected: Iterable[str], ignored: Iterable[str] = ()) -> None:
         """Compare the stored names with those of the whole component.
 
