@@ -23,18 +23,10 @@ from cineline.families.wan.recognise import (
     transformer_config,
     vae_config,
 )
-from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.shapes import OPTIONS, WanKind
 from cineline.families.wan.spec import WanSpec, check_alike
 
 log = logging.getLogger(__name__)
-
-OPTIONS: Mapping[str, str] = {
-    "transformer": "--transformer",
-    "transformer_2": "--transformer-2",
-    "vae": "--vae",
-    "text_encoder": "--text-encoder-file",
-}
-"""Of the components."""
 
 HEAD_SIZE = 128
 """Of all Wan 2.2 transformers."""
