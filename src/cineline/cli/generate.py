@@ -112,9 +112,10 @@ def generate(
 
 def _name_of(model: str | None, files: Given) -> str:
     """What is loaded, as the user has called it."""
-    return " with ".join(
-        [*([] if files and model is None else [model or MINIS[0]]), *(path.name for path in files.values())]
-    )
+    names = ", ".join(path.name for path in files.values())
+    if not files:
+        return model or MINIS[0]
+    return names if model is None else f"{model} with {names}"
 
 
 def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:
