@@ -25,7 +25,7 @@ from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import Decoder, DecoderSlice, boundary_specs
 from cineline.families.wan.random_checkpoint import random_vae
 from cineline.families.wan.rows import RowDecoder
-from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.shapes import Component, WanKind
 from cineline.planning.balance import cut_units, sums
 from cineline.schedule.words import RECEIVES_AHEAD, Edge, Value, Way
 from cineline.transport.axis import Axis, Traffic
@@ -190,9 +190,15 @@ def _make(task: _Task, device: torch.device, edges: Edges, axis: Axis) -> Callab
     dtype = getattr(torch, task.config.vae_dtype)
     if task.way == "layers":
         return _Layers(task, dtype, device, edges)
+    vae = vae_of(task.folder)
     if task.way == "rows":
-        return _Whole(RowDecoder(task.folder, dtype, device, axis))
-    return _Whole(DecoderSlice(task.folder, None, dtype, device, takes_latents=True))
+        return _Whole(RowDecoder(vae, dtype, device, axis))
+    return _Whole(DecoderSlice(vae, None, dtype, device, takes_latents=True))
+
+
+def vae_of(folder: Path) -> Component:
+    """The VAE in a folder that has no other component."""
+    return Component("vae", AutoencoderKLWan.load_config(folder / "vae"), folder / "vae")
 
 
 class _Whole:
@@ -208,13 +214,14 @@ class _Layers:
     """A slice of an even cut by FLOP, between its edges."""
 
     def __init__(self, task: _Task, dtype: torch.dtype, device: torch.device, edges: Edges) -> None:
-        costs = VaeCosts.of(AutoencoderKLWan.load_config(task.folder / "vae"))
+        vae = vae_of(task.folder)
+        costs = VaeCosts.of(vae.config)
         cells = task.latent_shape[3] * task.latent_shape[4]
         flop = [unit.flop(cells) for unit in costs.decoder]
         _, counts = cut_units([sums(flop)] * task.ranks)
         first = sum(counts[: task.rank])
         units = range(first, first + counts[task.rank])
-        self._slice = DecoderSlice(task.folder, units, dtype, device, takes_latents=task.rank == 0)
+        self._slice = DecoderSlice(vae, units, dtype, device, takes_latents=task.rank == 0)
         self._coming = [
             boundary_specs(costs, task.latent_shape, chunk, units.start, dtype) for chunk in range(task.latent_shape[2])
         ]

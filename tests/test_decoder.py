@@ -23,7 +23,7 @@ from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import DecoderSlice, TiledDecoder, boundary_specs
 from cineline.families.wan.random_checkpoint import random_vae
 from cineline.families.wan.rows import RowDecoder
-from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.shapes import Component, WanKind
 from cineline.planning.balance import cut_units, sums
 from cineline.transport.axis import Axis, Traffic
 
@@ -58,6 +58,10 @@ def random_latents(frames: int, height: int, width: int) -> Tensor:
     return torch.randn(1, 16, frames, height, width, generator=torch.Generator().manual_seed(frames + height))
 
 
+def vae_of(folder: Path) -> Component:
+    return Component("vae", config_of(folder), folder / "vae")
+
+
 def by_diffusers(folder: Path, latents: Tensor, dtype: torch.dtype, tiled: bool = False) -> np.ndarray:
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=dtype)
     if tiled:
@@ -72,7 +76,7 @@ def by_slices(
     """Frames through slices that end at those units, and the bytes that each slice read."""
     costs = VaeCosts.of(config_of(folder))
     slices = [
-        DecoderSlice(folder, range(start, stop), dtype, CPU, takes_latents=number == 0)
+        DecoderSlice(vae_of(folder), range(start, stop), dtype, CPU, takes_latents=number == 0)
         for number, (start, stop) in enumerate(pairwise([0, *stops]))
     ]
     states = [each.start(latents if number == 0 else None) for number, each in enumerate(slices)]
@@ -113,7 +117,9 @@ class LocalAxis(Axis):
 def by_rows(folder: Path, latents: Tensor, ranks: int) -> np.ndarray:
     """Frames of the last rank; the others have none."""
     queues: dict[tuple[int, int], queue.SimpleQueue[Tensor]] = defaultdict(queue.SimpleQueue)
-    decoders = [RowDecoder(folder, torch.float32, CPU, LocalAxis(ranks, index, queues)) for index in range(ranks)]
+    decoders = [
+        RowDecoder(vae_of(folder), torch.float32, CPU, LocalAxis(ranks, index, queues)) for index in range(ranks)
+    ]
     with ThreadPoolExecutor(ranks) as pool:
         frames = list(pool.map(by_one_rank, decoders, [latents] * ranks))
     assert all(others.shape[1] == 0 for others in frames[:-1])
@@ -177,7 +183,8 @@ def test_slices_read_their_own_weights_and_the_layout_counts_them(kind: WanKind,
     read[0] -= 4 * post_quant_conv
     assert read == [unit.parameters.nbytes("float32") for unit in units]
     assert (
-        DecoderSlice(path, None, torch.float32, CPU, takes_latents=True).bytes_read == sum(read) + 4 * post_quant_conv
+        DecoderSlice(vae_of(path), None, torch.float32, CPU, takes_latents=True).bytes_read
+        == sum(read) + 4 * post_quant_conv
     )
 
 
@@ -213,6 +220,6 @@ def test_rows_are_close_to_diffusers(kind: WanKind, ranks: int, folder: VaeFolde
 def test_tiles_are_diffusers_tiles(kind: WanKind, folder: VaeFolder) -> None:
     path = folder(kind)
     latents = random_latents(2, 2, 40 if kind == "t2v" else 20)
-    tiles = by_one_rank(TiledDecoder(path, torch.float32, CPU), latents)
+    tiles = by_one_rank(TiledDecoder(vae_of(path), torch.float32, CPU), latents)
     assert np.array_equal(tiles, by_diffusers(path, latents, torch.float32, tiled=True))
     assert not np.array_equal(tiles, by_diffusers(path, latents, torch.float32))

@@ -20,6 +20,7 @@ from cineline.engine.sink import Sink
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.text import TextSlice, Tokenizer
 
 
@@ -32,11 +33,18 @@ def test_text_slices_give_the_encoders_bits(cuts: list[int], dtype: torch.dtype,
     cpu, last = torch.device("cpu"), len(cuts) - 1
     starts = [sum(cuts[:stage]) for stage in range(len(cuts))]
     slices = [
-        TextSlice(folder, range(start, start + size), stage == 0, stage == last, dtype, cpu)
+        TextSlice(
+            WanSpec.open(folder).component("text_encoder"),
+            range(start, start + size),
+            stage == 0,
+            stage == last,
+            dtype,
+            cpu,
+        )
         for stage, (start, size) in enumerate(zip(starts, cuts, strict=True))
     ]
     for prompt in ("a cat", "", "x" * 700):
-        states, mask = Tokenizer(folder, whole.config.to_dict())(prompt)
+        states, mask = Tokenizer(folder / "tokenizer", whole.config.to_dict())(prompt)
         with torch.no_grad():
             for part in slices:
                 states = part.run(states, mask)

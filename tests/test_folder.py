@@ -42,7 +42,7 @@ from cineline.families import snapshot
 
 LIMIT_S = 30.0
 
-RUN = Run("/models/a", None, "0123", {"device": "cpu", "dtype": "float32"}, {}, {"pp": 2, "split": (5, 3)}, {})
+RUN = Run("/models/a", None, {}, "0123", {"device": "cpu", "dtype": "float32"}, {}, {"pp": 2, "split": (5, 3)}, {})
 
 fork = get_context("fork")
 

@@ -111,13 +111,13 @@ def test_planning_needs_no_tokenizer(copy: Path) -> None:
     shutil.rmtree(copy / "tokenizer")
     open_model(copy)
     with pytest.raises(CheckpointError, match="tokenizer' cannot be loaded"):
-        Tokenizer(copy, {})
+        Tokenizer(copy / "tokenizer", {})
 
 
 @pytest.mark.parametrize("name", MINIS)
 def test_the_tokenizers_that_ship_belong_to_their_text_encoders(name: str) -> None:
     spec = WanSpec.open(folder_of(name))
-    Tokenizer(spec.folder, spec.text)
+    Tokenizer(spec.tokenizer_home, spec.text)
 
 
 def elsewhere(token: str) -> Spoil:
@@ -143,12 +143,12 @@ LOADED: list[tuple[Spoil, str]] = [
 def test_what_transformers_makes_of_the_files_is_refused_by_the_head(spoil: Spoil, words: str, copy: Path) -> None:
     """What only shows when it is loaded."""
     spec = WanSpec.open(copy)
-    Tokenizer(copy, spec.text)
+    Tokenizer(copy / "tokenizer", spec.text)
     home = copy / "tokenizer"
     spoil(home)
     open_model(copy)
     with pytest.raises(CheckpointError) as refused:
-        Tokenizer(copy, spec.text)
+        Tokenizer(copy / "tokenizer", spec.text)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -177,10 +177,10 @@ def as_spiece(home: Path) -> None:
 )
 def test_a_sentencepiece_model_alone_is_read_as_its_tokenizer_json(copy: Path) -> None:
     spec = WanSpec.open(copy)
-    wanted = Tokenizer(copy, spec.text)
+    wanted = Tokenizer(copy / "tokenizer", spec.text)
     as_spiece(copy / "tokenizer")
     open_model(copy)
-    found = Tokenizer(copy, spec.text)
+    found = Tokenizer(copy / "tokenizer", spec.text)
     for prompt in ("", "a cat", "Red, green; 3 of each!", "snö </s>"):
         assert all(map(torch.equal, found(prompt), wanted(prompt)))
 
@@ -192,11 +192,11 @@ def test_without_what_reads_it_the_libraries_are_named(
     modules = [SPIECE_READERS[library] for library in lacking]
     monkeypatch.setattr("cineline.families.wan.text._is_installed", lambda module: module not in modules)
     spec = WanSpec.open(copy)
-    Tokenizer(copy, spec.text)  # a tokenizer.json needs none of them
+    Tokenizer(copy / "tokenizer", spec.text)  # a tokenizer.json needs none of them
     as_spiece(copy / "tokenizer")
     open_model(copy)
     with pytest.raises(CheckpointError) as refused:
-        Tokenizer(copy, spec.text)
+        Tokenizer(copy / "tokenizer", spec.text)
     words = "has a spiece.model and no tokenizer.json, which takes libraries that are not installed"
     assert str(refused.value) == (
         f"'{copy}/tokenizer' {words}: run pip install {' '.join(lacking)}, or add a tokenizer.json."

@@ -24,7 +24,8 @@ from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
-from cineline.weights import files
+from cineline.families.wan.weights import weights_of
+from cineline.weights import sources
 
 COMPONENTS = ("transformer", "transformer_2", "text_encoder", "vae")
 
@@ -94,7 +95,7 @@ def test_each_stage_reads_its_own_tensors_once_and_no_others(
 
             yield SimpleNamespace(get_tensor=get_tensor)
 
-    monkeypatch.setattr(files, "safe_open", recording)
+    monkeypatch.setattr(sources, "safe_open", recording)
     sizes = stored(folder)
     if kind == "t2v":  # it takes no image
         sizes = {key: size for key, size in sizes.items() if not (key[0] == "vae" and key[1].startswith(VAE_ENCODER))}
@@ -216,13 +217,20 @@ def test_pickled_weights_are_refused_with_the_remedy(name: str, broken: Broken) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_weights_of_eight_bits_are_refused(dtype: torch.dtype, broken: Broken) -> None:
-    def scaled(tensors: dict[str, torch.Tensor]) -> None:
-        name = next(name for name in tensors if name.endswith("weight"))
-        tensors[name] = tensors[name].to(dtype)
+def test_weights_of_eight_bits_are_the_numbers_that_they_say(dtype: torch.dtype, broken: Broken) -> None:
+    name = "blocks.1.attn1.to_q.weight"
+    told = {}
 
-    with pytest.raises(CheckpointError, match=r"is stored in 8 bits .* use a checkpoint in bfloat16"):
-        load(broken("transformer", scaled))
+    def cast(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = told[name] = tensors[name].to(dtype)
+
+    folder = broken("transformer", cast)
+    load(folder)
+    weights = weights_of(WanSpec.open(folder).component("transformer"))
+    read = weights.read(name, tuple(told[name].shape), torch.bfloat16, torch.device("cpu"))
+    assert read.dtype == torch.bfloat16
+    assert torch.equal(read, told[name].to(torch.bfloat16))
+    assert weights.bytes_read == told[name].numel()
 
 
 def test_files_that_do_not_belong_together_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def measure(model: str, device: torch.device) -> Iterator[dict[str, Any]]:
     """Rows: seconds, peak memory, whether the frames are diffusers', float32."""
     small = device.type == "cpu"
     height, width, _ = (SMALL_SIZES if small else SIZES)[model]
-    vars(vae)["Weights"] = RandomWeights
+    vars(vae)["weights_of"] = RandomWeights
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         spec = random_spec(model, Path(folder), small)
         shape = 1, int(spec.vae["z_dim"]), FRAMES, height // spec.vae_scale, width // spec.vae_scale
@@ -41,7 +41,7 @@ def measure(model: str, device: torch.device) -> Iterator[dict[str, Any]]:
 
 def _diffusers(spec: RandomSpec, latents: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
     forget(device)
-    model, _ = load_half(spec.folder, DECODER, torch.float32, device)
+    model, _ = load_half(spec.component("vae"), DECODER, torch.float32, device)
     mean, inverse_std = statistics(model.config, latents.dtype, latents.device)
     frames: list[torch.Tensor] = []
 
@@ -62,7 +62,7 @@ def _slices(
         forget(device)
         start = sum(parallel.vae_split[:stage])
         units = range(start, start + parallel.vae_split[stage])
-        part = DecoderSlice(spec.folder, units, torch.float32, device, stage == 0)
+        part = DecoderSlice(spec.component("vae"), units, torch.float32, device, stage == 0)
         made: list[tuple[torch.Tensor, ...]] = []
 
         def decode(part: DecoderSlice = part, given: Any = chunks, made: Any = made, first: bool = stage == 0) -> None:

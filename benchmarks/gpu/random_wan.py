@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,6 +15,7 @@ from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan import experts, text, vae
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.known import KNOWN
+from cineline.families.wan.shapes import Component
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
 from cineline.weights.files import Shard, Weights
@@ -30,16 +30,16 @@ SMALL_VAE = {"base_dim": 8, "num_res_blocks": 1}
 
 @dataclass(frozen=True)
 class RandomSpec(WanSpec):
-    """A `WanSpec` whose folder has configs and no weights."""
+    """A `WanSpec` of which there is no file."""
 
     stages_class: ClassVar[str] = "benchmarks.gpu.random_wan:RandomStages"
 
 
 class RandomWeights(Weights):
-    """`Weights` of a folder without any: the same name gives the same values everywhere."""
+    """`Weights` of a component without any: the same name gives the same values everywhere."""
 
-    def __init__(self, folder: Path, variant: str | None = None) -> None:
-        self._salt = folder.name
+    def __init__(self, component: Component) -> None:
+        self._salt = component.name
         self.bytes_read = 0
 
     def __contains__(self, name: str) -> bool:
@@ -70,7 +70,7 @@ class RandomWeights(Weights):
 class RandomTokenizer:
     """Any tokens, by the prompt."""
 
-    def __init__(self, folder: Path, text: Mapping[str, Any]) -> None:
+    def __init__(self, home: Path, text: Mapping[str, Any]) -> None:
         self._words = int(text["vocab_size"])
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -85,13 +85,13 @@ class RandomStages(WanStages):
 
     def load(self, part: StagePart) -> int:
         for module in (experts, vae, text):
-            vars(module)["Weights"] = RandomWeights
+            vars(module)["weights_of"] = RandomWeights
         vars(text)["Tokenizer"] = RandomTokenizer
         return super().load(part)
 
 
 def random_spec(model: str, folder: Path, small: bool) -> RandomSpec:
-    """One expert of a known model; `folder` gets its configs."""
+    """One expert of a known model; `folder` names it."""
     spec = KNOWN[MODELS[model]]
     spec = replace(
         spec,
@@ -107,18 +107,4 @@ def random_spec(model: str, folder: Path, small: bool) -> RandomSpec:
             text={**spec.text, **SMALL_TEXT},
             vae={**spec.vae, **SMALL_VAE, **wide},
         )
-    made = RandomSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)} | {"folder": folder})
-    for name, config in (("vae", _vae_config(made)), ("text_encoder", {**made.text, "model_type": "umt5"})):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(config))
-    return made
-
-
-def _vae_config(spec: WanSpec) -> dict[str, Any]:
-    channels = int(spec.vae["z_dim"])
-    return {
-        **spec.vae,
-        "_class_name": "AutoencoderKLWan",
-        "latents_mean": [0.1 * (channel % 5 - 2) for channel in range(channels)],
-        "latents_std": [0.5 + 0.1 * (channel % 7) for channel in range(channels)],
-    }
+    return RandomSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)} | {"folder": folder})

@@ -66,7 +66,7 @@ def _diffusers(
     with torch.device("meta"):
         model = WanTransformer3DModel.from_config(spec.transformer)
     del model.rope
-    RandomWeights(spec.folder / "transformer").load(model, dtype, device, fp32=model._keep_in_fp32_modules)
+    RandomWeights(spec.component("transformer")).load(model, dtype, device, fp32=model._keep_in_fp32_modules)
     rope = spec.transformer["attention_head_dim"], spec.patch, spec.transformer["rope_max_seq_len"]
     model.rope = WanRotaryPosEmbed(*rope).to(device)
     latents, text = _latents(spec, job, device), _embedding(spec, config, device)

@@ -1,6 +1,6 @@
 """Cineline: Wan 2.2 video over pipeline stages, several requests in flight, bit for bit."""
 
-from cineline.core.config import ParallelConfig
+from cineline.core.config import ModelFiles, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
 from cineline.engine.handle import RequestHandle
@@ -30,6 +30,7 @@ __all__ = [
     "EngineClosed",
     "InvalidConfig",
     "InvalidRequest",
+    "ModelFiles",
     "NotFinite",
     "OutOfMemory",
     "OutputError",

@@ -1,4 +1,4 @@
-"""The command line: `cineline generate | plan | bench | eval`."""
+"""The command line: `cineline generate | plan | convert | bench | eval`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from cineline.cli.bench import app as bench_app
+from cineline.cli.convert import convert
 from cineline.cli.evaluate import app as eval_app
 from cineline.cli.generate import generate
 from cineline.cli.plan import plan
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(plan)
+app.command()(convert)
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 

@@ -16,7 +16,7 @@ from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of
 from cineline.cli.options import Fields, Given, spread
 from cineline.cli.progress import RequestProgress, make_view
 from cineline.cli.resume import Order, is_begun, refuse_beside_resume, store, tell_how_to_resume
-from cineline.core.config import AXES, DeviceConfig, ParallelConfig
+from cineline.core.config import AXES, DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.output import check_output
 from cineline.core.recovery import Recovery
@@ -40,7 +40,7 @@ POLL_S = 0.1
 NAMED = 5
 """Files that an error names at most, of those that are not there."""
 
-_REQUEST, _PARALLEL, _RUN = "The request", "The line", "The run"
+_REQUEST, _PARALLEL, _RUN, _FILES = "The request", "The line", "The run", "Files of the model"
 _OF_THE_MODEL = {"negative_prompt": "", "seed": "0"}
 """What a checkpoint may have a default for, which an option that is not there must not hide."""
 
@@ -60,6 +60,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
     model: Annotated[str | None, _option(_RUN, "A folder in diffusers format, a hub id, mini-t2v; mini-ti2v.")] = None,
     variant: Annotated[str | None, _option(_RUN, "Of its weights, such as fp16; the plain ones.")] = None,
+    files: Annotated[Given, Fields(ModelFiles, panel=_FILES)],
     fields: Annotated[Given, Fields(VideoRequest, panel=_REQUEST, unset=_OF_THE_MODEL)],
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
@@ -89,7 +90,7 @@ def generate(
     """
     launch = _launcher(launcher)
     screen = console(stderr=True)
-    order = Order(model, variant, line, devices, in_flight)
+    order = Order(model, variant, files, line, devices, in_flight)
     outputs = Outputs(output, output_dir, save_latents)
     if resume is not None:
         refuse_beside_resume(prompt, requests, fields, outputs, recovery)
@@ -108,7 +109,7 @@ def generate(
         check_output(trace, (".json",))
     if quiet:
         os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
-    spec = open_model(order.model, order.variant)
+    spec = open_model(order.model, order.variant, ModelFiles(**order.files))
     check_tasks(spec, tasks, requests)
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
     folder = recovery.get("snapshot_dir")
@@ -116,7 +117,7 @@ def generate(
     _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
-        screen.print(f"Loading {order.model or MINIS[0]} on {ranks}", highlight=False, soft_wrap=True)
+        screen.print(f"Loading {_name_of(order.model, order.files)} on {ranks}", highlight=False, soft_wrap=True)
 
     if folder is not None and resume is None and not again:
         fetch_weights(spec)  # which takes long, and what is kept then cannot be resumed
@@ -141,6 +142,14 @@ def generate(
     if unmade:
         tell_how_to_resume(folder, screen)
         raise _told(unmade)
+
+
+def _name_of(model: str | None, files: Given) -> str:
+    """What is loaded, as the user has called it."""
+    names = ", ".join(path.name for path in files.values())
+    if not files:
+        return model or MINIS[0]
+    return names if model is None else f"{model} with {names}"
 
 
 def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:

@@ -40,6 +40,7 @@ class Order:
 
     model: str | None
     variant: str | None
+    files: Given
     line: Given
     devices: Given
     in_flight: int | None
@@ -51,7 +52,8 @@ class Order:
             InvalidConfig: nothing can be resumed from there.
         """
         run = run_of(folder)
-        if run.model is None and self.model is None:
+        files = {name: Path(path) for name, path in run.files.items()} | self.files
+        if run.model is None and self.model is None and not files:
             raise InvalidConfig(
                 f"{shown(folder)} has requests of a model without a name: resume them in Python, by Engine.resume."
             )
@@ -66,6 +68,7 @@ class Order:
             self,
             model=run.model if self.model is None else self.model,
             variant=run.variant if self.variant is None else self.variant,
+            files=files,
             line=line | self.line,
             devices=devices | self.devices,
             in_flight=in_flight if self.in_flight is None else self.in_flight,

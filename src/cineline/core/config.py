@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from cineline.errors import InvalidConfig, shown
@@ -410,6 +411,30 @@ class DeviceConfig:
             environment["OMP_NUM_THREADS"] = str(asked_threads() or threads)
             environment.setdefault("MKL_NUM_THREADS", environment["OMP_NUM_THREADS"])
         return environment
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Files that a model's weights come from instead of its folder, in any naming: docs/files.md.
+
+    Attributes, beyond what the options' texts say: each may be the folder of a sharded component, too.
+    """
+
+    transformer: Annotated[Path | None, "The transformer's file, or of two experts the high-noise one's"] = None
+    transformer_2: Annotated[Path | None, "The low-noise expert's file"] = None
+    vae: Annotated[Path | None, "The VAE's file"] = None
+    text_encoder_file: Annotated[Path | None, "The text encoder's file"] = None
+
+    @property
+    def given(self) -> dict[str, Path]:
+        """Those that there are, by component."""
+        named = {
+            "transformer": self.transformer,
+            "transformer_2": self.transformer_2,
+            "vae": self.vae,
+            "text_encoder": self.text_encoder_file,
+        }
+        return {name: Path(path) for name, path in named.items() if path is not None}
 
 
 def asked_threads() -> int | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from cineline.core.config import DeviceConfig, Dtype, ParallelConfig, TextEncoder
+from cineline.core.config import DeviceConfig, Dtype, ModelFiles, ParallelConfig, TextEncoder
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
 from cineline.core.output import check_output
@@ -52,6 +52,7 @@ class Engine:
         parallel: how the model is divided; "auto" lets the planner divide it over this machine's devices, for
             requests of the model's default size.
         variant: of the checkpoint's weights, such as fp16, where it has several.
+        files: that weights come from instead of the model's folder, or without a model all of them.
         device: None takes cuda where there is one.
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
         vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb: as `device` and `dtype`, see
@@ -78,6 +79,7 @@ class Engine:
         parallel: ParallelConfig | Literal["auto"] | None = None,
         *,
         variant: str | None = None,
+        files: ModelFiles | None = None,
         device: str | None = None,
         dtype: Dtype | None = None,
         vae_dtype: Dtype = DeviceConfig.vae_dtype,
@@ -97,7 +99,7 @@ class Engine:
         device = device or default_device()
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb)
-        self.spec = open_model(model, variant)
+        self.spec = open_model(model, variant, files)
         blueprint = Blueprint.draw(self.spec, parallel, config, in_flight, launcher)
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:

@@ -35,6 +35,9 @@ IN_ANOTHER_ORDER = ("ring", "tp")
 THREADS = "OMP_NUM_THREADS"
 LIBRARIES = ("torch", "diffusers")
 
+OPTION_OF = {"text_encoder": "text_encoder_file"}
+"""Of `ModelFiles`, where it has another name than the component."""
+
 OF_THE_MACHINE = ("memory_gb", "allow_untested_device")
 """Options that say nothing of a run on another one."""
 
@@ -118,9 +121,12 @@ class Blueprint:
         line = {name: getattr(self.parallel, name) for name in texts_of(ParallelConfig)}
         of_the_run = [name for name in texts_of(DeviceConfig) if name not in OF_THE_MACHINE]
         options = {name: getattr(self.config, name) for name in of_the_run}
-        model, variant = name_of(self.spec), self.spec.variant if isinstance(self.spec, StoredFamily) else None
+        model, variant, files = name_of(self.spec), None, {}
+        if isinstance(self.spec, StoredFamily):
+            variant = self.spec.variant
+            files = {OPTION_OF.get(name, name): str(path.absolute()) for name, path in self.spec.files.items()}
         options |= {"in_flight": self.in_flight}
-        return Run(model, variant, identity_of(self.spec), self.bits, self.made_with, line, options)
+        return Run(model, variant, files, identity_of(self.spec), self.bits, self.made_with, line, options)
 
     @property
     def bits(self) -> dict[str, Any]:

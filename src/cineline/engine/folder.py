@@ -45,7 +45,7 @@ class Run:
 
     Attributes:
         model: as `--model` takes it, absolute where it is a folder; None for a family's own spec.
-        variant: of its weights.
+        variant: of its weights. files: given instead of its own, by `ModelFiles`' names; absolute.
         identity: see `identity_of`.
         bits: settings that bits depend on. made_with: what they may depend on, too.
         line: how the model was divided; may be another when the requests are resumed.
@@ -54,6 +54,7 @@ class Run:
 
     model: str | None
     variant: str | None
+    files: Mapping[str, str]
     identity: str
     bits: Mapping[str, Any]
     made_with: Mapping[str, str]
@@ -61,7 +62,7 @@ class Run:
     options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        for name in ("bits", "made_with", "line", "options"):
+        for name in ("files", "bits", "made_with", "line", "options"):
             object.__setattr__(self, name, json.loads(_json(dict(getattr(self, name)))))
 
 

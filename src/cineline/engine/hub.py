@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cineline.core.config import ModelFiles
 from cineline.core.family import FamilySpec, StoredFamily
 from cineline.errors import CheckpointError, reason, shown
-from cineline.families.registry import open_checkpoint
+from cineline.families.registry import open_checkpoint, with_files
 from cineline.weights.layout import choose, files_of, has_variant, named_choice, shards_of
 
 log = logging.getLogger(__name__)
@@ -40,15 +41,22 @@ CACHED = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<c
 """A commit's folder in the hub's cache, from the cache's on."""
 
 
-def open_model(model: str | Path | FamilySpec | None, variant: str | None = None) -> FamilySpec:
+def open_model(
+    model: str | Path | FamilySpec | None, variant: str | None = None, files: ModelFiles | None = None
+) -> FamilySpec:
     """The model's spec, downloading its configs where it is a hub id.
 
     Args:
         variant: of its weights, such as fp16, where there are several.
+        files: that weights come from instead; beside them, no model is the one that they are of.
 
     Raises:
         CheckpointError: there is no such model, or it is none that Cineline runs.
     """
+    if files is not None and files.given:
+        if variant is not None and model is None:
+            raise CheckpointError(f"variant={shown(variant)} is for a model's folder: leave it out.")
+        return with_files(None if model is None else open_model(model, variant), files)
     if model is not None and not isinstance(model, (str, Path)):
         if variant is not None:
             raise CheckpointError(f"variant={shown(variant)} is for a model by name: a spec has its own.")
@@ -61,6 +69,8 @@ def name_of(spec: FamilySpec) -> str | None:
     if not isinstance(spec, StoredFamily):
         return None
     folder = spec.folder.absolute()
+    if spec.folder in spec.files.values():  # there is none
+        return None
     return folder.name if folder.parent == _minis() and folder.name in MINIS else str(folder)
 
 
@@ -122,7 +132,7 @@ def missing_weights(spec: FamilySpec) -> Missing | None:
     if not isinstance(spec, StoredFamily):
         return None
     folder, variant = spec.folder, spec.variant
-    components = sorted(path.parent for path in folder.glob("*/config.json"))
+    components = sorted(path.parent for path in folder.glob("*/config.json") if path.parent.name not in spec.files)
     found = CACHED.search(folder.as_posix())
     if found is None or not _is_cached(folder):
         _check_variant(variant, components, _names_here)

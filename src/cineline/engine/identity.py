@@ -17,12 +17,17 @@ from cineline.weights.layout import files_of
 CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 TOKENIZER = "tokenizer/[!.]*"
 
-TOLD_ELSEWHERE = ("variant", "defaults")
+TOLD_ELSEWHERE = ("variant", "defaults", "files")
 """Fields of a stored family's spec that change no bits by themselves: the files say what the variant is, and each
 request's own settings what the defaults have come to."""
 
 SAMPLE = 4096
 """Bytes of each tensor, from its middle."""
+
+SAMPLES = 4096
+"""Of a file that is no safetensors."""
+
+SAFETENSORS = (".safetensors", ".sft")
 
 LENGTH = 8
 """Bytes that say how long a safetensors file's header is (github.com/huggingface/safetensors, "Format")."""
@@ -55,9 +60,43 @@ def _stored_parts(spec: StoredFamily) -> Iterator[bytes]:
         yield _name(folder, path)
         yield _content(path)
     for component in sorted(path.parent for path in folder.glob("*/config.json")):
-        for path in _weights(component, spec.variant):
+        for path in _weights(component, spec.variant) if component.name not in spec.files else ():
             yield _name(folder, path)
             yield from _samples(path)
+    for name, path in sorted([*spec.files.items(), *_paths(spec)]):
+        yield name.encode()
+        yield from _given(path)
+
+
+def _paths(spec: StoredFamily) -> Iterator[tuple[str, Path]]:
+    """Other paths that the spec names, such as a tokenizer's."""
+    names = [each.name for each in fields(spec)] if is_dataclass(spec) else []
+    for name in names:
+        value = getattr(spec, name)
+        if isinstance(value, Path) and value != spec.folder and value not in spec.files.values():
+            yield name, value
+
+
+def _given(path: Path) -> Iterator[bytes]:
+    """Of a file or folder that was given by itself, whatever it is called."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.suffix in SAFETENSORS:
+            yield from _samples(file)
+        elif file.is_file():
+            yield from _spread(file)
+
+
+def _spread(path: Path) -> Iterator[bytes]:
+    """Of any file: its size, and samples from its beginning to its end; all of it where it is small."""
+    try:
+        size = path.stat().st_size
+        yield size.to_bytes(LENGTH, "little")
+        with path.open("rb") as stream:
+            for at in range(0, size, max(SAMPLE, size // SAMPLES)):
+                stream.seek(at)
+                yield stream.read(SAMPLE)
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read ({reason(error)}): download it again.") from None
 
 
 def _own_fields(spec: object) -> dict[str, Any]:

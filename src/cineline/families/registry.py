@@ -6,8 +6,9 @@ import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from cineline.core.config import ModelFiles
 from cineline.core.family import FamilySpec
-from cineline.errors import CheckpointError, shown
+from cineline.errors import CheckpointError, InvalidConfig, shown
 from cineline.families.configs import read_json
 
 SPECS: Mapping[str, str] = {
@@ -26,7 +27,7 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> FamilySpec:
     if not (folder / "model_index.json").exists() and any(folder.glob("*.safetensors*")):
         raise CheckpointError(
             f"{shown(folder)} has weights and no model_index.json, as the original repositories do: use the model "
-            "in diffusers format, whose name ends with -Diffusers."
+            "in diffusers format, whose name ends with -Diffusers, or give its files with --transformer and the like."
         )
     index = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
     pipeline = str(index.get("_class_name"))
@@ -37,6 +38,21 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> FamilySpec:
     module, name = SPECS[pipeline].split(":")
     spec: FamilySpec = getattr(importlib.import_module(module), name).open(folder, variant)
     return spec
+
+
+def with_files(spec: FamilySpec | None, files: ModelFiles) -> FamilySpec:
+    """The spec with weights from these files; without a model, of the one that the files are of.
+
+    Raises:
+        CheckpointError: a file is broken or of another model, or a component is nowhere.
+        InvalidConfig: the model's family has no such files.
+    """
+    from cineline.families.wan.assemble import assembled  # late, as above
+    from cineline.families.wan.spec import WanSpec
+
+    if spec is not None and not isinstance(spec, WanSpec):
+        raise InvalidConfig(f"{type(spec).__name__} takes no files={shown(files)}: leave them out.")
+    return assembled(files, spec)
 
 
 def known_model(name: str) -> FamilySpec | None:

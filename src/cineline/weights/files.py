@@ -1,30 +1,16 @@
-"""Reads a module's own tensors, and no others, from a component's folder of safetensors files.
-
-File format: 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and
-offsets, the data (github.com/huggingface/safetensors, "Format").
-"""
+"""Reads a module's own tensors, and no others, from a component's files."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from cineline.errors import CheckpointError, reason, shown
-from cineline.weights.layout import files_of
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies and what it is, from the file's header."""
-
-    file: Path
-    shape: tuple[int, ...]
+from cineline.errors import CheckpointError, shown
+from cineline.weights.scaled import product, scales_of
+from cineline.weights.sources import Source, Stored
 
 
 @dataclass(frozen=True)
@@ -46,29 +32,41 @@ class Shard:
 
 
 class Weights:
-    """The safetensors files of one component.
+    """The tensors of one component.
 
     Args:
-        folder: holds one `*.safetensors` file, or several and an index.
-        variant: of them, where the component has it.
+        source: its files.
+        names: by a tensor's name in the module the stored one; None where they are alike.
 
     Attributes:
         bytes_read: of all tensors read so far.
 
     Raises:
-        CheckpointError: no such file, or one that is truncated.
+        CheckpointError: a scale that is nobody's, or weights in a layout that is not read.
     """
 
-    def __init__(self, folder: Path, variant: str | None = None) -> None:
-        self._folder = folder
-        self._stored: dict[str, StoredTensor] = {}
+    def __init__(self, source: Source, names: Mapping[str, str] | None = None) -> None:
+        self._source = source
+        self._scales = scales_of(source)
+        own = {name: name for name in source.stored} if names is None else names
+        self._names = {name: stored for name, stored in own.items() if stored not in self._scales.beside}
         self.bytes_read = 0
-        for file in files_of(folder, variant):
-            for name, shape in _read_header(file).items():
-                self._stored[name] = StoredTensor(file, shape)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._stored
+        return name in self._names
+
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors, as the module calls them."""
+        return list(self._names)
+
+    def stored(self, name: str) -> Stored:
+        """What a tensor is in its file."""
+        return self._source.stored[self._names[name]]
+
+    def is_scaled(self, name: str) -> bool:
+        """Whether it has a scale beside it."""
+        return self._names[name] in self._scales.of
 
     def check_names(self, expected: Iterable[str], ignored: Iterable[str] = ()) -> None:
         """Compare the stored names with those of the whole component.
@@ -81,18 +79,19 @@ class Weights:
             CheckpointError: a tensor is missing or extra; the first one is named.
         """
         wanted = set(expected)
-        missing = sorted(wanted - self._stored.keys())
+        missing = sorted(wanted - self._names.keys())
         if missing:
             raise CheckpointError(
-                f"{shown(self._folder)} lacks tensor {shown(missing[0])} ({len(missing)} missing): download it again."
+                f"{shown(self._source.path)} lacks tensor {shown(missing[0])} ({len(missing)} missing): download it "
+                "again."
             )
         extra = sorted(
-            name for name in self._stored.keys() - wanted if not any(part in name.split(".") for part in ignored)
+            name for name in self._names.keys() - wanted if not any(part in name.split(".") for part in ignored)
         )
         if extra:
             raise CheckpointError(
-                f"{shown(self._folder)} has a tensor {shown(extra[0])} that its config does not know ({len(extra)} "
-                "extra): use the config.json that belongs to it."
+                f"{shown(self._source.path)} has a tensor {shown(self._names[extra[0]])} that its config does not know "
+                f"({len(extra)} extra): use the config.json that belongs to it, or another file."
             )
 
     def read(
@@ -105,30 +104,36 @@ class Weights:
     ) -> torch.Tensor:
         """One tensor of this shape, or the shard of one, converted and copied out of the file's memory map.
 
+        A weight with a scale is read whole and multiplied in `dtype` before it is cut.
+
         Raises:
             CheckpointError: it is missing, has another shape, or cannot be read.
         """
-        stored = self._stored.get(name)
-        if stored is None:
-            raise CheckpointError(f"{shown(self._folder)} lacks tensor {shown(name)}: download it again.")
+        if name not in self._names:
+            raise CheckpointError(f"{shown(self._source.path)} lacks tensor {shown(name)}: download it again.")
+        stored, place = self._names[name], self.stored(name)
         expected = shape if shard is None else shard.whole(shape)
-        if stored.shape != expected:
+        if _without_leading_ones(place.shape) != _without_leading_ones(expected):
             raise CheckpointError(
-                f"{shown(stored.file)}: tensor {shown(name)} has shape {shown(list(stored.shape))}, but the config "
+                f"{shown(place.file)}: tensor {shown(stored)} has shape {shown(list(place.shape))}, but the config "
                 f"says {shown(list(expected))}: use the config.json that belongs to it."
             )
-        try:
-            with safe_open(stored.file, framework="pt") as file:
-                tensor: torch.Tensor = (
-                    file.get_tensor(name) if shard is None else file.get_slice(name)[shard.cut(shape)]
-                )
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{shown(stored.file)}: tensor {shown(name)} cannot be read ({reason(error)}): download it again."
-            ) from None
-        self.bytes_read += tensor.nbytes
+        cut = None if shard is None else shard.cut(shape)
+        scale = self._scales.of.get(stored)
+        if scale is None:
+            tensor = self._take(stored, cut if place.shape == expected else None)
+        else:
+            tensor = product(self._take(stored), self._take(scale), dtype)
+        if tensor.shape != shape:
+            tensor = tensor.reshape(expected)
+            tensor = tensor if cut is None else tensor[cut]
         target = dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=target, copy=True)
+
+    def _take(self, stored: str, cut: tuple[slice, ...] | None = None) -> torch.Tensor:
+        tensor, taken = self._source.read(stored, cut)
+        self.bytes_read += taken
+        return tensor
 
     def load(
         self,
@@ -161,30 +166,8 @@ class Weights:
         module.requires_grad_(False).eval()
 
 
-def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, size)))
-    except FileNotFoundError:
-        raise CheckpointError(f"{shown(file)} does not exist, but the index names it: download it again.") from None
-    except (OSError, ValueError):
-        raise CheckpointError(
-            f"{shown(file)} is no safetensors file, or its header is truncated: download it again."
-        ) from None
-    header.pop("__metadata__", None)
-    eights = sorted(name for name, entry in header.items() if str(entry["dtype"]).startswith("F8"))
-    if eights:
-        raise CheckpointError(
-            f"{shown(file)}: tensor {shown(eights[0])} is stored in 8 bits ({shown(header[eights[0]]['dtype'])}), "
-            "whose scales Cineline does not apply: use a checkpoint in bfloat16, float16 or float32."
-        )
-    for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][1]):
-        end = 8 + length + entry["data_offsets"][1]
-        if end > size:
-            raise CheckpointError(
-                f"{shown(file)}: tensor {shown(name)} is truncated (it ends at byte {end}, the file at {size}): "
-                "download it again."
-            )
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """GGUF's writers leave them out."""
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return shape

@@ -40,7 +40,7 @@ class Conditioner:
         self._device, self._dtype = part.device, getattr(torch, part.config.dtype)
         self._images = None
         if spec.kind != "t2v" and part.is_head and part.place.is_first_lane:
-            self._images = ImageEncoder(spec.folder, getattr(torch, part.config.vae_dtype), part.device, spec.variant)
+            self._images = ImageEncoder(spec.component("vae"), getattr(torch, part.config.vae_dtype), part.device)
         self.bytes_read = self._images.bytes_read if self._images else 0
         self._axes = [part.axis(name) for name in ("ring", "ulysses", "tp")]
 

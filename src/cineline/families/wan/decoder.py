@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from cineline.families.snapshot import copied
 from cineline.families.wan.constants import TILE, TILE_STRIDE
 from cineline.families.wan.costs.vae import VaeCosts
+from cineline.families.wan.shapes import Component
 from cineline.families.wan.vae import DECODER, build_vae, load_half, statistics
 from cineline.transport.channel import TensorSpec
 
@@ -76,7 +76,7 @@ class DecoderSlice:
     """Some units of the VAE's decoder, with no other weights than theirs.
 
     Args:
-        folder: the checkpoint's. variant: of its weights.
+        component: the VAE.
         units: numbers of neighbours among the units (`VaeCosts.names`), maybe none; None for all.
         takes_latents: this slice is given the latents (the first one, which may have no units): their way
             into the decoder, `post_quant_conv`, is here.
@@ -87,14 +87,13 @@ class DecoderSlice:
 
     def __init__(
         self,
-        folder: Path,
+        component: Component,
         units: range | None,
         dtype: torch.dtype,
         device: torch.device,
         takes_latents: bool,
-        variant: str | None = None,
     ) -> None:
-        vae, weights = build_vae(folder, variant)
+        vae, weights = build_vae(component)
         names = VaeCosts.of(vae.config).names
         self.config = vae.config
         self._dtype = dtype
@@ -216,8 +215,8 @@ class TiledDecoder:
         bytes_read: of the weights.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, variant: str | None = None) -> None:
-        self._vae, self.bytes_read = load_half(folder, DECODER, dtype, device, variant)
+    def __init__(self, component: Component, dtype: torch.dtype, device: torch.device) -> None:
+        self._vae, self.bytes_read = load_half(component, DECODER, dtype, device)
         self._vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
         self._dtype = dtype
         self._device = device

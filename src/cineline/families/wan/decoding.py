@@ -31,13 +31,13 @@ class DecoderPart:
         self.bytes_read = self._decoder.bytes_read if self._decoder else 0
 
     def _load(self, spec: WanSpec) -> Decoder:
-        folder, variant, part = spec.folder, spec.variant, self._part
+        vae, part = spec.component("vae"), self._part
         dtype, device = self._dtype, part.device
         if part.parallel.vae_decode == "rows":
-            return RowDecoder(folder, dtype, device, part.axis("pp"), variant)
+            return RowDecoder(vae, dtype, device, part.axis("pp"))
         if part.parallel.vae_decode == "tiled":
-            return TiledDecoder(folder, dtype, device, variant)
-        return DecoderSlice(folder, part.cut.decoder, dtype, device, part.takes_latents, variant)
+            return TiledDecoder(vae, dtype, device)
+        return DecoderSlice(vae, part.cut.decoder, dtype, device, part.takes_latents)
 
     def specs(self, state: WanState, item: WorkItem) -> tuple[TensorSpec, ...]:
         """Of what comes from the stage before."""

@@ -17,7 +17,8 @@ from cineline.families.wan.sequence_parallel import ShardedAttention
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import WanState, text_name
 from cineline.families.wan.tensor_parallel import shard_block
-from cineline.weights.files import Shard, Weights
+from cineline.families.wan.weights import weights_of
+from cineline.weights.files import Shard
 
 
 class Experts:
@@ -40,7 +41,7 @@ class Experts:
         self.models = [self._load(expert) for expert in range(len(spec.experts))]
 
     def _load(self, expert: int) -> Any:
-        weights = Weights(self._spec.folder / self._spec.experts[expert], self._spec.variant)
+        weights = weights_of(self._spec.component(self._spec.experts[expert]))
         with torch.device("meta"):
             model = WanTransformer3DModel.from_config(self._spec.transformer)
         weights.check_names(model.state_dict(), ignored=model._keys_to_ignore_on_load_unexpected)

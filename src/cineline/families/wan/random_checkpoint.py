@@ -33,6 +33,7 @@ class RandomConfig:
         layers, heads, head_dim, ffn_dim: of the transformer(s).
         text_layers, text_width: of the text encoder. vae_width: channels of the VAE at full size.
         seed: of the weights.
+        latent_channels: of the VAE's latents.
         boundary_ratio: of the two-expert kinds.
         flow_shift: of the solver.
         max_shard_size: of the transformer's files.
@@ -46,6 +47,7 @@ class RandomConfig:
     text_layers: int = 2
     text_width: int = 32
     vae_width: int = 4
+    latent_channels: int = 16
     seed: int = 0
     boundary_ratio: float = 0.875
     flow_shift: float = 5.0
@@ -67,7 +69,7 @@ def save_random_checkpoint(folder: Path, config: RandomConfig) -> Path:
 
 def _build(config: RandomConfig) -> WanPipeline | WanImageToVideoPipeline:
     two_experts = config.kind != "ti2v"
-    vae = random_vae(config.kind, config.vae_width)
+    vae = random_vae(config.kind, config.vae_width, config.latent_channels)
     channels = vae.config.z_dim
     tokenizer = _tokenizer()
     components = {
@@ -101,9 +103,8 @@ def _transformer(config: RandomConfig, latent_channels: int) -> WanTransformer3D
     )
 
 
-def random_vae(kind: WanKind, width: int = 4, **changes: Any) -> AutoencoderKLWan:
-    """The VAE of such a model with random weights, so many channels at full size, and `changes` to its config."""
-    channels = 16
+def random_vae(kind: WanKind, width: int = 4, channels: int = 16, **changes: Any) -> AutoencoderKLWan:
+    """The VAE of such a model with random weights, its width and channels of latents, and `changes` to its config."""
     statistics = {
         "latents_mean": [0.1 * (channel % 5 - 2) for channel in range(channels)],
         "latents_std": [0.5 + 0.1 * (channel % 7) for channel in range(channels)],

@@ -11,7 +11,6 @@ Legend: C channels, T frames of a chunk, h rows of this rank, w columns, at what
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 from cineline.families.snapshot import copied
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.decoder import DecoderSlice, SliceState, Tensors
+from cineline.families.wan.shapes import Component
 from cineline.transport.axis import Axis
 
 
@@ -178,12 +178,10 @@ class RowDecoder:
         bytes_read: of the weights.
     """
 
-    def __init__(
-        self, folder: Path, dtype: torch.dtype, device: torch.device, axis: Axis, variant: str | None = None
-    ) -> None:
+    def __init__(self, component: Component, dtype: torch.dtype, device: torch.device, axis: Axis) -> None:
         self._axis = axis
         self._device = device
-        self._slice = DecoderSlice(folder, None, dtype, device, takes_latents=True, variant=variant)
+        self._slice = DecoderSlice(component, None, dtype, device, takes_latents=True)
         self._costs = VaeCosts.of(self._slice.config)
         self.bytes_read = self._slice.bytes_read
         self._over_rows: list[_OverRows] = []

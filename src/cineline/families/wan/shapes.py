@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from cineline.core.request import Job
@@ -14,18 +15,46 @@ from cineline.families.wan.job import WanJob
 WanKind = Literal["ti2v", "t2v", "i2v"]
 
 
+OPTIONS: Mapping[str, str] = {
+    "transformer": "--transformer",
+    "transformer_2": "--transformer-2",
+    "vae": "--vae",
+    "text_encoder": "--text-encoder-file",
+}
+"""Of the components."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One of a model's parts: its config, and where its weights are.
+
+    Attributes:
+        name: transformer, transformer_2, text_encoder or vae.
+        path: a folder as diffusers has it. variant: of its weights; None for the plain ones.
+        is_given: instead, a file or a folder that the user has named, with names of tensors as they may be.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    path: Path
+    variant: str | None = None
+    is_given: bool = False
+
+
 @dataclass(frozen=True)
 class WanShapes:
     """A Wan 2.2 checkpoint's configs.
 
     Attributes:
-        folder: holds `model_index.json` and a folder for each component.
+        folder: holds `model_index.json` and a folder for each component; where there is none, the transformer's file.
         kind: ti2v (text, or text and image), t2v (text), i2v (text and image).
         transformer: config of the (high-noise) expert. Both experts have the same.
         experts: component names, high noise first.
         text, vae, scheduler: their configs; scheduler_class names a diffusers scheduler.
         boundary_ratio: share of the training timesteps where the low-noise expert takes over, if any.
         variant: of the weights; None for the plain ones.
+        files: by component, the file or folder that its weights come from instead.
+        tokenizer: where it is: a folder, or a file of the text encoder that has it.
         defaults: default request, the kind's row updated by the folder's `cineline.json`.
     """
 
@@ -40,6 +69,27 @@ class WanShapes:
     boundary_ratio: float | None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     variant: str | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
+    tokenizer: Path | None = None
+
+    def component(self, name: str) -> Component:
+        """One of the model's parts that have weights."""
+        config = {"vae": self.vae, "text_encoder": self.text}.get(name, self.transformer)
+        if name in self.files:
+            return Component(name, config, self.files[name], is_given=True)
+        return Component(name, config, self.folder / name, self.variant)
+
+    @property
+    def model_options(self) -> str:
+        """What a command line calls the model."""
+        alone = self.folder in self.files.values()
+        words = [] if alone else [f"--model {self.folder}"]
+        return " ".join([*words, *(f"{OPTIONS[name]} {quote(str(path))}" for name, path in self.files.items())])
+
+    @property
+    def tokenizer_home(self) -> Path:
+        """Where the tokenizer is."""
+        return self.tokenizer or self.folder / "tokenizer"
 
     @property
     def layers(self) -> int:

@@ -125,7 +125,7 @@ class WanSpec(WanShapes):
         vae = read_json(folder / "vae" / "config.json", "each component has one")
         text = read_json(folder / "text_encoder" / "config.json", "each component has one")
         kind = cls._kind(folder, index, configs[0], vae)
-        _check_alike(folder, configs)
+        check_alike([folder] * len(configs), configs)
         boundary = index.get("boundary_ratio")
         if boundary is not None and len(experts) == 1:
             raise CheckpointError(
@@ -226,13 +226,22 @@ class WanSpec(WanShapes):
         return Rules(self).resolve(request, number)
 
 
-def _check_alike(folder: Path, filled: Sequence[Mapping[str, Any]]) -> None:
-    for name, value in filled[0].items():
-        for other in filled[1:]:
+def check_alike(paths: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse experts that differ.
+
+    Args:
+        paths: where each config is from.
+
+    Raises:
+        CheckpointError: they differ; the first key is named.
+    """
+    for name, value in configs[0].items():
+        for path, other in zip(paths[1:], configs[1:], strict=True):
             if other[name] != value:
+                where = shown(path) if path == paths[0] else f"{shown(paths[0])} and {shown(path)}"
                 raise CheckpointError(
-                    f"The experts of {shown(folder)} differ in {shown(name)}, {shown(value)} and {shown(other[name])}: "
-                    "Wan 2.2's are alike, use the configs of one checkpoint."
+                    f"The experts of {where} differ in {shown(name)}, {shown(value)} and {shown(other[name])}: "
+                    "Wan 2.2's are alike, use those of one checkpoint."
                 )
 
 

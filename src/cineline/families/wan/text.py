@@ -5,14 +5,18 @@ Legend: D the encoder's width.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
@@ -21,10 +25,13 @@ from cineline.core.request import Branch, WorkItem
 from cineline.errors import CheckpointError, reason, shown
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.constants import TEXT_TOKENS
+from cineline.families.wan.recognise import SPIECE
+from cineline.families.wan.shapes import Component
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import WanState
 from cineline.families.wan.vocabulary import check_numbers, check_special
-from cineline.weights.files import Weights
+from cineline.families.wan.weights import weights_of
+from cineline.weights.sources import open_source
 
 log = logging.getLogger(__name__)
 
@@ -32,24 +39,28 @@ SPIECE_READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf
 """Libraries that transformers reads a spiece.model with, and the module of each."""
 
 
+SPIECE_CONFIG = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
+"""Of a tokenizer that a text encoder's file has: its own pieces, without T5's sentinels, which no prompt uses."""
+
+
 class Tokenizer:
     """Prompts to token numbers.
 
     Args:
-        folder: the checkpoint's, with `tokenizer`.
+        home: its folder, or a text encoder's file that has it as ComfyUI's do.
         text: the config of the text encoder that it must belong to.
 
     Raises:
         CheckpointError: it cannot be loaded, or belongs to another text encoder.
     """
 
-    def __init__(self, folder: Path, text: Mapping[str, Any]) -> None:
-        home = folder / "tokenizer"
-        _check_readers(home)
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(home, local_files_only=True)
-        except Exception as error:  # of files that are broken it raises anything
-            raise CheckpointError(f"{shown(home)} cannot be loaded ({reason(error)}): download it again.") from None
+    def __init__(self, home: Path, text: Mapping[str, Any]) -> None:
+        with unpacked(home) as folder:
+            _check_readers(home, folder)
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except Exception as error:  # of files that are broken it raises anything
+                raise CheckpointError(f"{shown(home)} cannot be loaded ({reason(error)}): download it again.") from None
         check_numbers(home, set(self._tokenizer.get_vocab().values()), text)
         check_special(home, "pad", self._tokenizer.pad_token_id, text)
         check_special(home, "eos", self._tokenizer.eos_token_id, text)
@@ -72,13 +83,33 @@ class Tokenizer:
         return tokens.input_ids, tokens.attention_mask
 
 
-def _check_readers(home: Path) -> None:
+@contextmanager
+def unpacked(home: Path) -> Iterator[Path]:
+    """The tokenizer's folder: where it is inside a text encoder's file, one that is made of it for the moment.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    if not home.is_file():
+        yield home
+        return
+    model = open_source(home).read(SPIECE)[0]
+    with TemporaryDirectory(prefix="cineline-tokenizer-") as folder:
+        (Path(folder) / "spiece.model").write_bytes(bytes(model.tolist()))
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(SPIECE_CONFIG))
+        yield Path(folder)
+
+
+def _check_readers(home: Path, folder: Path) -> None:
     """Without them transformers takes the file for another kind, and asks for a library that would not help."""
     lacking = [library for library, module in SPIECE_READERS.items() if not _is_installed(module)]
-    if lacking and (home / "spiece.model").is_file() and not (home / "tokenizer.json").is_file():
+    if lacking and (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        remedy = (
+            "add a tokenizer.json" if folder == home else "put a folder 'tokenizer' with a tokenizer.json beside it"
+        )
         raise CheckpointError(
             f"{shown(home)} has a spiece.model and no tokenizer.json, which takes libraries that are not installed: "
-            f"run pip install {' '.join(lacking)}, or add a tokenizer.json."
+            f"run pip install {' '.join(lacking)}, or {remedy}."
         )
 
 
@@ -89,15 +120,28 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+def config_of(component: Component) -> Any:
+    """The text encoder's config, as transformers has it.
+
+    Raises:
+        CheckpointError: it takes none from what is there.
+    """
+    try:
+        return UMT5Config.from_dict(dict(component.config))
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{shown(component.path)}: the text encoder cannot be loaded ({reason(error)}): download it again."
+        ) from None
+
+
 class TextSlice:
     """Some layers of the UMT5 encoder, with no other weights than theirs.
 
     Args:
-        folder: the checkpoint's, with `text_encoder`.
+        component: the text encoder.
         layers: numbers of neighbours, maybe none.
         is_first, is_last: the embedding of tokens, and the norm behind the last layer, are here too.
         dtype, device: of the weights, and `home` where they are kept.
-        variant: of them.
 
     Attributes:
         device: where it runs.
@@ -106,16 +150,15 @@ class TextSlice:
 
     def __init__(
         self,
-        folder: Path,
+        component: Component,
         layers: range,
         is_first: bool,
         is_last: bool,
         dtype: torch.dtype,
         device: torch.device,
         home: TextEncoder = "resident",
-        variant: str | None = None,
     ) -> None:
-        self._folder, self._variant = folder, variant
+        self._component = component
         self._layers = layers
         self._is_first, self._is_last = is_first, is_last
         self._dtype = dtype
@@ -147,17 +190,11 @@ class TextSlice:
 
     def _load(self) -> None:
         """Build the encoder and read this slice of it; transformers' own forward then runs what is left of it."""
-        try:
-            config = UMT5Config.from_pretrained(self._folder / "text_encoder", local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{shown(self._folder)}: the text encoder cannot be loaded ({reason(error)}): download it again."
-            ) from None
         with torch.device("meta"):
-            whole = UMT5EncoderModel(config)
+            whole = UMT5EncoderModel(config_of(self._component))
         # The encoder has its own reference to the embedding; the outer one is not used in a forward.
         del whole.shared
-        weights = Weights(self._folder / "text_encoder", self._variant)
+        weights = weights_of(self._component)
         own, tied = "encoder.embed_tokens.weight", "shared.weight"
         aliases = {} if own in weights else {own: tied}
         weights.check_names({aliases.get(name, name) for name in whole.state_dict()}, ignored=["shared"])
@@ -192,9 +229,13 @@ class TextPart:
     def __init__(self, spec: WanSpec, part: StagePart) -> None:
         self._part = part
         dtype, home = getattr(torch, part.config.dtype), part.config.text_encoder
-        self._tokenizer = Tokenizer(spec.folder, spec.text) if part.is_head and part.place.is_first_lane else None
+        self._tokenizer = (
+            Tokenizer(spec.tokenizer_home, spec.text) if part.is_head and part.place.is_first_lane else None
+        )
         self._slice = (
-            TextSlice(spec.folder, part.cut.text, part.is_head, part.is_tail, dtype, part.device, home, spec.variant)
+            TextSlice(
+                spec.component("text_encoder"), part.cut.text, part.is_head, part.is_tail, dtype, part.device, home
+            )
             if part.place.is_first_lane
             else None
         )

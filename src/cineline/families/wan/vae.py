@@ -5,7 +5,6 @@ Legend: C latent channels, F' latent frames, H' x W' latents a frame.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,26 +12,26 @@ from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
+from cineline.families.wan.shapes import Component
+from cineline.families.wan.weights import weights_of
 from cineline.weights.files import Weights
 
 ENCODER = ("encoder", "quant_conv")
 DECODER = ("decoder", "post_quant_conv")
 
 
-def build_vae(folder: Path, variant: str | None = None) -> tuple[Any, Weights]:
+def build_vae(component: Component) -> tuple[Any, Weights]:
     """The checkpoint's VAE on the meta device, and the weights that belong to it."""
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae"))
-    weights = Weights(folder / "vae", variant)
+        vae = AutoencoderKLWan.from_config(dict(component.config))
+    weights = weights_of(component)
     weights.check_names(vae.state_dict())
     return vae, weights
 
 
-def load_half(
-    folder: Path, keep: tuple[str, ...], dtype: torch.dtype, device: torch.device, variant: str | None = None
-) -> tuple[Any, int]:
+def load_half(component: Component, keep: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> tuple[Any, int]:
     """The VAE with one of its halves only, and the bytes read for it."""
-    vae, weights = build_vae(folder, variant)
+    vae, weights = build_vae(component)
     for name in (*ENCODER, *DECODER):
         if name not in keep:
             delattr(vae, name)
@@ -58,8 +57,8 @@ class ImageEncoder:
         bytes_read: of the weights.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device, variant: str | None = None) -> None:
-        self._vae, self.bytes_read = load_half(folder, ENCODER, dtype, device, variant)
+    def __init__(self, component: Component, dtype: torch.dtype, device: torch.device) -> None:
+        self._vae, self.bytes_read = load_half(component, ENCODER, dtype, device)
         self._dtype = dtype
         self._device = device
         self._statistics = statistics(self._vae.config, torch.float32, device)

@@ -1,0 +1,223 @@
+"""The files that tensors come in, each of them read tensor by tensor (torch is loaded with the first one, if at all).
+
+safetensors: 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and offsets, the data
+(github.com/huggingface/safetensors, "Format"). GGUF: github.com/ggml-org/ggml, docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from cineline.core.extras import need
+from cineline.errors import CheckpointError, reason, shown
+from cineline.weights.layout import files_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Slices = tuple[slice, ...]
+
+SAFETENSORS, GGUF, PICKLES = (".safetensors", ".sft"), (".gguf",), (".pth", ".pt", ".bin", ".ckpt")
+
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+"""Before the name of a tensor that ComfyUI's converter has reshaped to rows of 256."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies and what it is, from the file's header.
+
+    Attributes:
+        dtype: as safetensors calls it (F32, F8_E4M3), or GGUF (Q4_K).
+        nbytes: in the file.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+class Source(ABC):
+    """The tensors of one component, by the names that they are stored by.
+
+    Attributes:
+        path: of the file, or of a folder of files.
+        stored: what there is. metadata: texts beside them.
+    """
+
+    def __init__(self, path: Path, stored: Mapping[str, Stored], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self.stored = stored
+        self.metadata = metadata or {}
+
+    @abstractmethod
+    def read(self, name: str, cut: Slices | None = None) -> tuple[Tensor, int]:
+        """A tensor or a part of it, maybe still in the file's memory map, and the bytes of the file that it took.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+
+
+def open_source(path: Path, variant: str | None = None) -> Source:
+    """The tensors of a file, by its suffix, or of a folder of safetensors.
+
+    Raises:
+        CheckpointError: there is no such file, or it is broken. MissingLibrary: GGUF without `gguf`.
+    """
+    if path.is_dir():
+        return SafetensorsFiles(path, files_of(path, variant))
+    if not path.exists():
+        raise CheckpointError(f"{shown(path)} does not exist: check the path.")
+    suffix = path.suffix.lower()
+    if suffix in SAFETENSORS:
+        return SafetensorsFiles(path, [path])
+    if suffix in GGUF:
+        return GgufFile(path)
+    if suffix in PICKLES:
+        return PickledFile(path)
+    known = ", ".join((*SAFETENSORS, *GGUF, *PICKLES))
+    raise CheckpointError(
+        f"{shown(path)} ends in {shown(path.suffix)}, and weights in one of {known}: give such a file."
+    )
+
+
+class SafetensorsFiles(Source):
+    """One file, or all of a sharded component's."""
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        stored: dict[str, Stored] = {}
+        metadata: dict[str, str] = {}
+        for file in files:
+            header, texts = _read_header(file)
+            stored |= header
+            metadata |= texts
+        super().__init__(path, stored, metadata)
+
+    def read(self, name: str, cut: Slices | None = None) -> tuple[Tensor, int]:
+        stored = self.stored[name]
+        try:
+            with safe_open(stored.file, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(name) if cut is None else file.get_slice(name)[cut]
+        except (OSError, SafetensorError) as error:
+            raise unreadable(stored.file, name, error) from None
+        return tensor, tensor.nbytes
+
+
+class PickledFile(Source):
+    """A `.pth` as torch writes it: tensors by name, loaded with `weights_only`, so that it can run no code."""
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
+            raise CheckpointError(
+                f"{shown(path)} is no file of tensors that torch reads without running code ({reason(error)}): "
+                "download it again, or use a safetensors file."
+            ) from None
+        if (
+            not isinstance(found, Mapping)
+            or not found
+            or not all(isinstance(one, torch.Tensor) for one in found.values())
+        ):
+            kind = type(found).__name__
+            raise CheckpointError(f"{shown(path)} holds {kind} and not tensors by name: use a file of weights alone.")
+        self._tensors: Mapping[str, Tensor] = found
+        super().__init__(
+            path,
+            {
+                str(name): Stored(path, tuple(one.shape), str(one.dtype).removeprefix("torch."), one.nbytes)
+                for name, one in found.items()
+            },
+        )
+
+    def read(self, name: str, cut: Slices | None = None) -> tuple[Tensor, int]:
+        tensor = self._tensors[name] if cut is None else self._tensors[name][cut]
+        return tensor, tensor.nbytes
+
+
+class GgufFile(Source):
+    """A GGUF file, whose tensors are dequantised to float32 as the `gguf` package does it, one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        need("gguf")
+        from gguf import GGUFReader
+
+        try:
+            reader = GGUFReader(path)
+            self._tensors = {one.name: one for one in reader.tensors}
+            shapes = {name: _gguf_shape(reader, one) for name, one in self._tensors.items()}
+        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{shown(path)} is no GGUF file, or it is truncated ({reason(error)}): download it again."
+            ) from None
+        super().__init__(
+            path,
+            {
+                name: Stored(path, shapes[name], one.tensor_type.name, int(one.n_bytes))
+                for name, one in self._tensors.items()
+            },
+        )
+
+    def read(self, name: str, cut: Slices | None = None) -> tuple[Tensor, int]:
+        import torch
+        from gguf import dequantize
+
+        one, stored = self._tensors[name], self.stored[name]
+        try:
+            values = dequantize(one.data, one.tensor_type)
+        except NotImplementedError as error:
+            raise unreadable(stored.file, name, error) from None
+        owned = values if values.flags.writeable else values.copy()  # a memory map is read-only, and torch warns
+        tensor = torch.from_numpy(owned).reshape(stored.shape)
+        return tensor if cut is None else tensor[cut], stored.nbytes
+
+
+def unreadable(file: Path, name: str, error: Exception) -> CheckpointError:
+    """What is said of a tensor that cannot be read."""
+    return CheckpointError(f"{shown(file)}: tensor {shown(name)} cannot be read ({reason(error)}): download it again.")
+
+
+def _gguf_shape(reader: Any, tensor: Any) -> tuple[int, ...]:
+    """GGUF has the dimension that changes fastest first."""
+    field = reader.get_field(f"{ORIGINAL_SHAPE}{tensor.name}")
+    if field is not None:
+        return tuple(int(size) for size in field.contents())
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = dict(json.loads(stream.read(min(length, size))))
+    except FileNotFoundError:
+        raise CheckpointError(f"{shown(file)} does not exist, but the index names it: download it again.") from None
+    except (OSError, ValueError, TypeError):
+        raise CheckpointError(
+            f"{shown(file)} is no safetensors file, or its header is truncated: download it again."
+        ) from None
+    metadata = header.pop("__metadata__", None) or {}
+    stored = {}
+    for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][1]):
+        start, stop = entry["data_offsets"]
+        end = 8 + length + stop
+        if end > size:
+            raise CheckpointError(
+                f"{shown(file)}: tensor {shown(name)} is truncated (it ends at byte {end}, the file at {size}): "
+                "download it again."
+            )
+        stored[name] = Stored(file, tuple(entry["shape"]), str(entry["dtype"]), stop - start)
+    return stored, metadata
