@@ -94,15 +94,17 @@ def noise_generator(seed: int, step: int) -> torch.Generator:
 def take_step(
     solver: Any, prediction: torch.Tensor, timestep: torch.Tensor, latents: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """The latents [1, C, F', H', W'] of the next step, in the dtype that the solver gives them.
+    """The latents [1, C, F', H', W'] of the next step, float32.
+
+    Euler and LCM give them in the prediction's dtype, and make float32 of them again before anything else.
 
     Args:
-        prediction: of the model, with guidance, in its dtype. latents: as the step before gave them, float32 at first.
+        prediction: of the model, with guidance, in its dtype. latents: of this step, float32.
         generator: of the noise, for solvers that add some.
     """
     noise = {"generator": generator} if "generator" in inspect.signature(solver.step).parameters else {}
     made: torch.Tensor = solver.step(prediction, timestep, latents, return_dict=False, **noise)[0]
-    return made
+    return made.float()
 
 
 def contents(solver: Any) -> dict[str, Any]:

@@ -139,9 +139,8 @@ class WanStages(PipelineParallelMixin[WanState]):
         step = state.steps[item.number]
         prediction = combine(state.predictions, step.guidance)
         assert state.latents is not None
-        latents, generator = state.latents.to(state.precision), noise_generator(state.job.seed, item.number)
-        made = take_step(state.solver, prediction, step.timestep, latents, generator)
-        state.latents, state.precision = made.float(), made.dtype
+        generator = noise_generator(state.job.seed, item.number)
+        state.latents = take_step(state.solver, prediction, step.timestep, state.latents, generator)
         state.predictions.clear()
 
     def answer(self, state: WanState, item: WorkItem) -> torch.Tensor | None:
@@ -155,12 +154,10 @@ class WanStages(PipelineParallelMixin[WanState]):
 
     def export(self, state: WanState) -> Mapping[str, Any]:
         solver = state.solver and export_solver(state.solver, state.fresh)
-        latents = state.latents if state.latents is None else state.latents.to(state.precision)
-        return {"latents": copied(latents), "solver": solver, "decoding": self._decoder.export(state)}
+        return {"latents": copied(state.latents), "solver": solver, "decoding": self._decoder.export(state)}
 
     def restore(self, state: WanState, exported: Mapping[str, Any]) -> None:
-        if (latents := exported["latents"]) is not None:
-            state.latents, state.precision = latents.to(torch.float32, copy=True), latents.dtype
+        state.latents = copied(exported["latents"])
         if state.solver and exported["solver"] is not None:  # a head needs the latents alone
             state.solver = self._solver(state.job)
             state.fresh = contents(state.solver)

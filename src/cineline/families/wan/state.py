@@ -30,8 +30,6 @@ class WanState(RequestState):
         names: of the conditioning's tensors, in their order.
         rotary: cosines and sines of this rank's positions, float32 [1, s, 1, head dim] each.
         solver: on the tail, diffusers' scheduler with this request's history. fresh: what it had before the first step.
-        precision: dtype of the latents as the solver gave them. They travel as float32, but what it computes next
-            depends on it (under bfloat16 all but UniPC give bfloat16).
         beside: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'];
             with split experts, whose second head needs them too, they are in the conditioning.
         decoding: the decode under way, as this stage's decoder keeps it.
@@ -49,7 +47,6 @@ class WanState(RequestState):
     rotary: tuple[torch.Tensor, torch.Tensor] = field(default_factory=lambda: (torch.empty(0), torch.empty(0)))
     solver: Any = None
     fresh: dict[str, Any] = field(default_factory=dict)
-    precision: torch.dtype = torch.float32
     beside: torch.Tensor | None = None
     decoding: Any = None
     uniform: dict[int, list[bool]] = field(default_factory=dict)
