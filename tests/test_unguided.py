@@ -82,8 +82,9 @@ def test_a_skipped_forward_equals_diffusers_without_it(
 def test_it_is_off_by_default_for_diffusers_computes_it(checkpoint: Checkpoint) -> None:
     """And rounds: bits are others, where the two predictions are no neighbours (there cond - uncond is exact)."""
     folder = checkpoint(RandomConfig("t2v", seed=3))
-    more = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 6, "switch_step": 1}
-    plain = request("t2v", 1, negative_prompt="x" * 40 + " blurry, other words entirely, 1234", skip_guidance_at_one=None, **more)
+    more: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 6, "switch_step": 1}
+    more["negative_prompt"] = "x" * 40 + " blurry, other words entirely, 1234"
+    plain = request("t2v", 1, skip_guidance_at_one=None, **more)
     computed, skipped = (solver_oracle.run(folder, "float32", plain, skip) for skip in (False, True))
     assert not torch.equal(computed[0], skipped[0])
     assert torch.allclose(computed[0], skipped[0], atol=1e-3)

@@ -57,7 +57,7 @@ class Task:
                 raise InvalidConfig(f"{name}={shown(value)} is below 1: give 1 or more.")
 
 
-def planned_job(spec: PlannedFamily, fields: Mapping[str, int | float]) -> Job:
+def planned_job(spec: PlannedFamily, fields: Mapping[str, Any]) -> Job:
     """The model's example with these fields, as a job."""
     return spec.resolve(spec.example(fields), 0)
 

@@ -206,7 +206,7 @@ class WanSpec(WanShapes):
         """See `PlannedFamily.line`."""
         return PlannedLine(self, self.costs(dtype, vae_dtype), parallel, tuple(devices), link, job)
 
-    def example(self, fields: Mapping[str, int | float]) -> VideoRequest:
+    def example(self, fields: Mapping[str, Any]) -> VideoRequest:
         """See `PlannedFamily.example`: an image of one pixel, the video's size being given."""
         if self.kind != "i2v":
             return VideoRequest(prompt="an example", **fields)
