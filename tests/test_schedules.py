@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import solver_oracle
 import torch
 from oracle import Checkpoint
 from PIL import Image
+from safetensors.torch import load_file
 
 from cineline import InvalidRequest, VideoRequest
 from cineline.errors import CheckpointError
@@ -204,3 +208,101 @@ def test_a_checkpoints_defaults_give_way_to_what_they_do_not_go_with(checkpoint:
 def test_a_checkpoint_has_no_preset(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'preset' cannot have the default 'lightning'"):
         with_defaults(tmp_path / "b", checkpoint(RandomConfig("t2v", seed=3)), preset="lightning")
+
+
+# The command line.
+
+SMALL = ["--height", "32", "--width", "64", "--num-frames", "5"]
+
+
+def generate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cineline", "generate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_preset_end_to_end_equals_diffusers(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder, file = checkpoint(RandomConfig("t2v", seed=3)), tmp_path / "a.safetensors"
+    options = ["--preset", "lightning", "--seed", "5", "--pp", "2", "--save-latents", str(file)]
+    done = generate("a cat", "--model", str(folder), *SMALL, *options)
+    assert done.returncode == 0, done.stderr
+    words = "4 steps, no guidance, flow shift 5, switch step 2, solver euler, sigmas 1,0.75,0.5,0.25, seed 5"
+    assert words in done.stderr
+    request = VideoRequest(
+        prompt="a cat",
+        height=32,
+        width=64,
+        num_frames=5,
+        seed=5,
+        guidance_scale=1,
+        flow_shift=5,
+        solver="euler",
+        sigmas=(1, 0.75, 0.5, 0.25),
+        switch_step=2,
+    )
+    assert torch.equal(load_file(file)["latents"], solver_oracle.run(folder, "float32", request)[0])
+
+
+def test_a_file_of_requests_has_schedules_of_its_own(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Options beside it are the lines' defaults."""
+    lines: list[dict[str, Any]] = [
+        {"sigmas": [1, 0.5]},
+        {"preset": "lightning", "solver": "lcm", "sigmas": None},
+        {"sigmas": "1,0.9,0.4"},
+    ]
+    file = tmp_path / "requests.jsonl"
+    (tmp_path / "all").mkdir()
+    file.write_text("\n".join(json.dumps({"prompt": "x", **line}) for line in lines))
+    common = ["--model", str(checkpoint(RandomConfig("t2v", seed=3))), *SMALL, "--save-latents", str(tmp_path / "all")]
+    done = generate("--requests", str(file), *common, "--sigmas", "1,0.8", "--guidance-scale", "4")
+    assert done.returncode == 0, done.stderr
+    first, second, third = (line for line in done.stderr.splitlines() if " frames at " in line)
+    assert "2 steps, guidance 4" in first and "sigmas 1,0.5," in first and "solver" not in first
+    assert "2 steps, guidance 4" in second and "switch step 1, solver lcm, sigmas 1,0.8," in second
+    assert "3 steps" in third and "sigmas 1,0.9,0.4," in third
+    assert len(list((tmp_path / "all").iterdir())) == 3
+
+
+def test_a_flag_that_is_not_there_does_not_hide_a_checkpoints_default(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    own = {"guidance_scale": 4, "guidance_scale_2": 1, "skip_guidance_at_one": True, "num_inference_steps": 2}
+    spec = with_defaults(tmp_path / "model", checkpoint(RandomConfig("t2v", seed=3)), **own)
+    done = generate("x", "--model", str(spec.folder), *SMALL, "--save-latents", str(tmp_path / "a.safetensors"))
+    assert done.returncode == 0, done.stderr
+    assert "skip guidance at one, seed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sigmas", "0.5,1"], "do not fall"),
+        (["--solver", "heun"], "use 'unipc', 'euler', 'dpm++' or 'lcm'"),
+        (["--switch-step", "9", "--num-inference-steps", "4"], "switch_step=9 is no step of 4"),
+    ],
+)
+def test_an_option_that_breaks_a_rule_is_refused_before_anything_runs(
+    options: list[str], words: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    model = ["--model", str(checkpoint(RandomConfig("t2v", seed=3)))]
+    done = generate("x", *model, *SMALL, *options, "--output", str(tmp_path / "a.mp4"))
+    assert done.returncode == 2
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "scales", "switch"),
+    [
+        ({}, 4, (1.0, 1.0), 2),
+        ({"num_inference_steps": 20, "guidance_scale": 3.5, "flow_shift": 8}, 20, (3.5, 3.5), 10),
+        ({"num_inference_steps": 6, "switch_step": 2, "guidance_scale": 3.5, "guidance_scale_2": 1}, 6, (3.5, 1.0), 2),
+    ],
+)
+def test_comfyuis_numbers(fields: dict[str, Any], steps: int, scales: tuple[float, float], switch: int) -> None:
+    """Its "simple" scheduler takes each (1000 / steps)th of a thousand levels from above, shifted."""
+    job = resolved(preset="lightning", skip_guidance_at_one=True, **fields)
+    times, experts = steps_of(T2V, job)
+    shift = job.flow_shift or 0.0
+    table = [shift * u / (1 + (shift - 1) * u) for u in (number / 1000 for number in range(1, 1001))]
+    simple = [1000 * table[-(1 + int(step * 1000 / steps))] for step in range(steps)]
+    assert times == pytest.approx(simple, rel=2e-3)  # a level is 0.001 off where steps do not divide 1000
+    assert (job.steps, job.guidance_scale, job.guidance_scale_2) == (steps, *scales)
+    assert experts == [0] * switch + [1] * (steps - switch)
