@@ -79,7 +79,7 @@ def with_preset(model: WanShapes, request: VideoRequest) -> VideoRequest:
         steps = LIGHTNING_STEPS if request.sigmas is None else len(request.sigmas)
     own: dict[str, Any] = {"solver": "euler", "flow_shift": 5.0, "guidance_scale": 1.0, "num_inference_steps": steps}
     if CLASSES[request.solver or "euler"] in TAKE_SIGMAS and 1 <= steps <= MOST_STEPS:
-        own["sigmas"] = tuple(1 - step / steps for step in range(steps))
+        own["sigmas"] = tuple((steps - step) / steps for step in range(steps))
     if len(model.experts) > 1 and not is_given(request, "boundary_ratio"):
         own["switch_step"] = steps // 2
     return request.model_copy(update={name: value for name, value in own.items() if not is_given(request, name)})
