@@ -106,6 +106,18 @@ def test_schedule_prints_and_writes_its_runs(
     assert "1.50" in capsys.readouterr().out  # 2MP / (P + 1)
 
 
+def test_schedule_runs_waves_of_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "s.json"
+    sizes = ["--stage-ms", "5", "--hidden-mb", "0.1", "--steps", "4", "--branches", "1", "--runs", "1"]
+    bench(monkeypatch, "schedule", "--pp", "2", "--in-flight", "3", "--waves", "4", *sizes, "--json", str(file))
+    ((run,),) = json.loads(file.read_text())["runs"].values()
+    assert run["seconds"] >= 4 * 3 * 4 * 0.005  # each stage's, for 12 requests
+    share = float(capsys.readouterr().out.split("2.00 │")[1].split("(")[0])  # of the limit M P / max(M, P)
+    assert 0 < share <= 100
+
+
 def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
     folder = str(checkpoint(RandomConfig("t2v", seed=3)))

@@ -203,7 +203,9 @@ def test_scales_mean_what_they_mean_in_diffusers(
         assert "no guidance" in words
         assert "guidance scale 2" not in words
     else:
-        assert f"guidance {expected[0]:g}, guidance scale 2 {expected[1]:g}," in words
+        second_text = job.own_settings["guidance_scale_2"]
+        assert float(second_text) == expected[1]
+        assert f"guidance {expected[0]:g}, guidance scale 2 {second_text}," in words
 
 
 def test_a_checkpoints_own_first_scale_alone_is_both_experts(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -229,6 +231,11 @@ FIELDS: dict[str, Any] = {
     "guidance_scale_2": 3.0,
     "flow_shift": 3.0,
     "boundary_ratio": 0.5,
+    "switch_step": 1,
+    "solver": "euler",
+    "sigmas": (1.0, 0.5),
+    "preset": "lightning",
+    "skip_guidance_at_one": True,
     "seed": 7,
     "fps": 8,
     "decode": False,

@@ -41,7 +41,7 @@ NAMED = 5
 """Files that an error names at most, of those that are not there."""
 
 _REQUEST, _PARALLEL, _RUN, _FILES = "The request", "The line", "The run", "Files of the model"
-_OF_THE_MODEL = {"negative_prompt": "", "seed": "0"}
+_OF_THE_MODEL = {"negative_prompt": "", "seed": "0", "skip_guidance_at_one": ""}
 """What a checkpoint may have a default for, which an option that is not there must not hide."""
 
 _UNLESS_TORCHRUN = {"restarts": "3, under torchrun 0"}
@@ -253,7 +253,7 @@ def _write(sink: Sink, done: bool) -> None:
 
 def _describe(job: Job) -> str:
     """The settings that the request runs with, given or not."""
-    own = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in job.own_settings.items())
+    own = "".join(f", {name.replace('_', ' ')} {value}".rstrip() for name, value in job.own_settings.items())
     guidance = f"guidance {job.guidance_scale:g}" if job.branches > 1 else "no guidance"
     return (
         f"{job.width}x{job.height}, {job.num_frames} frames at {job.fps} fps, {job.steps} steps, "

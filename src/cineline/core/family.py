@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
 from cineline.core.costs import Costs, LineCosts
@@ -80,7 +80,7 @@ class PlannedFamily(FamilySpec, Protocol):
     @property
     def model_options(self) -> str: ...
 
-    def example(self, fields: Mapping[str, int | float]) -> VideoRequest:
+    def example(self, fields: Mapping[str, Any]) -> VideoRequest:
         """A request with these fields, the model's defaults for the others, and an image where it needs one."""
         ...
 

@@ -70,8 +70,7 @@ def _stored_parts(spec: StoredFamily) -> Iterator[bytes]:
 
 def _paths(spec: StoredFamily) -> Iterator[tuple[str, Path]]:
     """Other paths that the spec names, such as a tokenizer's."""
-    names = [each.name for each in fields(spec)] if is_dataclass(spec) else []
-    for name in names:
+    for name in _fields(spec):
         value = getattr(spec, name)
         if isinstance(value, Path) and value != spec.folder and value not in spec.files.values():
             yield name, value
@@ -99,10 +98,14 @@ def _spread(path: Path) -> Iterator[bytes]:
         raise CheckpointError(f"{shown(path)} cannot be read ({reason(error)}): download it again.") from None
 
 
+def _fields(spec: object) -> list[str]:
+    return [each.name for each in fields(spec)] if is_dataclass(spec) else []
+
+
 def _own_fields(spec: object) -> dict[str, Any]:
     """But paths."""
-    names = [each.name for each in fields(spec)] if is_dataclass(spec) else []
-    own = {name: getattr(spec, name) for name in names if name not in TOLD_ELSEWHERE}
+    names = [name for name in _fields(spec) if name not in TOLD_ELSEWHERE]
+    own = {name: getattr(spec, name) for name in names}
     return {name: value for name, value in own.items() if not isinstance(value, Path)}
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from cineline.core.request import Job
+from cineline.core.request import Job, Solver
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,14 +14,20 @@ class WanJob(Job):
     Attributes:
         guidance_scale_2: of the second expert's steps; None where there is one expert.
         flow_shift: instead of the checkpoint's. boundary_ratio: the noise level at which the second expert takes over.
+        switch_step: the step at which it does, instead.
+        solver: instead of the checkpoint's. sigmas: of each step, before the shift; None for the solver's own.
     """
 
     guidance_scale_2: float | None = None
     flow_shift: float | None = None
     boundary_ratio: float | None = None
+    switch_step: int | None = None
+    solver: Solver | None = None
+    sigmas: tuple[float, ...] | None = None
 
     @property
-    def own_settings(self) -> dict[str, Any]:
+    def own_settings(self) -> dict[str, str]:
         """See `Job.own_settings`; without guidance there is no second scale."""
         off = {"guidance_scale_2"} if self.branches == 1 else set()
-        return {name: value for name, value in super().own_settings.items() if name not in off}
+        own = {name: value for name, value in super().own_settings.items() if name not in off}
+        return own | ({"skip_guidance_at_one": ""} if self.unguided else {})
