@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
-from cineline.cli.options import Fields, Given, spread
+from cineline.cli.options import Fields, Given, one_of, spread
 from cineline.cli.progress import RequestProgress, make_view
 from cineline.core.config import AXES, DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.family import FamilySpec
+from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
 from cineline.core.request import Job, VideoRequest
 from cineline.core.streams import console
@@ -24,6 +25,7 @@ from cineline.engine.api import Engine, default_device
 from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import MINIS, missing_weights, open_model
 from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
+from cineline.engine.lora import add_loras
 from cineline.engine.sink import Sink
 from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
@@ -55,6 +57,12 @@ def generate(
     model: Annotated[str | None, _option(_RUN, "A folder in diffusers format, a hub id, mini-t2v; mini-ti2v.")] = None,
     variant: Annotated[str | None, _option(_RUN, "Of its weights, such as fp16; the plain ones.")] = None,
     files: Annotated[Given, Fields(ModelFiles, panel=_FILES)],
+    lora: Annotated[
+        list[str] | None, _option(_FILES, "A LoRA, [NAME=][high:|low:]FILE[@SCALE]; may be given again.")
+    ] = None,
+    lora_mode: Annotated[
+        str, _option(_FILES, "merge: into the weights; runtime: requests name theirs (loras); merge.")
+    ] = "merge",
     fields: Annotated[Given, Fields(VideoRequest, panel=_REQUEST, unset=_OF_THE_MODEL)],
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
@@ -90,13 +98,14 @@ def generate(
         check_output(trace, (".json",))
     if quiet:
         os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
-    spec = open_model(model, variant, ModelFiles(**files))
+    loras = lora or []
+    spec = add_loras(open_model(model, variant, ModelFiles(**files)), loras, one_of("lora_mode", lora_mode, LoraMode))
     check_tasks(spec, tasks, requests)
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
     _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
-        screen.print(f"Loading {_name_of(model, files)} on {ranks}", highlight=False, soft_wrap=True)
+        screen.print(f"Loading {_name_of(model, files, loras)} on {ranks}", highlight=False, soft_wrap=True)
 
     unmade: dict[Path, CinelineError] = {}
     try:
@@ -110,11 +119,10 @@ def generate(
         raise _told(unmade)
 
 
-def _name_of(model: str | None, files: Given) -> str:
+def _name_of(model: str | None, files: Given, loras: Sequence[str]) -> str:
     """What is loaded, as the user has called it."""
-    return " with ".join(
-        [*([] if files and model is None else [model or MINIS[0]]), *(path.name for path in files.values())]
-    )
+    given = [] if files and model is None else [model or MINIS[0]]
+    return " with ".join([*given, *(path.name for path in files.values()), *(f"LoRA {lora}" for lora in loras)])
 
 
 def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:
@@ -213,7 +221,7 @@ def _write(sink: Sink, done: bool) -> None:
 
 def _describe(job: Job) -> str:
     """The settings that the request runs with, given or not."""
-    own = "".join(f", {name.replace('_', ' ')} {value:g}" for name, value in job.own_settings.items())
+    own = "".join(f", {name.replace('_', ' ')} {value}".rstrip() for name, value in job.own_settings.items())
     guidance = f"guidance {job.guidance_scale:g}" if job.branches > 1 else "no guidance"
     return (
         f"{job.width}x{job.height}, {job.num_frames} frames at {job.fps} fps, {job.steps} steps, "

@@ -55,6 +55,8 @@ class VideoRequest(BaseModel):
         boundary_ratio: share of the training timesteps below which that expert runs.
         seed: of the CPU generator that draws it, 0 <= seed < 2**63.
         decode: False stops at the latents.
+        loras: of an engine with lora_mode="runtime" those that it is to have, each as NAME or NAME@SCALE (times the
+            engine's own scale). Left out, all of them.
         timeout_s: checked twice a second; whoever is late is cancelled, and its handle raises `RequestTimedOut`.
 
     Raises:
@@ -77,6 +79,7 @@ class VideoRequest(BaseModel):
     seed: Annotated[Whole, "Of the noise"] = 0
     fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
+    loras: tuple[str, ...] | None = None
     timeout_s: Annotated[Real | None, AfterValidator(_seconds), "Seconds from submission in which it must be done"] = (
         None
     )
@@ -166,11 +169,21 @@ class Job:
         return item.kind is Kind.DENOISE and item.number + 1 == self.steps
 
     @property
-    def own_settings(self) -> dict[str, Any]:
-        """The family's own, without those that the model does not use."""
+    def own_settings(self) -> dict[str, str]:
+        """The family's own as options' texts, without those that the model does not use."""
         common = {each.name for each in fields(Job)}
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in common}
-        return {name: value for name, value in own.items() if value is not None}
+        return {name: _text(value) for name, value in own.items() if value is not None}
+
+
+def _text(value: Any) -> str:
+    """A setting's, as an option takes it."""
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    if isinstance(value, str):
+        return value
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 class Kind(enum.IntEnum):

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, get_args
@@ -19,6 +20,7 @@ from cineline.core.control import Setup
 from cineline.core.family import FamilySpec
 from cineline.core.faults import planned
 from cineline.core.image import load_image
+from cineline.core.lora import Lora, LoraMode
 from cineline.core.output import check_output
 from cineline.core.request import VideoRequest
 from cineline.core.trace import write_trace
@@ -27,6 +29,7 @@ from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import fetch_weights, open_model
 from cineline.engine.launch import Launcher, check_launch, launch_local, launch_torchrun
 from cineline.engine.line import CLOSED, UNDONE, Line
+from cineline.engine.lora import add_loras
 from cineline.engine.ranks import START_LIMIT_S, Ranks
 from cineline.engine.room import Room, memory_of
 from cineline.engine.torchrun import need_torchrun, torchrun_world
@@ -64,6 +67,8 @@ class Engine:
             requests of the model's default size.
         variant: of the checkpoint's weights, such as fp16, where it has several.
         files: that weights come from instead of the model's folder, or without a model all of them.
+        loras: as [NAME=][high:|low:]FILE[@SCALE], in the order in which they are added.
+        lora_mode: merge adds them to the weights, for all requests; runtime lets each request name its own.
         device: None takes cuda where there is one.
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
         vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb: as `device` and `dtype`, see
@@ -88,6 +93,8 @@ class Engine:
         *,
         variant: str | None = None,
         files: ModelFiles | None = None,
+        loras: Sequence[str | Lora] = (),
+        lora_mode: LoraMode = "merge",
         device: str | None = None,
         dtype: Dtype | None = None,
         vae_dtype: Dtype = DeviceConfig.vae_dtype,
@@ -108,7 +115,7 @@ class Engine:
             need_torchrun()
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb)
-        self.spec = open_model(model, variant, files)
+        self.spec = add_loras(open_model(model, variant, files), loras, lora_mode)
         if parallel == "auto":
             if launcher == "torchrun":
                 raise InvalidConfig("parallel='auto' is for ranks of this machine: give torchrun's a ParallelConfig.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from cineline.core.request import Job
 
@@ -15,14 +14,17 @@ class WanJob(Job):
     Attributes:
         guidance_scale_2: of the second expert's steps; None where there is one expert.
         flow_shift: instead of the checkpoint's. boundary_ratio: the noise level at which the second expert takes over.
+        loras: those that it has, in their order; None where requests have no choice. lora_scales: times each one's own.
     """
 
     guidance_scale_2: float | None = None
     flow_shift: float | None = None
     boundary_ratio: float | None = None
+    loras: tuple[str, ...] | None = None
+    lora_scales: tuple[float, ...] | None = None
 
     @property
-    def own_settings(self) -> dict[str, Any]:
+    def own_settings(self) -> dict[str, str]:
         """See `Job.own_settings`; without guidance there is no second scale."""
         off = {"guidance_scale_2"} if self.branches == 1 else set()
         return {name: value for name, value in super().own_settings.items() if name not in off}
