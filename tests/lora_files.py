@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -177,12 +178,10 @@ def pipeline_with(folder: Path, dtype: str, loras: Sequence[Loaded], fuse: bool 
     names: dict[str, list[tuple[str, float]]] = {}
     for number, lora in enumerate(loras):
         second = {"load_into_transformer_2": True} if lora.component == "transformer_2" else {}
-        pipe.load_lora_weights(
-            dict(lora.what) if isinstance(lora.what, dict) else str(lora.what.parent),
-            **({} if isinstance(lora.what, dict) else {"weight_name": lora.what.name}),
-            adapter_name=f"own{number}",
-            **second,
-        )
+        given = dict(lora.what) if isinstance(lora.what, dict) else str(lora.what)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's word on a second adapter
+            pipe.load_lora_weights(given, adapter_name=f"own{number}", **second)
         names.setdefault(lora.component, []).append((f"own{number}", lora.scale))
     for component, own in names.items():
         model = getattr(pipe, component)

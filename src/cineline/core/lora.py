@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from cineline.errors import InvalidConfig, InvalidRequest, shown
 
@@ -31,30 +31,19 @@ class Lora:
         path: a file, a folder, or a hub id with a path in it after that.
         scale: of what it adds.
         level: of the one expert that it is for; None for all experts.
-        name: what requests call it. Left out, it is the file's or folder's name without its ending.
-
-    Raises:
-        InvalidConfig: the scale is not finite, or the name cannot be written in a request.
+        name: what requests call it.
     """
 
     path: Path
-    scale: float = 1.0
-    level: Level | None = None
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
-        object.__setattr__(self, "name", self.name or _stem(self.path))
-        if not math.isfinite(self.scale):
-            raise InvalidConfig(f"LoRA {shown(self.name)}: scale {shown(self.scale)} is not finite: use 1, or 0 to 2.")
-        if self.level not in (None, *get_args(Level)):
-            raise InvalidConfig(f"LoRA {shown(self.name)}: level {shown(self.level)} is not known: use high or low.")
-        if "@" in self.name:
-            raise InvalidConfig(f"LoRA {shown(self.name)} has an @ in its name: give it another one, as NAME=FILE.")
+    scale: float
+    level: Level | None
+    name: str
 
     @classmethod
     def of(cls, text: str) -> Lora:
-        """From `[NAME=][high:|low:]FILE[@SCALE]`. A file whose own name looks so is written with its folder, as ./a=b.
+        """From `[NAME=][high:|low:]FILE[@SCALE]`; the name is else that of the file or folder, without its ending.
+
+        A file whose own name looks like that is written with its folder, as ./a=b, and with a scale, as a@b@1.
 
         Raises:
             InvalidConfig: there is no file in it, or the scale is no finite number.
@@ -62,13 +51,17 @@ class Lora:
         found = GIVEN.fullmatch(text)
         if found is None:
             raise InvalidConfig(f"lora={shown(text)} names no file: write [NAME=][high:|low:]FILE[@SCALE].")
-        level: Level | None = None if found["level"] is None else ("high" if found["level"] == "high" else "low")
+        path = Path(found["path"])
+        name = found["name"] or (path.stem if path.suffix.lower() in WEIGHTS else path.name)
+        if "@" in name:
+            raise InvalidConfig(f"lora={shown(text)} is called {shown(name)}, and names have no @: write NAME=FILE.")
         scale = 1.0 if found["scale"] is None else _number(found["scale"])
         if not math.isfinite(scale):
             raise InvalidConfig(
                 f"lora={shown(text)}: the scale {shown(found['scale'])} is no finite number: write FILE@0.8."
             )
-        return cls(Path(found["path"]), scale, level, found["name"] or "")
+        level: Mapping[str | None, Level] = {"high": "high", "low": "low"}
+        return cls(path, scale, level.get(found["level"]), name)
 
 
 def choice(
@@ -114,7 +107,3 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
-
-
-def _stem(path: Path) -> str:
-    return path.stem if path.suffix.lower() in WEIGHTS else path.name

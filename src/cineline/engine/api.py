@@ -20,7 +20,7 @@ from cineline.core.control import Setup
 from cineline.core.family import FamilySpec
 from cineline.core.faults import planned
 from cineline.core.image import load_image
-from cineline.core.lora import Lora, LoraMode
+from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
 from cineline.core.request import VideoRequest
 from cineline.core.trace import write_trace
@@ -93,7 +93,7 @@ class Engine:
         *,
         variant: str | None = None,
         files: ModelFiles | None = None,
-        loras: Sequence[str | Lora] = (),
+        loras: Sequence[str] = (),
         lora_mode: LoraMode = "merge",
         device: str | None = None,
         dtype: Dtype | None = None,

@@ -25,7 +25,7 @@ BESIDE = "adapter_config.json"
 """What PEFT's files need."""
 
 
-def add_loras(spec: FamilySpec, loras: Sequence[str | Lora], mode: LoraMode) -> FamilySpec:
+def add_loras(spec: FamilySpec, loras: Sequence[str], mode: LoraMode) -> FamilySpec:
     """The spec with these LoRAs, downloading those that are on the hub.
 
     Raises:
@@ -36,7 +36,7 @@ def add_loras(spec: FamilySpec, loras: Sequence[str | Lora], mode: LoraMode) -> 
         raise InvalidConfig(f"lora_mode={shown(mode)} is not known: use {' or '.join(get_args(LoraMode))}.")
     if isinstance(loras, str):
         raise InvalidConfig(f"loras={shown(loras)} is one text: give a list of them.")
-    given = [lora if isinstance(lora, Lora) else Lora.of(lora) for lora in loras]
+    given = [Lora.of(lora) for lora in loras]
     if not given and mode == "merge":
         return spec
     return with_loras(spec, [replace(lora, path=_here(lora.path)) for lora in given], mode)
