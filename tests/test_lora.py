@@ -1,4 +1,4 @@
-"""LoRAs: of each format every tensor equals diffusers' `load_lora_weights` and `fuse_lora`, in requests its unfused run."""
+"""LoRAs: merged, every tensor of each format equals diffusers' `fuse_lora`; by request, its run without that."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from cineline.families.wan.weights import weights_of
 
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 FILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALL = {"heads": 2, "head_dim": 32, "ffn_dim": 96, "text_width": 32, "seed": 5}
+SMALL: dict[str, Any] = {"heads": 2, "head_dim": 32, "ffn_dim": 96, "text_width": 32, "seed": 5}
 
 NORMS = ("blocks.1.norm2.weight", "blocks.1.norm2.bias", "blocks.0.attn1.norm_q.weight", "blocks.3.attn2.norm_k.weight")
 TABLES = ("scale_shift_table", "blocks.2.scale_shift_table")
@@ -172,21 +172,20 @@ def test_differences_are_added_at_the_scale(dtype: Dtype, folder: Path, tmp_path
     assert all(not torch.equal(found[name], like[name]) for name in made.diffs)
 
 
-@pytest.mark.parametrize("how", ["comfy", "gguf Q8_0", "cast", "sharded"])
-def test_weights_in_fewer_bits_are_dequantised_and_then_merged(how: str, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "dtype"), [("comfy", "bfloat16"), ("gguf Q8_0", "float32"), ("cast", "bfloat16")])
+def test_weights_in_fewer_bits_are_dequantised_and_then_merged(
+    how: str, dtype: Dtype, folder: Path, tmp_path: Path
+) -> None:
     file = write(truth(folder, 6, alpha=3), "lightx2v", tmp_path / "lora.safetensors")
-    for dtype in DTYPES:
-        (out := tmp_path / dtype).mkdir()
-        names = ("transformer", "transformer_2")
-        written = {name: write_component(folder, name, how, out) for name in names}
-        says = {name: packed for name, (_, packed) in written.items()}
-        same = folder_that_says(folder, out / "same", says, getattr(torch, dtype))
-        files = ModelFiles(*(written[name][0] for name in names))
-        expected = pipeline_with(same, dtype, [Loaded(file, name, 0.7) for name in names])
-        spec = with_loras(folder, f"{file}@0.7", files=files)
-        for name in names:
-            wanted = state(getattr(expected, name))
-            assert_same(merged(spec, name, wanted), wanted)
+    names = ("transformer", "transformer_2")
+    written = {name: write_component(folder, name, how, tmp_path) for name in names}
+    says = {name: packed for name, (_, packed) in written.items()}
+    same = folder_that_says(folder, tmp_path / "same", says, getattr(torch, dtype))
+    expected = pipeline_with(same, dtype, [Loaded(file, name, 0.7) for name in names])
+    spec = with_loras(folder, f"{file}@0.7", files=ModelFiles(*(written[name][0] for name in names)))
+    for name in names:
+        wanted = state(getattr(expected, name))
+        assert_same(merged(spec, name, wanted), wanted)
 
 
 def test_both_experts_from_one_file(folder: Path, tmp_path: Path) -> None:
@@ -360,39 +359,34 @@ def alone(**changes: torch.Tensor) -> State:
     return {f"blocks.0.self_attn.q.{name}.weight": one for name, one in own.items()} | changes
 
 
-REFUSED: list[tuple[State, str, str]] = [
-    (
-        alone(**{"blocks.4.self_attn.q.lora_down.weight": torch.ones(4, 64)}),
-        "merge",
-        "'blocks.4.self_attn.q.lora_down.weight' belongs to nothing",
-    ),
-    (
-        alone(**{"blocks.0.self_attn.x.alpha": torch.ones(())}),
-        "merge",
-        "'blocks.0.self_attn.x.alpha' belongs to nothing",
-    ),
-    (
-        alone(**{"blocks.0.self_attn.q.weight": torch.ones(64, 64)}),
-        "merge",
-        "'blocks.0.self_attn.q.weight' belongs to nothing",
-    ),
-    (alone(**{"lora_te_text_model.lora_down.weight": torch.ones(4, 4)}), "merge", "belongs to nothing"),
-    (alone(**{"blocks.0.self_attn.k.lora_up.weight": torch.ones(64, 4)}), "merge", "lacks its other factor"),
-    (alone(**{"blocks.0.self_attn.k.alpha": torch.ones(())}), "merge", "lacks its other factor"),
-    (alone(**{"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 64)}), "merge", "for the same tensor"),
-    (
-        alone(**{"blocks.0.ffn.0.diff_b": torch.ones(64)}),
-        "merge",
-        "has shapes [[64]] for 'blocks.0.ffn.net.0.proj.bias' of [96]",
-    ),
-    (alone(**{"blocks.0.self_attn.q.dora_scale": torch.ones(64, 1)}), "merge", "is a DoRA"),
-    (alone(**{"blocks.0.self_attn.q.lora_magnitude_vector": torch.ones(64)}), "merge", "is a DoRA"),
-    ({"lycoris_blocks_0_ffn_0.lokr_w1": torch.ones(4, 4)}, "merge", "is a LoKr"),
+BESIDE: list[tuple[str, tuple[int, ...], str]] = [
+    ("blocks.4.self_attn.q.lora_down.weight", (4, 64), "'blocks.4.self_attn.q.lora_down.weight' belongs to nothing"),
+    ("blocks.0.self_attn.x.alpha", (), "'blocks.0.self_attn.x.alpha' belongs to nothing"),
+    ("blocks.0.self_attn.q.weight", (64, 64), "'blocks.0.self_attn.q.weight' belongs to nothing"),
+    ("lora_te_text_model.lora_down.weight", (4, 4), "'lora_te_text_model.lora_down.weight' belongs to nothing"),
+    ("blocks.0.self_attn.k.lora_up.weight", (64, 4), "lacks its other factor"),
+    ("blocks.0.self_attn.k.alpha", (), "lacks its other factor"),
+    ("transformer.blocks.0.attn1.to_q.lora_A.weight", (4, 64), "are for the same tensor"),
+    ("blocks.0.ffn.0.diff_b", (64,), "has shapes [[64]] for 'blocks.0.ffn.net.0.proj.bias' of [96]"),
+    ("blocks.0.self_attn.q.dora_scale", (64, 1), "is a DoRA"),
+    ("blocks.0.self_attn.q.lora_magnitude_vector", (64,), "is a DoRA"),
+    ("lycoris_blocks_0_ffn_0.lokr_w1", (4, 4), "is a LoKr"),
+]
+"""A tensor beside a LoRA of one module, and what is said of it."""
+
+BY_REQUEST: list[tuple[str, tuple[int, ...]]] = [
+    ("blocks.0.norm3.diff", (64,)),
+    ("blocks.0.diff_m", (1, 6, 64)),
+    ("patch_embedding.diff", (64, 16, 1, 2, 2)),
+    ("blocks.0.ffn.0.diff_b", (96,)),
+    ("blocks.0.self_attn.q.diff", (64, 64)),
+]
+"""Tensors that are merged, and that no request can have by itself."""
+
+REFUSED = [
+    *((alone(**{name: torch.ones(shape)}), "merge", rule) for name, shape, rule in BESIDE),
+    *((alone(**{name: torch.ones(shape)}), "runtime", "use lora_mode='merge'") for name, shape in BY_REQUEST),
     ({"blocks.0.cross_attn.k_img.lora_down.weight": torch.ones(4, 64)}, "merge", "has no tensor of a LoRA"),
-    (alone(**{"blocks.0.norm3.diff": torch.ones(64)}), "runtime", "use lora_mode='merge'"),
-    (alone(**{"blocks.0.diff_m": torch.ones(1, 6, 64)}), "runtime", "use lora_mode='merge'"),
-    (alone(**{"patch_embedding.diff": torch.ones(64, 16, 1, 2, 2)}), "runtime", "use lora_mode='merge'"),
-    (alone(**{"blocks.0.ffn.0.diff_b": torch.ones(96)}), "runtime", "use lora_mode='merge'"),
 ]
 
 
@@ -447,10 +441,10 @@ def test_files_of_a_folder(folder: Path, checkpoint: Checkpoint, tmp_path: Path)
     with pytest.raises(CheckpointError, match="holds 2 files"):
         with_loras(one_expert, str(pair))
     write(truth(folder, 1), "lightx2v", pair / "third.safetensors")
-    with pytest.raises(CheckpointError, match="holds 3 files, such as .*: give one of them"):
+    with pytest.raises(CheckpointError, match=r"holds 3 files, such as .*: give one of them"):
         with_loras(folder, str(pair))
     (tmp_path / "none").mkdir()
-    with pytest.raises(CheckpointError, match="has no .safetensors file"):
+    with pytest.raises(CheckpointError, match=r"has no \.safetensors file"):
         with_loras(folder, str(tmp_path / "none"))
 
 
@@ -479,6 +473,9 @@ def test_what_is_given_twice_or_to_no_expert(
 
 def test_what_a_request_may_name(folder: Path, tmp_path: Path) -> None:
     files = [write(truth(folder, 1), "lightx2v", tmp_path / f"{name}.safetensors") for name in ("b", "a")]
+    for name, shape in BY_REQUEST:
+        save_file(alone(**{name: torch.ones(shape)}), tmp_path / "merged.safetensors")
+        with_loras(folder, str(tmp_path / "merged.safetensors"))
     spec = with_loras(folder, *(f"{file}@0.5" for file in files), mode="runtime")
     assert pickle.loads(pickle.dumps(spec)) == spec
     for asked_for, names, scales in ((None, ("b", "a"), (1, 1)), (["a@2", "b"], ("a", "b"), (2, 1)), ([], (), ())):
