@@ -39,7 +39,7 @@ def task_of(model: str, devices: str, link: str, requests: int) -> Task:
 def command(task: Task, devices: str) -> str:
     job = task.job
     size = f"--height {job.height} --width {job.width} --num-frames {job.num_frames}"
-    return f"cineline plan --model {task.spec.folder} --devices {devices} --link {task.link.name} {size}"
+    return f"cineline plan {task.spec.model_options} --devices {devices} --link {task.link.name} {size}"
 
 
 def cards_tables() -> Iterator[str]:

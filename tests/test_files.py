@@ -227,3 +227,16 @@ def test_diffusers_makes_the_same_of_what_is_converted(layout: Layout, oracle: O
     request = mixed_requests("i2v")[1]
     with Engine(spec, ParallelConfig(pp=2), dtype="bfloat16", device="cpu") as engine:
         assert_equal(engine.submit(request).result(120), oracle.run(tmp_path / "model", "bfloat16", request))
+
+
+@pytest.mark.parametrize("name", ["sharded, pickled", "musubi blocks", "gguf Q4_K"])
+def test_blocks_that_are_shared_give_the_folders_bits(name: str, layout: Layout, same: Same) -> None:
+    """Each rank cuts its part of a tensor out of what the file says of all of it."""
+    written, parallel = layout(name, "ti2v"), ParallelConfig(pp=2, tp=2)
+    request = mixed_requests("ti2v")[0]
+    with (
+        Engine(written.folder, parallel, files=written.files, device="cpu") as ours,
+        Engine(same(name, "ti2v", "float32"), parallel, device="cpu") as theirs,
+    ):
+        found, expected = [engine.submit(request) for engine in (ours, theirs)]
+        assert found.result(120).latents.equal(expected.result(120).latents)

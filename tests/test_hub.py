@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from foreign import write
 from oracle import Checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -184,6 +185,16 @@ def test_weights_come_last_once_and_in_one_variant(hub: Hub, tmp_path: Path) -> 
     hub.fetched.clear()
     again = hub.run(*arguments, "--quiet")
     assert again.returncode == 0 and not hub.fetched and "Downloading" not in again.stderr
+
+
+def test_what_is_given_as_a_file_is_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    files = {name: write(hub.folder, name, "original", tmp_path)[0] for name in ("transformer", "text_encoder")}
+    options = ["--transformer", str(files["transformer"]), "--text-encoder-file", str(files["text_encoder"])]
+    out = tmp_path / "a.safetensors"
+    done = hub.run("generate", "a cat", "--model", HUB_ID, *options, *SMALL, "--save-latents", str(out))
+    assert done.returncode == 0, done.stderr
+    assert hub.weights == ["vae/diffusion_pytorch_model.safetensors"]
+    assert f"Loading {HUB_ID} with transformer.safetensors, text_encoder.safetensors on 1 rank" in done.stderr
 
 
 def test_only_the_variant_that_is_asked_for_comes(hub: Hub, tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from cineline.bench.exact import compare
+from cineline.bench.exact import Compared, compare
 from cineline.core.config import DeviceConfig, Dtype, ParallelConfig
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.spec import WanSpec
 
 KINDS: tuple[WanKind, ...] = ("ti2v", "t2v", "i2v")
 ARMS = (ParallelConfig(pp=2), ParallelConfig(pp=3, cfg=2))
@@ -35,5 +36,5 @@ def measure(dtype: Dtype, device: torch.device) -> Iterator[dict[str, Any]]:
         for kind in KINDS[:2] if small else KINDS:
             folder = save_random_checkpoint(Path(temporary) / kind, RandomConfig(kind))
             arms = ARMS[:1] if small else (*ARMS, *([SPLIT] if kind == "t2v" else []), *_lanes())
-            for row in compare(folder, config, arms, [IN_FLIGHT], print):
+            for row in compare(Compared(WanSpec.open(folder), folder), config, arms, [IN_FLIGHT], print):
                 yield {"arm": f"{kind}, {row.axes}"} | asdict(row) | {"equal": row.exact}

@@ -12,10 +12,11 @@ from PIL import Image
 
 from cineline.bench.beside import WAIT_LIMIT_S
 from cineline.bench.reference import reference
-from cineline.core.config import DeviceConfig, ParallelConfig
+from cineline.core.config import DeviceConfig, Dtype, ModelFiles, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
 from cineline.engine.hub import fetch_weights, open_model
+from cineline.families.wan.convert import convert
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
@@ -52,19 +53,35 @@ class Equality:
         return self.latents == self.frames == self.requests
 
 
-def folders(model: str | None, temporary: Path) -> list[Path]:
-    """That of a model by name, or a random checkpoint of each kind."""
-    if model is not None:
-        spec = open_model(model)
+@dataclass(frozen=True)
+class Compared:
+    """A model, and the folder of the same weights that diffusers reads."""
+
+    spec: WanSpec
+    folder: Path
+
+
+def models(model: str | None, files: ModelFiles, dtype: Dtype, temporary: Path) -> list[Compared]:
+    """A model by name or by its files, which are converted for diffusers, or a random checkpoint of each kind.
+
+    Args:
+        dtype: that the files' weights of few bits are made in.
+    """
+    if model is not None or files.given:
+        spec = open_model(model, files=files)
         fetch_weights(spec)  # diffusers reads them first
         assert isinstance(spec, WanSpec)
-        return [spec.folder]
+        if not files.given:
+            return [Compared(spec, spec.folder)]
+        convert(spec, temporary / "converted", dtype)
+        return [Compared(spec, temporary / "converted")]
     kinds: tuple[WanKind, ...] = ("ti2v", "t2v", "i2v")
-    return [save_random_checkpoint(temporary / kind, RandomConfig(kind)) for kind in kinds]
+    made = [save_random_checkpoint(temporary / kind, RandomConfig(kind)) for kind in kinds]
+    return [Compared(WanSpec.open(folder), folder) for folder in made]
 
 
 def compare(
-    folder: Path,
+    model: Compared,
     config: DeviceConfig,
     arms: Iterable[ParallelConfig],
     in_flight: Sequence[int],
@@ -72,7 +89,7 @@ def compare(
 ) -> Iterator[Equality]:
     """Compare each division with each number in flight: sizes, guidance and without, images where the model takes
     them."""
-    spec = WanSpec.open(folder)
+    spec, folder = model.spec, model.folder
     requests = _requests(spec)
     tell(f"{folder.name}: {len(requests)} requests through diffusers")
     expected: dict[int, tuple[np.ndarray, np.ndarray]] = {}

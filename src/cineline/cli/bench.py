@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 
 from cineline.cli.options import Fields, Given, InFlight, Json, Runs, axes_of, one_of, spread, teller, whole_numbers
-from cineline.core.config import DeviceConfig
+from cineline.core.config import DeviceConfig, ModelFiles
 from cineline.core.extras import need
 from cineline.errors import InvalidConfig, shown
 from cineline.families.wan.shapes import WanKind
@@ -102,6 +102,7 @@ def exact(
         str | None,
         typer.Option(help="Folder, hub id or mini; a random checkpoint of each kind.", show_default=False),
     ] = None,
+    files: Annotated[Given, Fields(ModelFiles)],
     arm: Annotated[
         list[str] | None,
         typer.Option(help="How it is divided, such as pp=2 or pp=2,cfg=2; may be repeated; pp=1, pp=2."),
@@ -116,13 +117,13 @@ def exact(
     need("accelerate")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the number of threads changes bits on the CPU
     config = DeviceConfig(**devices)
-    from cineline.bench.exact import COLUMNS, compare, folders, rows
+    from cineline.bench.exact import COLUMNS, compare, models, rows
     from cineline.bench.report import machine, report
 
     tell = teller()
     with tempfile.TemporaryDirectory() as temporary:
-        models = folders(model, Path(temporary))
-        found = [row for folder in models for row in compare(folder, config, arms, counts, tell)]
+        given = models(model, ModelFiles(**files), config.dtype, Path(temporary))
+        found = [row for one in given for row in compare(one, config, arms, counts, tell)]
     report(
         f"Against diffusers on {config.device}, {config.dtype}: how many mixed requests are equal",
         COLUMNS,

@@ -121,8 +121,9 @@ def generate(
 
 def _name_of(model: str | None, files: Given, loras: Sequence[str]) -> str:
     """What is loaded, as the user has called it."""
+    names = ", ".join(path.name for path in files.values())
     given = [] if files and model is None else [model or MINIS[0]]
-    return " with ".join([*given, *(path.name for path in files.values()), *(f"LoRA {lora}" for lora in loras)])
+    return " with ".join([*given, *([names] if names else []), *(f"LoRA {lora}" for lora in loras)])
 
 
 def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from cineline.cli.options import Fields, Given, Json, spread
+from cineline.core.config import ModelFiles
 from cineline.core.extras import need
 from cineline.core.family import plannable
 from cineline.core.output import check_output, whole_file
@@ -18,6 +19,7 @@ from cineline.core.request import VideoRequest
 from cineline.core.streams import console
 from cineline.core.trace import write_trace
 from cineline.engine.hub import open_model
+from cineline.errors import InvalidConfig
 from cineline.families.registry import known_model
 from cineline.planning.hardware import devices_of, link_of
 from cineline.planning.plan import Plan
@@ -36,8 +38,11 @@ _FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_sca
 @spread
 def plan(
     *,
-    model: Annotated[str, typer.Option(help="A hub id of Wan 2.2 (nothing is downloaded), or a folder.")],
     devices: Annotated[str, typer.Option(help="Such as 4xL40S, or 2xL40S,1xRTX4090 in the order of the stages.")],
+    model: Annotated[
+        str | None, typer.Option(help="A hub id of Wan 2.2 (nothing is downloaded), or a folder.", show_default=False)
+    ] = None,
+    files: Annotated[Given, Fields(ModelFiles)],
     link: Annotated[str, typer.Option(help="pcie4, pcie5, nvlink3 to 5, ethernet10, 25, 100 or 400.")] = "pcie4",
     fields: Annotated[Given, Fields(VideoRequest, _FIELDS, unset=dict.fromkeys(_FIELDS, "the model's default"))],
     requests: Annotated[int, typer.Option(help="How many such requests wait at once.", min=1)] = Task.requests,
@@ -61,7 +66,10 @@ def plan(
             check_output(file, suffixes)
     if picture is not None:
         need("matplotlib")
-    spec = plannable(known_model(model) or open_model(model))
+    if model is None and not files:
+        raise InvalidConfig("There is no model: give --model, or its files with --transformer and the like.")
+    known = None if model is None else known_model(model)
+    spec = plannable(open_model(known or model, files=ModelFiles(**files)))
     task = Task(spec, devices_of(devices), link_of(link), planned_job(spec, fields), requests, **settings)
     planning = compare(task)
     show(planning, task)

@@ -72,10 +72,13 @@ class PlannedFamily(FamilySpec, Protocol):
 
     Attributes:
         folder: the checkpoint's; it names the model.
+        model_options: what a command line calls it.
     """
 
     @property
     def folder(self) -> Path: ...
+    @property
+    def model_options(self) -> str: ...
 
     def example(self, fields: Mapping[str, int | float]) -> VideoRequest:
         """A request with these fields, the model's defaults for the others, and an image where it needs one."""

@@ -28,7 +28,7 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> FamilySpec:
     if not (folder / "model_index.json").exists() and any(folder.glob("*.safetensors*")):
         raise CheckpointError(
             f"{shown(folder)} has weights and no model_index.json, as the original repositories do: use the model "
-            "in diffusers format, whose name ends with -Diffusers."
+            "in diffusers format, whose name ends with -Diffusers, or give its files with --transformer and the like."
         )
     index = read_json(folder / "model_index.json", "a folder in diffusers format has it at its top")
     pipeline = str(index.get("_class_name"))

@@ -33,7 +33,7 @@ def chosen_plans(planning: Planning) -> dict[Plan, list[str]]:
 def options_of(plan: Plan, task: Task) -> str:
     """What makes `cineline generate` run this plan."""
     axes, job = plan.parallel, task.job
-    words = ['"PROMPT"', *(["--image FILE"] if job.has_image else []), f"--model {task.spec.folder}"]
+    words = ['"PROMPT"', *(["--image FILE"] if job.has_image else []), task.spec.model_options]
     words += [f"--height {job.height} --width {job.width} --num-frames {job.num_frames}"]
     words += [f"--num-inference-steps {job.steps} --guidance-scale {job.guidance_scale:g}"]
     words += [f"--{name.replace('_', '-')} {value:g}" for name, value in job.own_settings.items()]

@@ -93,7 +93,7 @@ class Weights:
         if extra:
             raise CheckpointError(
                 f"{shown(self._source.path)} has a tensor {shown(self._names[extra[0]])} that its config does not know "
-                f"({len(extra)} extra): use the config.json that belongs to it."
+                f"({len(extra)} extra): use the config.json that belongs to it, or another file."
             )
 
     def read(

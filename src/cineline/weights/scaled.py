@@ -61,7 +61,6 @@ def scales_of(source: Source) -> Scales:
     Raises:
         CheckpointError: a scale without a weight, one of an unknown shape, or a layout that is not read, by its name.
     """
-    _check_formats(source)
     found: dict[str, str] = {}
     beside = set()
     for name, stored in source.stored.items():
@@ -79,6 +78,7 @@ def scales_of(source: Source) -> Scales:
         if suffix in SCALES:
             _check_shape(source, name, stored, source.stored[weight])
             found[weight] = name
+    _check_formats(source)
     for name in source.stored.keys() - beside:
         if source.stored[name].dtype in INTEGERS and len(source.stored[name].shape) > 1:
             raise _refused(source, name, source.stored[name].dtype)
@@ -101,10 +101,9 @@ def _check_formats(source: Source) -> None:
         formats = _layers(source)
     for name in source.stored:
         if name.endswith(".comfy_quant"):
-            told = bytes(source.read(name)[0].tolist())
             try:
-                formats[name.removesuffix(".comfy_quant")] = json.loads(told)
-            except ValueError:
+                formats[name.removesuffix(".comfy_quant")] = json.loads(bytes(source.read(name)[0].tolist()))
+            except (ValueError, TypeError):
                 raise CheckpointError(f"{shown(source.path)}: {shown(name)} is no JSON: download it again.") from None
     for layer, told in formats.items():
         how = told if isinstance(told, dict) else {"format": told}

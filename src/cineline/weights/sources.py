@@ -179,7 +179,8 @@ class GgufFile(Source):
             values = dequantize(one.data, one.tensor_type)
         except NotImplementedError as error:
             raise unreadable(stored.file, name, error) from None
-        tensor = torch.from_numpy(values.copy()).reshape(stored.shape)  # a memory map is read-only
+        owned = values if values.flags.writeable else values.copy()  # a memory map is read-only, and torch warns
+        tensor = torch.from_numpy(owned).reshape(stored.shape)
         return tensor if cut is None else tensor[cut], stored.nbytes
 
 

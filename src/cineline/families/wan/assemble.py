@@ -23,18 +23,10 @@ from cineline.families.wan.recognise import (
     transformer_config,
     vae_config,
 )
-from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.shapes import OPTIONS, WanKind
 from cineline.families.wan.spec import WanSpec, check_alike
 
 log = logging.getLogger(__name__)
-
-OPTIONS: Mapping[str, str] = {
-    "transformer": "--transformer",
-    "transformer_2": "--transformer-2",
-    "vae": "--vae",
-    "text_encoder": "--text-encoder-file",
-}
-"""Of the components."""
 
 HEAD_SIZE = 128
 """Of all Wan 2.2 transformers."""
@@ -207,17 +199,17 @@ def _vae(spec: WanSpec, found: Found) -> dict[str, Any]:
 
 
 def _tokenizer(base: WanSpec | None, found: Found | None) -> Path | None:
-    """Where the tokenizer is: in the model's folder (None), in the text encoder's file, or beside that."""
+    """Where the tokenizer is: in the model's folder (None), beside the text encoder's file, or in that."""
     if base is not None and (base.folder / "tokenizer").exists():
         return None
     if found is None:
         return None
     path = found.source.path
-    if SPIECE in found.source.stored:
-        return path
     for name in TOKENIZERS:
         if (path.parent / name).is_dir():
             return path.parent / name
+    if SPIECE in found.source.stored:
+        return path
     raise CheckpointError(
         f"--text-encoder-file {shown(path)} has no tokenizer: use ComfyUI's file, which has one, put the tokenizer "
         f"into a folder {shown(TOKENIZERS[0])} beside it, or give a model's folder or hub id with --model."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from cineline.core.lora import Lora, LoraMode
@@ -13,6 +14,15 @@ from cineline.core.request import Job
 from cineline.families.wan.job import WanJob
 
 WanKind = Literal["ti2v", "t2v", "i2v"]
+
+
+OPTIONS: Mapping[str, str] = {
+    "transformer": "--transformer",
+    "transformer_2": "--transformer-2",
+    "vae": "--vae",
+    "text_encoder": "--text-encoder-file",
+}
+"""Of the components."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,13 @@ class WanShapes:
         if name in self.files:
             return Component(name, config, self.files[name], is_given=True)
         return Component(name, config, self.folder / name, self.variant)
+
+    @property
+    def model_options(self) -> str:
+        """What a command line calls the model."""
+        alone = self.folder in self.files.values()
+        words = [] if alone else [f"--model {self.folder}"]
+        return " ".join([*words, *(f"{OPTIONS[name]} {quote(str(path))}" for name, path in self.files.items())])
 
     @property
     def tokenizer_home(self) -> Path:

@@ -104,9 +104,12 @@ def _check_readers(home: Path, folder: Path) -> None:
     """Without them transformers takes the file for another kind, and asks for a library that would not help."""
     lacking = [library for library, module in SPIECE_READERS.items() if not _is_installed(module)]
     if lacking and (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+        remedy = (
+            "add a tokenizer.json" if folder == home else "put a folder 'tokenizer' with a tokenizer.json beside it"
+        )
         raise CheckpointError(
             f"{shown(home)} has a spiece.model and no tokenizer.json, which takes libraries that are not installed: "
-            f"run pip install {' '.join(lacking)}, or add a tokenizer.json."
+            f"run pip install {' '.join(lacking)}, or {remedy}."
         )
 
 
