@@ -32,7 +32,8 @@ from lora_files import (
     write,
 )
 from oracle import FIELDS, Checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_cli import run
 from test_files import loaded
 from test_parity import picture
 from test_weights import owner
@@ -47,6 +48,7 @@ from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.weights import weights_of
+from cineline.weights.files import Shard
 
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 FILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,6 +188,21 @@ def test_weights_in_fewer_bits_are_dequantised_and_then_merged(
     for name in names:
         wanted = state(getattr(expected, name))
         assert_same(merged(spec, name, wanted), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ranks_that_share_a_block_cut_what_is_merged(dtype: Dtype, folder: Path, tmp_path: Path) -> None:
+    file = write(truth(folder, 6, alpha=3), "lightx2v", tmp_path / "lora.safetensors")
+    like = state(pipeline_with(folder, dtype, []).transformer)
+    spec = with_loras(folder, f"{file}@0.7")
+    whole = merged(spec, "transformer", like)
+    weights = weights_of(spec.component("transformer"), list(adapters(spec, "transformer").values()))
+    for name, dim in (("attn1.to_q.weight", 0), ("attn2.to_out.0.weight", 1), ("ffn.net.0.proj.weight", 0)):
+        tensor = whole[f"blocks.1.{name}"]
+        for index, part in enumerate(tensor.chunk(2, dim)):
+            shard = Shard(dim, index, 2)
+            arguments = tuple(part.shape), tensor.dtype, torch.device("cpu"), shard
+            assert torch.equal(weights.read(f"blocks.1.{name}", *arguments), part)
 
 
 def test_both_experts_from_one_file(folder: Path, tmp_path: Path) -> None:
@@ -532,3 +549,35 @@ def test_a_lora_on_the_hub(given: str, folder: Path, tmp_path: Path, monkeypatch
         assert come == [wanted]
     with pytest.raises(CheckpointError, match="is not in 'owner/name' on the hub: check the path"):
         with_loras(folder, "owner/name/not/there.safetensors")
+
+
+def test_the_command_line(folder: Path, tmp_path: Path) -> None:
+    """A file of requests with LoRAs of their own; each line's equals what the engine gives."""
+    one, two = (write(truth(folder, n), "lightx2v", tmp_path / f"{n}" / "lora.safetensors") for n in (1, 2))
+    lines = ['{"prompt": "a", "loras": ["b@2"]}', '{"prompt": "a", "loras": ["a", "b"]}']
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines))
+    (tmp_path / "out").mkdir()
+    texts = [f"a=high:{one}", f"b={two}@0.5"]
+    loras = ["--lora", texts[0], "--lora", texts[1], "--lora-mode", "runtime"]
+    size = ["--height", "32", "--width", "32", "--num-frames", "1", "--num-inference-steps", "2"]
+    files = ["--requests", str(tmp_path / "requests.jsonl"), "--save-latents", str(tmp_path / "out")]
+    done = run("generate", *files, "--model", str(folder), *loras, *size, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert f"with LoRA {texts[0]} with LoRA {texts[1]} on 1 rank" in done.stderr
+    assert "loras b, lora scales 2," in done.stderr
+    assert "loras a,b, lora scales 1,1," in done.stderr
+    fields: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 1, "num_inference_steps": 2, "decode": False}
+    with Engine(folder, loras=texts, lora_mode="runtime", device="cpu") as engine:
+        for number, names in enumerate((["b@2"], ["a", "b"]), 1):
+            video = engine.submit(VideoRequest(prompt="a", loras=names, **fields)).result(60)
+            assert torch.equal(load_file(tmp_path / "out" / f"{number:04}.safetensors")["latents"], video.latents)
+
+
+def test_what_the_command_line_refuses(folder: Path) -> None:
+    for options, rule in (
+        (["--lora", "a.safetensors", "--lora-mode", "fuse"], "lora_mode='fuse' is not known: use merge or runtime."),
+        (["--lora", "nowhere.safetensors"], "LoRA 'nowhere.safetensors' does not exist: give a file, a folder, or"),
+    ):
+        done = run("generate", "a", "--model", str(folder), *options)
+        assert done.returncode > 0
+        assert rule in done.stderr
