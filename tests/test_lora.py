@@ -21,7 +21,6 @@ from lora_files import (
     READ,
     WITH_ALPHA,
     Loaded,
-    Truth,
     kohya,
     pipeline_with,
     rewritten,
@@ -84,11 +83,6 @@ def assert_same(found: State, expected: State) -> None:
         assert torch.equal(one, expected[name]), name
 
 
-def for_diffusers(truth: Truth, how: str, file: Path) -> Any:
-    """What diffusers is given: the file, or the same in PEFT's keys where it does not read that."""
-    return file if how in READ else rewritten(truth)
-
-
 @pytest.mark.parametrize("kind", ["ti2v", "t2v", "i2v"])
 def test_the_tensors_that_a_lora_may_change_are_the_models(kind: WanKind, checkpoint: Checkpoint) -> None:
     folder = checkpoint(RandomConfig(kind, **SMALL))
@@ -108,10 +102,11 @@ def test_each_stage_merges_its_own_tensors_with_the_bits_of_diffusers(
     """One for the first expert at 0.7, then one for both at -0.4, of other ranks and not of all blocks."""
     alpha = 3 if how in WITH_ALPHA else None
     first = truth(folder, 1, rank=4, alpha=alpha, dtype=stored)
-    both = truth(folder, 2, rank=6, alpha=alpha, blocks=(0, 1, 2, 3) if how == "musubi" else (1, 2), dtype=stored)
+    both = truth(folder, 2, rank=6, alpha=alpha, blocks=(1, 2), dtype=stored)
     files = [write(first, how, tmp_path / "one" / "first.safetensors"), write(both, how, tmp_path / "both.safetensors")]
     spec = with_loras(folder, f"high:{files[0]}@0.7", f"{files[1]}@-0.4")
-    own, other = for_diffusers(first, how, files[0]), for_diffusers(both, how, files[1])
+    own = files[0] if how in READ else rewritten(first)
+    other = files[1] if how in READ and how != "musubi" else rewritten(both)  # it reads none that has not all blocks
     pipe = pipeline_with(
         folder, dtype, [Loaded(own, scale=0.7), Loaded(other, scale=-0.4), Loaded(other, "transformer_2", -0.4)]
     )
@@ -157,6 +152,18 @@ def test_what_is_beside_the_factors_is_as_in_diffusers(mode: str, dtype: Dtype, 
     plain = merged(WanSpec.open(folder), "transformer", expected)
     changed = {name for name, one in expected.items() if not torch.equal(one, plain[name])}
     assert changed == {f"{module}.{leaf}" for module in made.factors for leaf in ("weight", "bias")} | head.keys()
+
+
+@pytest.mark.parametrize("how", FORMATS)
+def test_every_format_has_every_module(how: str, folder: Path, tmp_path: Path) -> None:
+    made = truth(folder, 3, biases=True, embedders=True, diffs=(*NORMS, *TABLES, "patch_embedding.weight"))
+    assert made.diffs is not None
+    spec = with_loras(folder, str(write(made, how, tmp_path / "lora.safetensors")))
+    deltas = adapters(spec, "transformer")["lora"].deltas
+    factors = {f"{module}.weight" for module in made.factors}
+    assert deltas.keys() == factors | {f"{module}.bias" for module in made.factors} | made.diffs.keys()
+    assert {name for name, delta in deltas.items() if delta.down and delta.up} == factors
+    assert {name for name, delta in deltas.items() if delta.diff} == deltas.keys() - factors
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -353,6 +360,17 @@ def test_a_difference_of_a_linear_layer_goes_beside_it(folder: Path, tmp_path: P
     with Engine(folder, loras=[f"high:{file}@0.6"], lora_mode="runtime", dtype="bfloat16", device="cpu") as engine:
         found = engine.submit(request).result(120).latents
     assert torch.equal(found, latents_of(pipeline_with(folder, "bfloat16", [Loaded(file, scale=0.6)], False), request))
+
+
+def test_a_request_with_an_image_embeds_time_with_its_loras(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of TI2V, where each token has a time of its own."""
+    folder = checkpoint(RandomConfig("ti2v", **SMALL))
+    file = write(truth(folder, 3, biases=True, embedders=True), "diffusers", tmp_path / "lora.safetensors")
+    request = asked("ti2v", 2, image=picture(70, 90, seed=1))
+    with Engine(folder, loras=[f"{file}@0.6"], lora_mode="runtime", device="cpu") as engine:
+        found = engine.submit(request).result(120).latents
+    expected = pipeline_with(folder, "float32", [Loaded(file, scale=0.6)], False, image=True)
+    assert torch.equal(found, latents_of(expected, request))
 
 
 @pytest.mark.parametrize(
