@@ -36,7 +36,7 @@ def options_of(plan: Plan, task: Task) -> str:
     words = ['"PROMPT"', *(["--image FILE"] if job.has_image else []), task.spec.model_options]
     words += [f"--height {job.height} --width {job.width} --num-frames {job.num_frames}"]
     words += [f"--num-inference-steps {job.steps} --guidance-scale {job.guidance_scale:g}"]
-    words += [f"--{name.replace('_', '-')} {value:g}" for name, value in job.own_settings.items()]
+    words += [f"--{name.replace('_', '-')} {value}".rstrip() for name, value in job.own_settings.items()]
     for name in texts_of(ParallelConfig):
         value = getattr(axes, name)
         if value != getattr(ParallelConfig, name) and (name in AXES or axes.pp > 1):  # one stage has nothing to split
