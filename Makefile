@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: video gpu test test-plans test-rules test-products test-soak lint types mini mini-ti2v mini-t2v mini-score setup clean
+.PHONY: video gpu test test-plans test-rules test-products test-soak test-chaos lint types mini mini-ti2v mini-t2v mini-score setup clean
 
 ## make a video with the model that ships, on two stages
 video: setup
@@ -40,6 +40,10 @@ test-products: setup
 ## ten thousand small requests: memory and descriptors stay as they are
 test-soak: setup
 	$(BIN)/pytest -m soak -s
+
+## faults at a hundred random moments, of which `test` runs ten: minutes
+test-chaos: setup
+	$(BIN)/pytest -m chaos
 
 lint: setup
 	$(BIN)/ruff check src training tests examples benchmarks

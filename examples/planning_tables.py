@@ -29,17 +29,22 @@ PUBLISHED = {
 """Seconds and GB on 1, 2 and 4 devices (github.com/vllm-project/vllm-omni/pull/2322)."""
 
 
-def task_of(model: str, devices: str, link: str, requests: int) -> Task:
+FEW_STEPS = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+"""The model whose requests of four steps are planned for, too."""
+
+
+def task_of(model: str, devices: str, link: str, requests: int, preset: str | None = None) -> Task:
     spec = KNOWN[model]
     height, width, frames = SIZES[spec.kind]
-    job = planned_job(spec, {"height": height, "width": width, "num_frames": frames})
+    fields = {"height": height, "width": width, "num_frames": frames, "preset": preset}
+    job = planned_job(spec, fields)
     return Task(spec, devices_of(devices), link_of(link), job, requests)
 
 
-def command(task: Task, devices: str) -> str:
+def command(task: Task, devices: str, more: str = "") -> str:
     job = task.job
     size = f"--height {job.height} --width {job.width} --num-frames {job.num_frames}"
-    return f"cineline plan {task.spec.model_options} --devices {devices} --link {task.link.name} {size}"
+    return f"cineline plan {task.spec.model_options} --devices {devices} --link {task.link.name} {size}{more}"
 
 
 def cards_tables() -> Iterator[str]:
@@ -58,8 +63,21 @@ def cards_tables() -> Iterator[str]:
         yield ""
 
 
-def cards_row(model: str, devices: str, link: str) -> str:
-    task = task_of(model, devices, link, 8)
+def preset_table() -> Iterator[str]:
+    """The same of one model with four steps and no guidance, as distilled models and LoRAs have them."""
+    yield "| devices | best plan | decode | in flight | GB at most | s for 8 | s alone | s a request | least GB |"
+    yield "|-|-|-|-|-|-|-|-|-|"
+    for card, link in CARDS.items():
+        for count in COUNTS:
+            yield cards_row(FEW_STEPS, f"{count}x{card}", link, "lightning")
+    yield ""
+    line = command(task_of(FEW_STEPS, "4xL40S", "pcie4", 8), "4xL40S", " --preset lightning")
+    yield f"Each row: `{line}` with its own devices and link."
+    yield ""
+
+
+def cards_row(model: str, devices: str, link: str, preset: str | None = None) -> str:
+    task = task_of(model, devices, link, 8, preset)
     name = f"{devices}, {link}" if len(task.devices) > 1 else devices
     try:
         found: Planning = plan(task)
@@ -92,7 +110,11 @@ def published_table() -> Iterator[str]:
 
 def tables() -> dict[str, str]:
     """By the names of their places in the page."""
-    return {"cards": "\n".join(cards_tables()), "published": "\n".join(published_table())}
+    return {
+        "cards": "\n".join(cards_tables()),
+        "preset": "\n".join(preset_table()),
+        "published": "\n".join(published_table()),
+    }
 
 
 def fill(page: str) -> str:

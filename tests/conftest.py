@@ -33,14 +33,16 @@ def commit() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Unless marks or tests are asked for, none of the soak is run and one of the products of axes: the commit says
-    which."""
+    """Unless marks or tests are asked for, none of the soak is run, one of the products of axes and a tenth of the
+    chaos: the commit says which."""
     if config.option.markexpr or any("::" in argument for argument in config.args):
         return
     products = [item for item in items if item.get_closest_marker("products")]
     if products:
         del products[commit() % len(products)]
-    left_out = [*products, *(item for item in items if item.get_closest_marker("soak"))]
+    chaos = [item for item in items if item.get_closest_marker("chaos")]
+    del chaos[commit() % 10 :: 10]
+    left_out = [*products, *chaos, *(item for item in items if item.get_closest_marker("soak"))]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 

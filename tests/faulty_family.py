@@ -8,7 +8,9 @@ import struct
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from toy_family import ToySpec, ToyStages, ToyState
 
@@ -55,6 +57,18 @@ def link_of_this_rank() -> EngineLink:
         assert frame.f_back is not None
         frame = frame.f_back
     return link
+
+
+@dataclass(frozen=True)
+class InexactSpec(ToySpec):
+    """A toy whose state has a number that no snapshot can hold."""
+
+    stages_class = "faulty_family:InexactStages"
+
+
+class InexactStages(ToyStages):
+    def export(self, state: ToyState) -> dict[str, Any]:
+        return {**super().export(state), "sigma": np.float32(0.1)}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,14 +31,14 @@ class InstantEngine:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def submit(self, request: VideoRequest) -> RequestHandle:
+    def submit(self, request: VideoRequest, outputs: Mapping[str, Path]) -> RequestHandle:
         job = self._spec.resolve(request, self._submitted)
         self._submitted += 1
-        ticket = Ticket(job)
+        ticket = Ticket(job, outputs=outputs)
         frames = np.full((job.num_frames, job.height, job.width, 3), 90, dtype=np.uint8)
         latents: Any = None  # torch takes seconds
         ticket.future.set_result(Video(latents, frames, job.fps))
-        return RequestHandle(ticket, lambda _: False)
+        return RequestHandle(ticket, lambda *_: False)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class LocalLine:
             incoming = {edge: channel for edge, channel in channels.items() if edge.target == rank}
             outgoing = {edge: channel for edge, channel in channels.items() if edge.source == rank}
             edges = Edges(incoming, outgoing)
-            ends = edges, HostQueue(), self._inboxes[rank], self._say, Pulse()
+            ends = edges, HostQueue(), self._inboxes[rank], self.reports.put, self._keep, Pulse()
             self.loops.append(StageLoop(family, part, *ends, snapshot_every=snapshot_every))
         self._threads = [threading.Thread(target=loop.run, daemon=True) for loop in self.loops]
         for thread in self._threads:
@@ -75,8 +75,8 @@ class LocalLine:
         """Of a request, by step: with split experts two ranks report, and the later one may come first."""
         return sorted((each for each in self.taken if each.request == number), key=lambda each: each.step)
 
-    def _say(self, message: Message | Callable[[], Message]) -> None:
-        self.reports.put(message() if callable(message) else message)
+    def _keep(self, request: int, make: Callable[[], Snapshot]) -> None:
+        self.reports.put(make())
 
     def _admit(self, job: Job) -> None:
         resumed = self._resumed.get(job.id)

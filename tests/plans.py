@@ -43,7 +43,7 @@ class Plan:
     @classmethod
     def drawn(cls, draw: random.Random) -> Plan:
         """Any division of up to five stages by any product of axes, up to five requests; some begin at a later step,
-        some are cancelled."""
+        some have no guidance by one expert or both, some are cancelled."""
         pp = draw.randint(1, 5)
         axes: dict[str, Any] = {"pp": pp, "cfg": draw.randint(1, 2), "vae_decode": draw.choice(WAYS)}
         axes |= {axis: draw.choice([1, 1, 1, 2]) for axis in ("ring", "ulysses", "tp")}
@@ -60,6 +60,8 @@ class Plan:
         ]
         high = tuple(draw.randint(0, one.steps) for one in jobs)
         for number, one in enumerate(jobs):
+            if one.branches == 2 and draw.random() < 0.4:
+                jobs[number] = one = replace(one, unguided=draw.choice([(0,), (1,), (0, 1)]))
             if draw.random() < 0.4:
                 step = draw.randrange(one.steps)
                 jobs[number] = replace(one, first_step=step, first_expert=int(step >= high[number]))

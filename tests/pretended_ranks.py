@@ -23,7 +23,7 @@ from pretended_faults import FAULTS
 from pretended_machine import MACHINE, Actor, host_memory, host_reads, labelled
 from torch import Tensor
 
-from cineline.core.control import Message, Snapshot
+from cineline.core.control import Snapshot
 from cineline.families import snapshot
 from cineline.rank import worker
 from cineline.rank.engine_link import EngineLink
@@ -232,14 +232,10 @@ def _keep_snapshots(every: int) -> list[Snapshot]:
     begin, write, kept = StageLoop.__init__, snapshot.write, list[Snapshot]()
 
     def begin_with_snapshots(self: StageLoop, *args: Any) -> None:
-        *before, report, pulse, record, _ = args
+        *before, _, pulse, record, _ = args
 
-        def keep(message: Message | Callable[[], Message]) -> None:
-            made = message() if callable(message) else message
-            if isinstance(made, Snapshot):
-                kept.append(made)
-            else:
-                report(made)
+        def keep(request: int, make: Callable[[], Snapshot]) -> None:
+            kept.append(make())
 
         begin(self, *before, keep, pulse, record, every)  # type: ignore[call-arg]  # all of them are there
 

@@ -195,7 +195,8 @@ class SymbolicRank:
 
     def finish(self, item: WorkItem) -> None:
         state, step = self.state, item.number
-        demand(set(state.predictions) == set(range(state.job.branches)), "predictions of", set(state.predictions))
+        branches = branches_of(state.job, state.experts[step])
+        demand(sorted(state.predictions) == branches, "predictions of", set(state.predictions))
         for branch, prediction in state.predictions.items():
             prediction.use(("prediction", step, branch))
         state.latents.use(("latents", step))
@@ -437,11 +438,17 @@ class SymbolicLine:
             groups = parallel.groups
             for step, expert in list(enumerate(self.plan.experts(one)))[one.first_step :]:
                 if place.pp in groups[expert if len(groups) == 2 else 0]:
-                    wanted |= {WorkItem(Kind.DENOISE, one.id, step, branch) for branch in branches}
+                    own = set(branches) & set(branches_of(one, expert))
+                    wanted |= {WorkItem(Kind.DENOISE, one.id, step, branch) for branch in own}
             if place == Place(pp=place.pp) and place.pp in rank.decoding:
                 wanted |= {WorkItem(Kind.DECODE, one.id, chunk) for chunk in range(one.chunks)}
         found = {item for item in rank.computed if item.request == one.id}
         demand(found == wanted, "rank", rank.number, "computed", found ^ wanted)
+
+
+def branches_of(one: Job, expert: int) -> list[Branch]:
+    """The forwards of a step."""
+    return [Branch.COND] if expert in one.unguided else list(Branch)[: one.branches]
 
 
 def route(parallel: ParallelConfig, expert: int) -> range:

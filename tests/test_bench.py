@@ -106,6 +106,18 @@ def test_schedule_prints_and_writes_its_runs(
     assert "1.50" in capsys.readouterr().out  # 2MP / (P + 1)
 
 
+def test_schedule_runs_waves_of_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "s.json"
+    sizes = ["--stage-ms", "5", "--hidden-mb", "0.1", "--steps", "4", "--branches", "1", "--runs", "1"]
+    bench(monkeypatch, "schedule", "--pp", "2", "--in-flight", "3", "--waves", "4", *sizes, "--json", str(file))
+    ((run,),) = json.loads(file.read_text())["runs"].values()
+    assert run["seconds"] >= 4 * 3 * 4 * 0.005  # each stage's, for 12 requests
+    share = float(capsys.readouterr().out.split("2.00 │")[1].split("(")[0])  # of the limit M P / max(M, P)
+    assert 0 < share <= 100
+
+
 def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
     folder = str(checkpoint(RandomConfig("t2v", seed=3)))
@@ -115,13 +127,25 @@ def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> Non
     assert (row["axes"], row["latents"], row["frames"], row["requests"], row["deviation"]) == ("pp=2", 3, 3, 3, 0.0)
 
 
+def small_requests(case: LineCase, count: int) -> list[VideoRequest]:
+    sizes = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": case.steps}
+    return [VideoRequest(prompt="x", seed=seed, decode=False, **sizes) for seed in range(count)]
+
+
+def test_recovery_times_snapshots_beside_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.json"
+    monkeypatch.setattr(LineCase, "requests", small_requests)
+    bench(monkeypatch, "recovery", "--in-flight", "2", "--steps", "3", "--runs", "2", "--json", str(file))
+    runs = json.loads(file.read_text())["runs"]
+    assert {name: len(own) for name, own in runs.items()} == {"none": 2, "in memory": 2, "on disk too": 2}
+    assert "throughput" in capsys.readouterr().out
+
+
 def test_line_times_all_arms_in_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def small_requests(case: LineCase, count: int) -> list[VideoRequest]:
-        sizes = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": case.steps}
-        return [VideoRequest(prompt="x", seed=seed, decode=False, **sizes) for seed in range(count)]
-
     file = tmp_path / "l.json"
     monkeypatch.setattr(LineCase, "requests", small_requests)
     bench(monkeypatch, "line", "--in-flight", "2", "--steps", "2", "--runs", "1", "--json", str(file))

@@ -33,7 +33,7 @@ LIMIT_S = 30.0
 
 
 def engine(stages: int = 2, **options: Any) -> Engine:
-    return Engine(FaultySpec(), ParallelConfig(pp=stages), device="cpu", **options)
+    return Engine(FaultySpec(), ParallelConfig(pp=stages), device="cpu", **{"restarts": 0} | options)
 
 
 def wait_until(true: Callable[[], bool], limit_s: float, what: str) -> None:
@@ -52,7 +52,7 @@ from cineline import Engine, ParallelConfig, VideoRequest
 from faulty_family import FaultySpec, HeavySpec
 made = []
 def make():
-    made.append(Engine(FaultySpec(), ParallelConfig(pp=2), device="cpu"))
+    made.append(Engine(FaultySpec(), ParallelConfig(pp=2), device="cpu", restarts=0))
 def main():
     thread = threading.Thread(target=make)  # which ends: ranks are the process's, not the thread's
     thread.start()
@@ -361,7 +361,7 @@ def test_what_the_engine_cannot_read_is_the_ranks_failure(garbage: str, stage: i
 def test_a_cancel_followed_by_close_keeps_trace_and_traffic(parallel: ParallelConfig, tmp_path: Path) -> None:
     for number in range(3):
         path = tmp_path / f"{number}.json"
-        line = Engine(FaultySpec(), parallel, device="cpu", trace=path)
+        line = Engine(FaultySpec(), parallel, device="cpu", trace=path, restarts=0)
         handles = [line.submit(request("slow", seed=seed, num_inference_steps=200)) for seed in range(3)]
         wait_until(lambda: handles[0].progress[0] > 1 + number, LIMIT_S, "some steps")  # noqa: B023
         for handle in handles:
@@ -426,7 +426,7 @@ def test_submits_and_cancels_for_ever_fill_no_queue(monkeypatch: pytest.MonkeyPa
 @pytest.mark.real_start
 def test_ranks_that_are_through_end_with_code_0_however_much_they_hold() -> None:
     for _ in range(2):
-        line = Engine(HeavySpec(), ParallelConfig(pp=2), device="cpu")
+        line = Engine(HeavySpec(), ParallelConfig(pp=2), device="cpu", restarts=0)
         assert_right(line.submit(request()), request())
         processes = [rank._process.process for rank in line._ranks._all]
         line.close()

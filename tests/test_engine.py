@@ -50,7 +50,7 @@ def request(prompt: str = "abc", **fields: object) -> VideoRequest:
 
 
 def engine(spec: ToySpec, stages: int, **options: Any) -> Engine:
-    return Engine(spec, ParallelConfig(pp=stages), device="cpu", **options)
+    return Engine(spec, ParallelConfig(pp=stages), device="cpu", **{"restarts": 0} | options)
 
 
 def assert_right(handle: RequestHandle, wanted: VideoRequest) -> None:

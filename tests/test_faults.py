@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast, get_args
 
 import psutil
 import pytest
 import torch
+from faulty_family import InexactSpec
 from oracle import Checkpoint, Oracle, assert_equal
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from toy_family import ToySpec, ToyStages
 from toy_reference import toy_reference
 
 from cineline import Engine, InvalidConfig, NotFinite, ParallelConfig, RankFailed, RequestHandle, VideoRequest
 from cineline.core.config import DeviceConfig
-from cineline.core.control import Done, Spoiled
+from cineline.core.control import Done, Spoiled, Unkept
 from cineline.core.faults import VARIABLE, Fault, Moment, planned
 from cineline.core.request import Branch, Group, Kind, WorkItem
 from cineline.engine import line as line_of_requests
+from cineline.engine.blueprint import Blueprint
 from cineline.engine.line import Line
 from cineline.engine.ranks import Ranks
+from cineline.engine.record import Record
 from cineline.errors import anew
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.shapes import WanKind
 from cineline.rank.faults import EXIT_CODE, with_faults
 from cineline.schedule.rule import Rule, scripts_of
 from cineline.schedule.words import Compute, Do, Keep, Send, Wait
@@ -53,7 +61,7 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 
 def engine(stages: int) -> Engine:
-    return Engine(ToySpec(), ParallelConfig(pp=stages), device="cpu")
+    return Engine(ToySpec(), ParallelConfig(pp=stages), device="cpu", restarts=0)
 
 
 def moments(stages: int, rank: int) -> Iterator[dict[str, Any]]:
@@ -336,11 +344,29 @@ def test_what_is_not_finite_in_wan_stays_in_its_request(
         assert_equal(right.result(2 * LIMIT_S), oracle.run(folder, "float32", wanted))
 
 
+@pytest.mark.parametrize(
+    ("kind", "axes"),
+    [("i2v", {"pp": 1}), ("i2v", {"pp": 2}), ("i2v", {"pp": 2, "expert_placement": "split"}), ("ti2v", {"pp": 2})],
+    ids=str,
+)
+def test_an_image_that_is_not_finite_is_told_as_encode(
+    kind: WanKind, axes: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint(RandomConfig(kind)), tmp_path / kind)
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(vae)
+    weights["quant_conv.bias"][0] = torch.nan
+    save_file(weights, vae, {"format": "pt"})
+    request = wan(0).model_copy(update={"image": Image.new("RGB", (64, 64))})
+    with Engine(folder, ParallelConfig(**axes), device="cpu") as line:
+        assert_named(line.submit(request), {"kind": "encode", "number": 0}, 0)
+
+
 def test_a_device_without_memory_fails_wan(plan: Plan, checkpoint: Checkpoint) -> None:
     plan({"do": "memory", "rank": 1, "at": "after", "kind": "decode"})
     words = r"use a smaller size or fewer frames, more stages, or fewer requests in flight \(request 0\)$"
     failed = pytest.raises(RankFailed, match=f"Rank 1 failed: cpu has no memory left in decode 0 .*: {words}")
-    with Engine(checkpoint(RandomConfig()), ParallelConfig(pp=2), device="cpu") as line, failed:
+    with Engine(checkpoint(RandomConfig()), ParallelConfig(pp=2), device="cpu", restarts=0) as line, failed:
         line.submit(wan(0)).result(2 * LIMIT_S)
 
 
@@ -372,12 +398,16 @@ class NoRanks:
         pass
 
 
+def line_without_ranks(stages: int) -> Line:
+    blueprint = Blueprint.draw(ToySpec(), ParallelConfig(pp=stages), DeviceConfig(), None, "local")
+    return Line(blueprint, cast(Ranks, NoRanks()), Record(None, blueprint.run))
+
+
 @pytest.mark.parametrize("word", ["none", "before", "behind"])
 def test_what_is_not_finite_is_answered_whoever_says_who_made_it(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(line_of_requests, "CULPRIT_LIMIT_S", 0.1)
-    parallel, ranks = ParallelConfig(pp=3), cast(Ranks, NoRanks())
-    line = Line(ToySpec(), parallel.filled(ToySpec().cut(parallel, DeviceConfig())), None, ranks, lambda job: None)
-    ticket, other = line.submit(REQUESTS[0], None), line.submit(REQUESTS[1], None)
+    line = line_without_ranks(3)
+    ticket, other = (line.submit(one, None, {}) for one in REQUESTS[:2])
     spoiled = Spoiled(WorkItem(Kind.DENOISE, 0, 2), 1)
     if word == "before":
         line.hear(spoiled)
@@ -392,6 +422,25 @@ def test_what_is_not_finite_is_answered_whoever_says_who_made_it(word: str, monk
     assert isinstance(error, NotFinite)
     assert (error.stage, error.number) == ((None, 3) if word == "none" else (1, 2))
     assert not other.future.done()
+
+
+def test_a_request_without_snapshots_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    line = line_without_ranks(1)
+    for number in (3, 4):
+        line.hear(Unkept(number, "no such state"))
+    words = "Request 3 has no new snapshot (no such state): if a rank is lost it begins at an older one, or anew."
+    assert caplog.messages == [words]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_request_without_snapshots_goes_on(stages: int, caplog: pytest.LogCaptureFixture) -> None:
+    with Engine(InexactSpec(), ParallelConfig(pp=stages), device="cpu") as line:
+        handles = [line.submit(wanted) for wanted in REQUESTS]
+        for handle, wanted in zip(handles, REQUESTS, strict=True):
+            assert_right(handle, wanted)
+    (words,) = caplog.messages
+    cause = "TypeError: state['sigma'] is of type numpy.float32: a snapshot holds tensors, Python's numbers, texts"
+    assert words.startswith(f"Request 0 has no new snapshot ({cause}")
 
 
 @pytest.fixture

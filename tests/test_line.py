@@ -20,7 +20,8 @@ SPEC = ToySpec()
 
 
 class SplitToyStages(ToyStages):
-    """The toy with two experts of the same blocks; a request's seed says how many steps are the first one's."""
+    """The toy with two experts of the same blocks; a request's seed says how many steps are the first one's. The steps
+    of the second have no second forward where the request skips it, whatever its scale."""
 
     def expert(self, state: ToyState, step: int) -> int:
         return int(step >= state.job.seed % (state.job.steps + 1))
@@ -66,6 +67,7 @@ requests = st.builds(
     num_frames=st.integers(1, 6),
     num_inference_steps=st.integers(1, 5),
     guidance_scale=st.sampled_from([1.0, 3.0]),
+    skip_guidance_at_one=st.booleans(),
     seed=st.integers(0, 2**40),
     decode=st.booleans(),
 )
@@ -86,8 +88,7 @@ def test_any_company_gives_the_bits_of_the_model_in_one_piece(
     cancels: dict[int, int],
     rendezvous: bool,
 ) -> None:
-    stages_class = SplitToyStages if parallel.expert_placement == "split" else ToyStages
-    line = LocalLine(SPEC, parallel, in_flight, rendezvous, stages_class)
+    line = LocalLine(SPEC, parallel, in_flight, rendezvous, SplitToyStages)
     results = line.run(wanted, {number: after for number, after in cancels.items() if number < len(wanted)})
     for number, (latents, frames) in results.items():
         expected_latents, expected_frames = toy_reference(SPEC, wanted[number])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -21,7 +21,7 @@ from toy_family import ToySpec, ToyStages, ToyState
 
 from cineline import ParallelConfig, VideoRequest
 from cineline.core.config import DeviceConfig, Place
-from cineline.core.control import Admit, Begun, Done, Message, Stop
+from cineline.core.control import Admit, Begun, Done, Message, Snapshot, Stop
 from cineline.core.request import Group, Job, WorkItem
 from cineline.families.pipeline_parallel import StagePart
 from cineline.rank.loop import StageLoop, _Request, _Turn
@@ -183,7 +183,8 @@ def run_loops(
         messages: list[Message] = [*map(Admit, jobs), *found.stream, Stop()]
         for message in messages:
             inbox.put(message)
-        loop = loop_class(family, part, Edges(incoming, outgoing), HostQueue(), inbox, partial(heard, log=log), Pulse())
+        ends = Edges(incoming, outgoing), HostQueue(), inbox, partial(heard, log=log), unasked, Pulse()
+        loop = loop_class(family, part, *ends)
         loop._requests = LoggedRequests(log)
         threads.append(threading.Thread(target=loop.run, daemon=True))
         logs.append(log)
@@ -200,6 +201,10 @@ def heard(word: Message, log: Log) -> None:
         log.append(("begun", word.group))
     elif isinstance(word, Done):
         log.append(("moves" if word.moves else "done", word.group))
+
+
+def unasked(request: int, make: Callable[[], Snapshot]) -> None:
+    raise AssertionError("a snapshot that nobody wants")
 
 
 def replayed(done: Sequence[Deed]) -> Log:

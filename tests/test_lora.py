@@ -6,6 +6,7 @@ import logging
 import pickle
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
@@ -380,12 +381,14 @@ def test_a_request_with_an_image_embeds_time_with_its_loras(checkpoint: Checkpoi
         ("high:x/a.safetensors@0.8", Lora(Path("x/a.safetensors"), 0.8, "high", "a")),
         ("style=low:owner/name/in.it@-1e-1", Lora(Path("owner/name/in.it"), -0.1, "low", "style")),
         ("owner/Wan2.2-Lightning", Lora(Path("owner/Wan2.2-Lightning"), 1.0, None, "Wan2.2-Lightning")),
-        ("./a=b.safetensors@1", Lora(Path("a=b.safetensors"), 1.0, None, "a=b")),
+        ("s=./a=b.safetensors@1", Lora(Path("a=b.safetensors"), 1.0, None, "s")),
         ("s=a@b.safetensors@2", Lora(Path("a@b.safetensors"), 2.0, None, "s")),
+        ("/in it/a (1).safetensors", Lora(Path("/in it/a (1).safetensors"), 1.0, None, "a (1)")),
     ],
 )
 def test_how_a_lora_is_written(text: str, lora: Lora) -> None:
     assert Lora.of(text) == lora
+    assert Lora.of(lora.text) == replace(lora, path=lora.path.absolute())
 
 
 def alone(**changes: torch.Tensor) -> State:

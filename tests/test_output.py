@@ -8,7 +8,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import av
@@ -23,7 +23,7 @@ from safetensors.torch import load
 from test_streams import file_limit
 from toy_family import ToySpec
 
-from cineline import CheckpointError, CinelineError, Engine, OutputError, RankFailed, RequestHandle, Video, VideoRequest
+from cineline import CheckpointError, CinelineError, OutputError, RankFailed, RequestHandle, Video, VideoRequest
 from cineline.cli.batch import Task, check_tasks
 from cineline.cli.generate import _run, _told
 from cineline.core.output import VIDEO_SUFFIXES, whole_file
@@ -179,7 +179,7 @@ def test_on_a_full_disk_each_file_is_whole_or_not_there(
     left = None if ticket._chunks or video is None else frames
     wanted = torch.randn(1, 10 * count)
     ticket.future.set_result(Video(wanted, left, 24))
-    sink = Sink(RequestHandle(ticket, lambda _: False), video, tensors)
+    sink = Sink(RequestHandle(ticket, lambda *_: False), video, tensors)
     there: list[Path] = []
     with file_limit(room):
         try:
@@ -214,7 +214,8 @@ def test_a_batch_goes_on_and_says_what_was_not_made(tmp_path_factory: Any, possi
         tasks.append(Task(VideoRequest(prompt="x", num_frames=1), path, None))
     out = io.StringIO()
     with contextlib.redirect_stdout(out), patch("cineline.cli.generate.POLL_S", 0.0):
-        unmade = _run(cast(Engine, InstantEngine(ToySpec())), tasks, True, console())
+        engine = InstantEngine(ToySpec())
+        unmade = _run([engine.submit(task.request, task.outputs) for task in tasks], True, console())
     made = [task.video for task, right in zip(tasks, possible, strict=True) if right]
     assert out.getvalue() == "".join(f"{path}\n" for path in made)
     assert sorted(path for path in folder.glob("*/*")) == sorted(path for path in made if path)

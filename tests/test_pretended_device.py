@@ -25,7 +25,8 @@ from pretended_ranks import BETWEEN, Pretence, Report, reports_in
 from cineline import Engine, NotFinite, ParallelConfig, RankFailed, RequestCancelled, Video, VideoRequest
 from cineline.core.config import DeviceConfig
 from cineline.core.faults import VARIABLE
-from cineline.engine import api, launch
+from cineline.core.request import Solver
+from cineline.engine import blueprint, launch
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
@@ -42,7 +43,7 @@ class Case:
     Attributes:
         axes: of `ParallelConfig`. options: of `Engine`. pretence: of `Pretence`.
         image: whether there is a first frame. guided: whether there are two branches.
-        stops: where they are not those of `STOPS`.
+        stops: where they are not those of `STOPS`. solver: of the requests, instead of the model's.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     guided: bool = True
     frames: int = 5
     stops: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    solver: Solver | None = None
 
     def requests(self, count: int = 2) -> list[VideoRequest]:
         side = 64 if self.kind == "ti2v" else 32
@@ -70,6 +72,7 @@ class Case:
                 guidance_scale=3 if self.guided else 1,
                 guidance_scale_2=None if self.kind == "ti2v" else 2 if self.guided else 1,
                 seed=seed,
+                solver=self.solver,
             )
             for seed in range(count)
         ]
@@ -112,6 +115,8 @@ CASES = [
     Case("snapshots", "ti2v", {"pp": 2}, pretence=SNAPSHOTS | REHEARSED),
     Case("snapshots of two lines", "ti2v", {"cfg": 2}, pretence=SNAPSHOTS | STAGED),
     Case("snapshots with split experts", "t2v", {"pp": 2, **SPLIT}, pretence=SNAPSHOTS),
+    # numbers for the device come with UniPC; here the noise
+    Case("noise by name", "ti2v", {"pp": 2}, stops={"FINISH": (1,)}, solver="lcm"),
     Case("staged branches", "i2v", {"pp": 2, "cfg": 2}, pretence=STAGED, image=True),
 ]
 
@@ -171,7 +176,7 @@ def pretending(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[...,
     def pretend(**options: Any) -> Pretence:
         pretence = Pretence(tmp_path, **options)
         monkeypatch.setattr(launch, "start_ranks", pretended_ranks.starter(pretence))
-        monkeypatch.setattr(api, "_check_devices", lambda parallel, config: None)
+        monkeypatch.setattr(blueprint, "_check_devices", lambda parallel, config: None)
         return pretence
 
     return pretend

@@ -4,12 +4,9 @@ never interrupted."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import islice
-from multiprocessing import Pipe, get_context
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -25,14 +22,13 @@ from toy_family import ToySpec
 from toy_reference import toy_reference
 
 from cineline import ParallelConfig, VideoRequest
-from cineline.core.control import Beat, Done, Failed, Message, Snapshot, Timeline, receive
-from cineline.core.request import Group, Kind
+from cineline.core.control import Snapshot
+from cineline.core.request import Kind
 from cineline.families import snapshot
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import SOLVERS, WanSpec
 from cineline.families.wan.stages import WanStages
-from cineline.rank.engine_link import EngineLink
 
 Results = Mapping[int, tuple[torch.Tensor, np.ndarray | None]]
 
@@ -177,26 +173,28 @@ def test_a_state_survives_its_file() -> None:
     assert "__metadata__" in json.loads(content[8 : 8 + length])
 
 
-def _rank(connection: Connection) -> None:
-    def fails() -> Message:
-        raise ValueError("no such state")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sigma": np.float32(0.1)}, "state['sigma'] is of type numpy.float32: a snapshot holds tensors, Python's"),
+        ({"solver": [0, {"order": np.int64(2)}]}, "state['solver'][1]['order'] is of type numpy.int64: "),
+        ({"yes": np.bool_(True)}, "state['yes'] is of type numpy.bool"),
+        ({"sigmas": np.zeros(2)}, "state['sigmas'] is of type numpy.ndarray: "),
+        ({"pair": (1, 2)}, "state['pair'] is of type builtins.tuple: "),
+        ({"dtype": torch.float32}, "state['dtype'] is of type torch.dtype: "),
+        ({"noise": torch.Generator()}, "state['noise'] is of type torch._C.Generator: "),
+        ({"caches": {3: None}}, "The key 3 of state['caches'] is of type builtins.int: a snapshot's are texts."),
+        ({"caches": {"tensor": "0"}}, "The only key of state['caches'] is 'tensor', by which a snapshot finds its"),
+    ],
+)
+def test_what_would_not_come_back_is_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError) as refused:
+        snapshot.write({"latents": torch.zeros(2), **given})
+    assert str(refused.value).startswith(words)
 
-    link = EngineLink(connection)
-    link.say(lambda: Snapshot(0, 1, 0, b"state"))
-    link.say(Done(Group(Kind.DENOISE, 0)))
-    link.say(fails)
-    link.leave(Timeline((), {}))
 
-
-def test_what_takes_time_to_make_is_said_in_order() -> None:
-    ours, theirs = Pipe()
-    rank = get_context("fork").Process(target=_rank, args=(theirs,), daemon=True)
-    rank.start()
-    theirs.close()
-    said = (message for message in iter(partial(receive, ours), None) if not isinstance(message, Beat))
-    assert list(islice(said, 3)) == [
-        Snapshot(0, 1, 0, b"state"),
-        Done(Group(Kind.DENOISE, 0)),
-        Failed("ValueError: no such state"),
-    ]
-    rank.kill()
+def test_numbers_come_back_to_the_bit() -> None:
+    numbers = {"tenth": 0.1, "least": 5e-324, "less": -0.0, "none": math.nan, "all": -math.inf, "large": 2**70}
+    found = snapshot.read(snapshot.write(numbers | {"generator": torch.Generator().manual_seed(7).get_state()}))
+    assert torch.equal(found.pop("generator"), torch.Generator().manual_seed(7).get_state())
+    assert repr(found) == repr(numbers)

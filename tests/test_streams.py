@@ -236,7 +236,7 @@ def test_ranks_of_a_process_without_streams_start_and_say_why_they_fail(tmp_path
         from faulty_family import FaultySpec
         streams.secure()
         request = VideoRequest(prompt="raise 1 2", num_inference_steps=6, guidance_scale=3.0)
-        with Engine(FaultySpec(), ParallelConfig(pp=2), device="cpu") as engine:
+        with Engine(FaultySpec(), ParallelConfig(pp=2), device="cpu", restarts=0) as engine:
             try:
                 engine.submit(request).result(30)
             except CinelineError as error:

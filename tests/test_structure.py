@@ -98,6 +98,7 @@ def test_the_public_names() -> None:
         "InvalidRequest",
         "ModelFiles",
         "NotFinite",
+        "OutOfMemory",
         "OutputError",
         "ParallelConfig",
         "RankFailed",

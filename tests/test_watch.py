@@ -19,7 +19,8 @@ from toy_family import ToySpec
 from cineline import InvalidConfig, RankFailed, VideoRequest
 from cineline.core import control
 from cineline.core.control import Beat
-from cineline.core.request import Kind, WorkItem
+from cineline.core.pieces import PIECE, cut
+from cineline.core.request import Group, Kind, WorkItem
 from cineline.core.sockets import IDLE_S, UNANSWERED_S, notice_loss
 from cineline.engine.launch import accept
 from cineline.engine.link import MOST_UNSENT, Link
@@ -192,6 +193,24 @@ def test_what_cannot_be_read_is_a_failure_with_the_cause(body: bytes) -> None:
     assert isinstance(failed, control.Failed)
     assert failed.cause.startswith("what it said cannot be read (")
     assert link.beat == Beat("x")
+    link.close()
+    theirs.close()
+
+
+def test_a_snapshot_comes_whole_whatever_is_said_between_its_pieces() -> None:
+    link, theirs, said = linked()
+    taken = control.Snapshot(0, 2, 1, bytes(range(256)) * (PIECE // 100))
+    done, begun = control.Done(Group(Kind.DENOISE, 0)), control.Begun(Group(Kind.DENOISE, 0))
+    first, second, third = cut(taken)
+    for message in (first, Beat("x"), done, second, third, begun):
+        theirs.send_bytes(control.pack(message))
+    assert [said.get(timeout=LIMIT_S) for _ in range(3)] == [done, taken, begun]
+    assert link.beat == Beat("x")
+    for message in (first, third):
+        theirs.send_bytes(control.pack(message))
+    failed = said.get(timeout=LIMIT_S)
+    assert isinstance(failed, control.Failed)
+    assert failed.cause.startswith("what it said cannot be read (byte 2097152 of request 0's step 2 comes behind")
     link.close()
     theirs.close()
 

@@ -35,7 +35,7 @@ class ToySpec:
         given = request.model_dump(include={"prompt", "negative_prompt", "seed"})
         given |= dict.fromkeys(("height", "width", "fps"), 1) | dict.fromkeys(("branches", "texts"), 1 + (scale > 1))
         given |= {"num_frames": frames, "chunks": frames * request.decode, "steps": steps, "guidance_scale": scale}
-        return Job(id=number, has_image=False, **given)
+        return Job(id=number, has_image=False, unguided=(1,) * request.skip_guidance_at_one, **given)
 
 
 @dataclass

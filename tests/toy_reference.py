@@ -26,7 +26,9 @@ def toy_reference(spec: ToySpec, request: VideoRequest) -> tuple[torch.Tensor, n
             return hidden
 
         cond = forward(job.prompt)
-        uncond = forward(job.negative_prompt) if job.branches == 2 else cond
+        second = step >= job.seed % (job.steps + 1)  # the second expert's, where there are two
+        alone = job.branches == 1 or (second and request.skip_guidance_at_one)
+        uncond = cond if alone else forward(job.negative_prompt)
         prediction = uncond + job.guidance_scale * (cond - uncond)
         latents, before = step_of(latents, prediction, before), prediction
     frames = torch.cat([decode(pixel) for pixel in latents]).numpy() if job.chunks else None

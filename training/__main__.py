@@ -57,7 +57,8 @@ def score(
         check_output(sheet, (".png",))
     if prompts > HELD_OUT:
         raise InvalidConfig(f"prompts={prompts} is more than the {HELD_OUT} held-out scenes: use less.")
-    from cineline.engine.api import Engine, default_device
+    from cineline.engine.api import Engine
+    from cineline.engine.blueprint import default_device
     from training.score import as_json, contact_sheet, rows, show
 
     device = device or default_device()

@@ -7,6 +7,7 @@ CinelineError
 ├── OutputError         a result cannot be written where it was asked for
 ├── MissingLibrary      a library that only some commands need is not installed
 ├── RankFailed          a rank raised or died; `rank`, `cause` and `request` say which, why and in whose item
+│   └── OutOfMemory     its device, or the host, had no memory left
 ├── EdgeBroken          inside a rank: a neighbour is gone; the engine looks for the one that failed
 ├── NotFinite           a stage made NaN or infinity of a request; `stage`, `kind` and `number` say where
 ├── RequestCancelled    the request was cancelled before it was done
@@ -94,6 +95,10 @@ class RankFailed(CinelineError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[RankFailed], tuple[int, str, int | None]]:
         return type(self), (self.rank, self.cause, self.request)
+
+
+class OutOfMemory(RankFailed):
+    """A rank's device, or its host, had no memory left for the request's item. The request fails; the others go on."""
 
 
 class EdgeBroken(CinelineError, RuntimeError):

@@ -32,6 +32,7 @@ class ScheduleCase:
         branches: forwards a step, 2 with guidance and 1 without.
         rounds: runs of each arm.
         high_steps: steps of the first expert, which has stages of its own then; 0 for one expert.
+        waves: times M requests that are submitted at once.
     """
 
     stages: int
@@ -42,10 +43,11 @@ class ScheduleCase:
     branches: int
     rounds: int
     high_steps: int = 0
+    waves: int = 1
 
     def one_stage_s(self, count: int) -> float:
-        """Seconds that one device would sleep for `count` requests."""
-        return count * self.steps * self.branches * self.stages * self.stage_s
+        """Seconds that one device would sleep for the requests of a run with `count` in flight."""
+        return self.waves * count * self.steps * self.branches * self.stages * self.stage_s
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -77,7 +79,7 @@ def time_schedule(case: ScheduleCase, tell: Callable[[str], None]) -> dict[int, 
             engine = Engine(spec, case.parallel, device="cpu", in_flight=None if case.high_steps else count)
             stack.enter_context(engine)
             time_requests(engine, [request.model_copy(update={"num_inference_steps": 1})])
-            arms[f"M={count}"] = partial(time_requests, engine, [request] * count)
+            arms[f"M={count}"] = partial(time_requests, engine, [request] * count * case.waves)
         runs = interleave(arms, case.rounds, tell)
     return {count: runs[f"M={count}"] for count in case.in_flight}
 

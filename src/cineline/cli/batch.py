@@ -26,6 +26,17 @@ class Task:
     video: Path | None
     latents: Path | None
 
+    @property
+    def outputs(self) -> dict[str, Path]:
+        """The files, by what they are."""
+        files = {"video": self.video, "latents": self.latents}
+        return {what: path for what, path in files.items() if path is not None}
+
+    @property
+    def absolute(self) -> set[Path]:
+        """The files, wherever the command is run."""
+        return {path.absolute() for path in self.outputs.values()}
+
 
 @dataclass(frozen=True)
 class Outputs:

@@ -1,4 +1,4 @@
-"""`cineline bench line | schedule | exact`."""
+"""`cineline bench line | schedule | recovery | exact`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,9 @@ def schedule(
     hidden_mb: Annotated[float, typer.Option(help="Hidden states that travel, in 10^6 bytes.", min=0.001)] = 3.0,
     steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 40,
     branches: Annotated[int, typer.Option(help="Forwards a step: 2 with guidance, 1 without.", min=1, max=2)] = 2,
+    waves: Annotated[
+        int, typer.Option(help="Times M requests submitted at once, of which M are in flight.", min=1)
+    ] = 1,
     high_steps: Annotated[
         int, typer.Option(help="Steps of a first expert with stages of its own; 0 for one expert.", min=0)
     ] = 0,
@@ -70,6 +73,10 @@ def schedule(
     json: Json = None,
 ) -> None:
     """The real engine with sleeping stages, beside the formula 2MP / max(2M, P+1).
+
+    Without guidance that is MP / max(M, P). Models of 4 steps: --steps 4
+    --branches 1 --in-flight 5 --waves 10 (one wave of so few steps is hardly
+    more than the line's fill).
 
     With split experts (--high-steps) M requests are submitted at once, and as many are in flight as by default.
     """
@@ -83,13 +90,42 @@ def schedule(
     from cineline.bench.report import machine, report
     from cineline.bench.schedule import COLUMNS, ScheduleCase, rows, time_schedule
 
-    case = ScheduleCase(pp, counts, stage_ms / 1000, round(hidden_mb * 1e6), steps, branches, runs, high_steps)
+    case = ScheduleCase(pp, counts, stage_ms / 1000, round(hidden_mb * 1e6), steps, branches, runs, high_steps, waves)
     results = time_schedule(case, teller())
     report(
         f"Stages that sleep {stage_ms:g} ms, {hidden_mb:g} MB, {steps} steps, fill included, {runs} runs",
         COLUMNS,
         rows(case, results),
         {"machine": machine("cpu"), "case": asdict(case), "runs": plain(results)},
+        json,
+    )
+
+
+@app.command()
+@spread
+def recovery(
+    *,
+    arm: Annotated[str, typer.Option(help="How the model is divided, such as pp=2 or pp=2,cfg=2.")] = "pp=2",
+    in_flight: Annotated[int, typer.Option(help="Requests at once.", min=1)] = 3,
+    snapshot_every: Annotated[int, typer.Option(help="Solver steps from one snapshot to the next.", min=1)] = 1,
+    steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 8,
+    runs: Runs = 8,
+    devices: Devices,
+    json: Json = None,
+) -> None:
+    """What snapshots cost: 8 blocks of width 512 at 1,536 tokens, without them, with them, and on disk."""
+    from cineline.bench.measure import plain
+    from cineline.bench.recovery import COLUMNS, RecoveryCase, rows, time_recovery
+    from cineline.bench.report import machine, report
+
+    config = DeviceConfig(**devices, pin_cores=devices["device"] == "cpu")
+    case = RecoveryCase(axes_of("arm", arm), in_flight, snapshot_every, steps, runs)
+    results = time_recovery(case, config, teller())
+    report(
+        f"A snapshot every {snapshot_every} steps, {arm}, M={in_flight}, {config.dtype}, {runs} runs: median (range)",
+        COLUMNS,
+        rows(case, results),
+        {"machine": machine(config.device), "case": asdict(case), "runs": plain(results)},
         json,
     )
 

@@ -15,15 +15,19 @@ import typer
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
 from cineline.cli.options import Fields, Given, one_of, spread
 from cineline.cli.progress import RequestProgress, make_view
+from cineline.cli.resume import Order, is_begun, refuse_beside_resume, store, tell_how_to_resume
 from cineline.core.config import AXES, DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
+from cineline.core.recovery import Recovery
 from cineline.core.request import Job, VideoRequest
 from cineline.core.streams import console
-from cineline.engine.api import Engine, default_device
+from cineline.engine.api import Engine
+from cineline.engine.blueprint import default_device
+from cineline.engine.folder import entries_in
 from cineline.engine.handle import RequestHandle
-from cineline.engine.hub import MINIS, missing_weights, open_model
+from cineline.engine.hub import MINIS, fetch_weights, missing_weights, open_model
 from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
 from cineline.engine.lora import add_loras
 from cineline.engine.sink import Sink
@@ -39,8 +43,10 @@ NAMED = 5
 """Files that an error names at most, of those that are not there."""
 
 _REQUEST, _PARALLEL, _RUN, _FILES = "The request", "The line", "The run", "Files of the model"
-_OF_THE_MODEL = {"negative_prompt": "", "seed": "0"}
+_OF_THE_MODEL = {"negative_prompt": "", "seed": "0", "skip_guidance_at_one": ""}
 """What a checkpoint may have a default for, which an option that is not there must not hide."""
+
+_UNLESS_TORCHRUN = {"restarts": "3, under torchrun 0"}
 
 _CHOSEN = {"device": "cuda where there is one", "dtype": "float32 on the CPU", "text_encoder": ""}
 """What the engine chooses; the last one's text begins with its default."""
@@ -72,12 +78,16 @@ def generate(
     save_latents: Annotated[
         Path | None, _option(_RUN, "Latents' .safetensors file (with --requests a folder); alone, no video is made.")
     ] = None,
-    line: Annotated[Given, Fields(ParallelConfig, panel=_PARALLEL, unset={"pp": "1, or torchrun's world"})],
+    line: Annotated[Given, Fields(ParallelConfig, panel=_PARALLEL, unset={"pp": "1, or torchrun's world"}, given=True)],
     in_flight: Annotated[int | None, _option(_PARALLEL, "Requests that denoise at once; fills the line.")] = None,
-    devices: Annotated[Given, Fields(DeviceConfig, panel=_PARALLEL, unset=_CHOSEN)],
+    devices: Annotated[Given, Fields(DeviceConfig, panel=_PARALLEL, unset=_CHOSEN, given=True)],
     launcher: Annotated[str | None, _option(_PARALLEL, "local or torchrun; torchrun inside its world.")] = None,
     quiet: Annotated[bool, _option(_RUN, "No progress, no settings.", "--quiet")] = False,
     trace: Annotated[Path | None, _option(_RUN, "Write a timeline for ui.perfetto.dev, .json.")] = None,
+    recovery: Annotated[Given, Fields(Recovery, panel=_RUN, unset=_UNLESS_TORCHRUN)],
+    resume: Annotated[
+        Path | None, _option(_RUN, "Go on with what a --snapshot-dir has; model, requests and outputs come from there.")
+    ] = None,
 ) -> None:
     """Generate a video from a prompt, or many from a file of requests.
 
@@ -87,35 +97,60 @@ def generate(
     background of another of these colours. Other words do no harm.
     """
     launch = _launcher(launcher)
-    parallel = ParallelConfig(**{"pp": _stages(line, launch), **line})
     screen = console(stderr=True)
+    order = Order(model, variant, files, line, devices, in_flight, lora or [], lora_mode)
+    outputs = Outputs(output, output_dir, save_latents)
+    if resume is not None:
+        refuse_beside_resume(prompt, requests, fields, outputs, recovery)
+        recovery["snapshot_dir"] = resume
+        order = order.resumed(resume)
+    parallel = ParallelConfig(**{"pp": _stages(order.line, launch), **order.line})
     if launch == "torchrun" and torchrun_rank() != 0:
-        config = DeviceConfig(**{"device": default_device(), **devices})
+        config = DeviceConfig(**{"device": default_device(), **order.devices})
         sys.exit(serve_torchrun_rank(config.rank_environment(torchrun_world()[1])))
 
-    tasks = _tasks(prompt, requests, fields, Outputs(output, output_dir, save_latents))
+    tasks = [] if resume is not None else _tasks(prompt, requests, fields, outputs)
+    if resume is not None and not entries_in(resume):
+        screen.print(f"{resume} has no request that is not done.", highlight=False, soft_wrap=True)
+        return
     if trace is not None:
         check_output(trace, (".json",))
     if quiet:
         os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
-    loras = lora or []
-    spec = add_loras(open_model(model, variant, ModelFiles(**files)), loras, one_of("lora_mode", lora_mode, LoraMode))
+    spec = open_model(order.model, order.variant, ModelFiles(**order.files))
+    spec = add_loras(spec, order.loras, one_of("lora_mode", order.lora_mode, LoraMode))
     check_tasks(spec, tasks, requests)
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
+    folder = recovery.get("snapshot_dir")
+    again = is_begun(folder, tasks, launch)
     _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
-        screen.print(f"Loading {_name_of(model, files, loras)} on {ranks}", highlight=False, soft_wrap=True)
+        name = _name_of(order.model, order.files, order.loras)
+        screen.print(f"Loading {name} on {ranks}", highlight=False, soft_wrap=True)
 
+    if folder is not None and resume is None and not again:
+        fetch_weights(spec)  # which takes long, and what is kept then cannot be resumed
+        store(folder, spec, tasks)
+    options = {**order.devices, **recovery, "in_flight": order.in_flight, "trace": trace, "launcher": launch}
     unmade: dict[Path, CinelineError] = {}
     try:
-        with Engine(spec, parallel, **devices, in_flight=in_flight, trace=trace, launcher=launch) as engine:
-            unmade = _run(engine, tasks, quiet, screen)
+        with Engine(spec, parallel, **options) as engine:
+            handles = [] if folder is None else engine.resume(folder)
+            kept = {path for handle in handles for path in handle.outputs.values()}
+            others = [task for task in tasks if not kept.issuperset(task.absolute)]
+            unmade |= _lacking(others) if again else {}
+            handles += [] if again else _submit(engine, others, unmade)
+            unmade |= _run(handles, quiet, screen)
     except OutputError as error:
         if trace is None or not unmade:
             raise
         unmade[trace] = error
+    except (KeyboardInterrupt, SystemExit):
+        tell_how_to_resume(folder, screen)
+        raise
     if unmade:
+        tell_how_to_resume(folder, screen)
         raise _told(unmade)
 
 
@@ -154,21 +189,39 @@ def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Ou
     return tasks_of_file(requests, fields, outputs)
 
 
-def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, screen: Console) -> dict[Path, CinelineError]:
-    """Submit all, write each result as it comes; the files that could not be made, after the others are done."""
+def _lacking(tasks: Sequence[Task]) -> dict[Path, CinelineError]:
+    """Files of tasks that were done with before torchrun started the world anew, and are not there."""
+    error = OutputError("A request failed before torchrun's restart, and is not made again: see what was said then.")
+    return {path: error for task in tasks for path in task.outputs.values() if not path.exists()}
+
+
+def _submit(engine: Engine, tasks: Sequence[Task], unmade: dict[Path, CinelineError]) -> list[RequestHandle]:
+    """Those that the engine takes; why it does not take the others goes to `unmade`."""
+    handles = []
+    for task in tasks:
+        try:
+            handles.append(engine.submit(task.request, task.outputs))
+        except InvalidRequest as error:
+            unmade |= dict.fromkeys(task.outputs.values(), error)
+    return handles
+
+
+def _run(handles: list[RequestHandle], quiet: bool, screen: Console) -> dict[Path, CinelineError]:
+    """Write each result as it comes; the files that could not be made, after the others are done."""
     unmade: dict[Path, CinelineError] = {}
-    tasks, handles = _submit(engine, tasks, unmade)
-    labels = [(task.video or task.latents or Path()).name for task in tasks]
+    labels = [next(iter(handle.outputs.values()), Path()).name for handle in handles]
     if not quiet:
         for label, handle in zip(labels, handles, strict=True):
-            screen.print(f"{label}: {_describe(handle.job)}", highlight=False, soft_wrap=True)
+            step = handle.progress[0]
+            where = f", goes on at step {step}" if step else ""
+            screen.print(f"{label}: {_describe(handle.job)}{where}", highlight=False, soft_wrap=True)
     view = make_view(labels, quiet, screen)
     states = [RequestProgress.of(handle) for handle in handles]
     sinks = {
-        number: Sink(handle, task.video, task.latents)
-        for number, (task, handle) in enumerate(zip(tasks, handles, strict=True))
+        number: Sink(handle, handle.outputs.get("video"), handle.outputs.get("latents"))
+        for number, handle in enumerate(handles)
     }
-    del handles  # a sink that is done goes, and its video with it: that is large
+    handles.clear()  # a sink that is done goes, and its video with it: that is large
     try:
         while sinks:
             time.sleep(POLL_S)
@@ -178,11 +231,12 @@ def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, screen: Console) ->
                     _write(sink, states[number].done)
                 except CinelineError as error:
                     sink.give_up(error)
-                    sink.handle.cancel()  # nobody waits for it any more
+                    sink.handle.park()  # nobody waits for it any more
                     unmade |= dict.fromkeys(sink.missing, error.with_traceback(None))  # which would hold the video
                 else:
                     if not states[number].done:
                         continue
+                    sink.handle.delivered()
                 del sinks[number]
             view.update(states)
     finally:
@@ -190,20 +244,6 @@ def _run(engine: Engine, tasks: Sequence[Task], quiet: bool, screen: Console) ->
             sink.give_up(KeyboardInterrupt())
         view.close()
     return unmade
-
-
-def _submit(
-    engine: Engine, tasks: Sequence[Task], unmade: dict[Path, CinelineError]
-) -> tuple[list[Task], list[RequestHandle]]:
-    """Those that the engine takes; why it does not take the others goes to `unmade`."""
-    taken, handles = [], []
-    for task in tasks:
-        try:
-            handles.append(engine.submit(task.request))
-            taken.append(task)
-        except InvalidRequest as error:
-            unmade |= dict.fromkeys((path for path in (task.latents, task.video) if path is not None), error)
-    return taken, handles
 
 
 def _write(sink: Sink, done: bool) -> None:
@@ -232,7 +272,7 @@ def _describe(job: Job) -> str:
 
 def _stages(line: Given, launcher: Launcher) -> int:
     """What the other axes leave of torchrun's world."""
-    others = math.prod(line[axis] for axis in AXES if axis != "pp")
+    others = math.prod(line.get(axis, 1) for axis in AXES if axis != "pp")
     return torchrun_world()[0] // others or 1 if launcher == "torchrun" and others > 0 else 1
 
 

@@ -43,12 +43,14 @@ class Fields:
         names: which; all that have a text where none is named.
         panel: of --help, where a text ends with the default.
         unset: fields that are left out of what is given unless their options are there, with what then holds.
+        given: leave them all out so.
     """
 
     owner: type
     names: Sequence[str] = ()
     panel: str | None = None
     unset: Mapping[str, str] = field(default_factory=dict)
+    given: bool = False
 
     def options(self) -> list[inspect.Parameter]:
         """As parameters that typer makes options of."""
@@ -62,7 +64,7 @@ class Fields:
         if self.panel and default is not None and kind is not bool:
             held = str(default)
         option = typer.Option(
-            default,
+            None if self.given else default,
             f"--{name.replace('_', '-')}",  # named, so that a bool has no --no- beside it
             help=f"{text}; {held}." if held else f"{text}.",
             rich_help_panel=self.panel,

@@ -32,7 +32,8 @@ from cineline.schedule.timeline import PICTURE_SUFFIXES, draw_timeline
 FILE_WIDTH = 150
 """Columns of what is printed where there is no terminal."""
 
-_FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+_FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "preset")
+_UNSET = {name: "" if name == "preset" else "the model's default" for name in _FIELDS}
 
 
 @spread
@@ -44,7 +45,7 @@ def plan(
     ] = None,
     files: Annotated[Given, Fields(ModelFiles)],
     link: Annotated[str, typer.Option(help="pcie4, pcie5, nvlink3 to 5, ethernet10, 25, 100 or 400.")] = "pcie4",
-    fields: Annotated[Given, Fields(VideoRequest, _FIELDS, unset=dict.fromkeys(_FIELDS, "the model's default"))],
+    fields: Annotated[Given, Fields(VideoRequest, _FIELDS, unset=_UNSET)],
     requests: Annotated[int, typer.Option(help="How many such requests wait at once.", min=1)] = Task.requests,
     settings: Annotated[Given, Fields(Task)],
     json: Json = None,

@@ -22,7 +22,7 @@ class RequestProgress:
 
     Attributes:
         steps, of_steps, chunks, of_chunks: solver steps and decode chunks done, and of how many.
-        done: finished, failed or cancelled.
+        done: finished, failed or cancelled. restarts: of the ranks, since it was submitted.
     """
 
     steps: int
@@ -30,12 +30,13 @@ class RequestProgress:
     chunks: int
     of_chunks: int
     done: bool
+    restarts: int = 0
 
     @classmethod
     def of(cls, handle: RequestHandle) -> RequestProgress:
         """A handle's, now; `done` is read first, so that a finished one shows all it has done."""
         done = handle.done
-        return cls(*handle.progress, *handle.decoded, done)
+        return cls(*handle.progress, *handle.decoded, done, handle.restarts)
 
     @property
     def count(self) -> tuple[int, int]:
@@ -47,9 +48,11 @@ class RequestProgress:
         """In words."""
         if self.done:
             return "done"
+        times = "once" if self.restarts == 1 else f"{self.restarts} times"
+        restarted = f", ranks restarted {times}" if self.restarts else ""
         if self.steps == self.of_steps:
-            return "decode"
-        return f"step {self.steps}/{self.of_steps}" if self.steps else "waiting"
+            return f"decode{restarted}"
+        return f"step {self.steps}/{self.of_steps}{restarted}" if self.steps else f"waiting{restarted}"
 
 
 class View(Protocol):

@@ -119,9 +119,10 @@ class Spoiled:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The rank that answers to engine, before the `Done` of a step: the request can begin again from here, on any
-    division of the model. With split experts two ranks report, and the later step's may come first; or after the last
-    `Done`.
+    """The rank that answers to engine, in `Piece`s: the request can begin again here, on any division of the model.
+
+    Any `Done` may come before it, the request's last one too; a newer one takes the place of one that waits, which is
+    never said then. With split experts two ranks report, and the later step's may come first.
 
     Attributes:
         request: the job's id.
@@ -133,6 +134,31 @@ class Snapshot:
     step: int
     expert: int
     state: bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a `Snapshot`; other messages may come between two of them, other snapshots' pieces may not.
+
+    Attributes:
+        at: bytes of the state before this piece. of: of the whole state.
+        content: its bytes from there.
+    """
+
+    request: int
+    step: int
+    expert: int
+    at: int
+    of: int
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Unkept:
+    """Rank to engine, once a request: no snapshots of it can be made, and none will follow."""
+
+    request: int
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -159,12 +185,13 @@ class Failed:
     The engine also makes one of the end of a rank's connection.
 
     Attributes:
-        request: the one whose turn it was, where that is known.
+        request: the one whose turn it was, where that is known. out_of_memory: for want of it.
     """
 
     cause: str
     error: CinelineError | None = None
     request: int | None = None
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,11 +208,29 @@ class Stop:
 
 
 Message = (
-    Setup | StoreOpen | Ready | Admit | Group | Begun | Done | Spoiled | Snapshot | Beat | Failed | Timeline | Stop
+    Setup
+    | StoreOpen
+    | Ready
+    | Admit
+    | Group
+    | Begun
+    | Done
+    | Spoiled
+    | Snapshot
+    | Piece
+    | Unkept
+    | Beat
+    | Failed
+    | Timeline
+    | Stop
 )
 
-Say = Callable[[Message | Callable[[], Message]], None]
-"""Has a message sent; one that takes time to make is made just before, on the sender's thread."""
+Say = Callable[[Message], None]
+"""Has a message sent."""
+
+KeepSnapshot = Callable[[int, Callable[[], Snapshot]], None]
+"""Has a request's snapshot sent when nothing else is to be; it is made then, on the sender's thread, unless a newer one
+has come."""
 
 _GROUP, _PICKLE = b"g", b"p"
 

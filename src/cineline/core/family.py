@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
 from cineline.core.costs import Costs, LineCosts
 from cineline.core.hardware import Device, Link
+from cineline.core.lora import Lora, LoraMode
 from cineline.core.request import Job, VideoRequest
 from cineline.errors import InvalidConfig
 
@@ -56,6 +57,7 @@ class StoredFamily(FamilySpec, Protocol):
         folder: the checkpoint's; it names the model.
         variant: of its weights, such as fp16; None for the plain ones.
         files: by component, the file that its weights come from instead.
+        loras: that it is given, in their order. lora_mode: whether they are in its weights.
     """
 
     @property
@@ -64,6 +66,10 @@ class StoredFamily(FamilySpec, Protocol):
     def variant(self) -> str | None: ...
     @property
     def files(self) -> Mapping[str, Path]: ...
+    @property
+    def loras(self) -> tuple[Lora, ...]: ...
+    @property
+    def lora_mode(self) -> LoraMode: ...
 
 
 @runtime_checkable
@@ -80,7 +86,7 @@ class PlannedFamily(FamilySpec, Protocol):
     @property
     def model_options(self) -> str: ...
 
-    def example(self, fields: Mapping[str, int | float]) -> VideoRequest:
+    def example(self, fields: Mapping[str, Any]) -> VideoRequest:
         """A request with these fields, the model's defaults for the others, and an image where it needs one."""
         ...
 

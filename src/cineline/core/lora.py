@@ -17,7 +17,7 @@ LoraMode = Literal["merge", "runtime"]
 Level = Literal["high", "low"]
 """Of the noise that an expert is for."""
 
-GIVEN = re.compile(r"(?:(?P<name>[\w.-]+)=)?(?:(?P<level>high|low):)?(?P<path>.+?)(?:@(?P<scale>[^@/]*))?", re.DOTALL)
+GIVEN = re.compile(r"(?:(?P<name>[^=/@:]+)=)?(?:(?P<level>high|low):)?(?P<path>.+?)(?:@(?P<scale>[^@/]*))?", re.DOTALL)
 
 WEIGHTS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 """Endings of files that are no part of a name."""
@@ -43,7 +43,7 @@ class Lora:
     def of(cls, text: str) -> Lora:
         """From `[NAME=][high:|low:]FILE[@SCALE]`; the name is else that of the file or folder, without its ending.
 
-        A file whose own name looks like that is written with its folder, as ./a=b, and with a scale, as a@b@1.
+        A file whose own name looks like that is written with its folder and a scale, as NAME=./a=b@c@1.
 
         Raises:
             InvalidConfig: there is no file in it, or the scale is no finite number.
@@ -53,8 +53,10 @@ class Lora:
             raise InvalidConfig(f"lora={shown(text)} names no file: write [NAME=][high:|low:]FILE[@SCALE].")
         path = Path(found["path"])
         name = found["name"] or (path.stem if path.suffix.lower() in WEIGHTS else path.name)
-        if "@" in name:
-            raise InvalidConfig(f"lora={shown(text)} is called {shown(name)}, and names have no @: write NAME=FILE.")
+        if set("=/@:") & set(name):
+            raise InvalidConfig(
+                f"lora={shown(text)} is called {shown(name)}, and names have none of = / @ and :, write NAME=FILE."
+            )
         scale = 1.0 if found["scale"] is None else _number(found["scale"])
         if not math.isfinite(scale):
             raise InvalidConfig(
@@ -62,6 +64,12 @@ class Lora:
             )
         level: Mapping[str | None, Level] = {"high": "high", "low": "low"}
         return cls(path, scale, level.get(found["level"]), name)
+
+    @property
+    def text(self) -> str:
+        """As `of` reads it, wherever it is read."""
+        level = "" if self.level is None else f"{self.level}:"
+        return f"{self.name}={level}{self.path.absolute()}@{self.scale!r}"
 
 
 def choice(

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from cineline.errors import OutputError, reason, shown
 
 ANIMATION_SUFFIXES = (".webp", ".gif")
@@ -47,6 +49,19 @@ def check_rate(path: Path, fps: int) -> None:
         )
 
 
+def time_of(path: Path) -> int | None:
+    """When a file was written last, in nanoseconds; None where there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def is_changed(path: Path, before: int | None) -> bool:
+    """Whether a file is there that was not at that time."""
+    return time_of(path) not in (None, before)
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that cannot be written into.
 
@@ -77,12 +92,33 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: instead of an operating-system error, and where the disk is full.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        with renamed_file(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise OutputError(unwritable(path, error)) from None
+
+
+@contextmanager
+def renamed_file(path: Path) -> Iterator[Path]:
+    """The same, with the operating system's own errors."""
+    temporary = _temporary(path, os.getpid())
     try:
         yield temporary
         temporary.replace(path)
-    except OSError as error:
-        raise OutputError(unwritable(path, error)) from None
     finally:
         with suppress(OSError):  # the error that led here tells more
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path, process: int) -> Path:
+    return path.with_name(f".{path.stem}.{process}{path.suffix}")
+
+
+def remove_left_over(path: Path) -> None:
+    """What a process that was killed has written of a file and not finished."""
+    with suppress(OSError):
+        for other in list(path.parent.iterdir()):
+            number = other.name.removeprefix(f".{path.stem}.").removesuffix(path.suffix)
+            if number.isdecimal() and other == _temporary(path, int(number)) and not psutil.pid_exists(int(number)):
+                other.unlink(missing_ok=True)

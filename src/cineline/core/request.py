@@ -7,7 +7,7 @@ import math
 import struct
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from PIL import Image
 from pydantic import (
@@ -36,8 +36,22 @@ def _seconds(value: float | None) -> float | None:
     return value
 
 
+def _row(value: Any) -> Any:
+    """A text's numbers, which commas separate; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tuple(map(float, value.split(",")))
+    except ValueError:
+        raise ValueError("it is no row of numbers: give one such as 1,0.75,0.5,0.25") from None
+
+
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number)]
+Reals = Annotated[tuple[Real, ...], BeforeValidator(_row)]
+
+Solver = Literal["unipc", "euler", "dpm++", "lcm"]
+Preset = Literal["lightning"]
 
 
 class VideoRequest(BaseModel):
@@ -53,6 +67,14 @@ class VideoRequest(BaseModel):
         guidance_scale_2: only for models with two experts. Left out, it is `guidance_scale` where that is given (as in
             diffusers), else the kind's own (T2V-A14B 3, I2V-A14B 3.5).
         boundary_ratio: share of the training timesteps below which that expert runs.
+        switch_step: number of the first step that it makes, in place of the ratio: 0 to all steps.
+        solver: left out, the checkpoint's own. "lcm" adds noise at each step, which `seed` and the step name.
+        sigmas: falling, from 1 at most to above 0, one a step; `flow_shift` comes on top of them. A text such as
+            "1,0.75,0.5,0.25" is read as one.
+        preset: fills in fields that are left out. "lightning" is for models, or LoRAs, of four steps: even sigmas,
+            Euler, flow shift 5, no guidance, the second expert from the middle on.
+        skip_guidance_at_one: where an expert's guidance scale is exactly 1, its steps have no second forward.
+            Diffusers computes it, and rounding then gives other bits.
         seed: of the CPU generator that draws it, 0 <= seed < 2**63.
         decode: False stops at the latents.
         loras: of an engine with lora_mode="runtime" those that it is to have, each as NAME or NAME@SCALE (times the
@@ -76,6 +98,13 @@ class VideoRequest(BaseModel):
     guidance_scale_2: Annotated[Real | None, "The low-noise expert's; as the first's where that is given"] = None
     flow_shift: Annotated[Real | None, "The solver's time shift"] = None
     boundary_ratio: Annotated[Real | None, "Where the low-noise expert takes over"] = None
+    switch_step: Annotated[Whole | None, "The same, as the number of its first step"] = None
+    solver: Annotated[Solver | None, "unipc, euler, dpm++ or lcm, the checkpoint's own if left out"] = None
+    sigmas: Annotated[Reals | None, "Noise levels of the steps before the shift, such as 1,0.75,0.5,0.25"] = None
+    preset: Annotated[Preset | None, "lightning: 4 steps, Euler, shift 5, guidance 1, switch at 2, where left out"] = (
+        None
+    )
+    skip_guidance_at_one: Annotated[StrictBool, "No second forward where an expert's guidance is exactly 1"] = False
     seed: Annotated[Whole, "Of the noise"] = 0
     fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
@@ -107,6 +136,8 @@ def _first_sentence(error: ValidationError) -> str:
         return f"Unknown request field {shown(field)}: the fields are {known}."
     if first["type"] == "missing":
         return f"The request has no {shown(field)}: give one."
+    if first["type"] == "literal_error":
+        return f"{field}={shown(first['input'])} is not known: use {first['ctx']['expected']}."
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     remedy = "" if ": give" in reason else "; give a value of that type"
@@ -117,7 +148,7 @@ class Shape(NamedTuple):
     """What the line must know of a job: jobs alike in this follow the same scripts.
 
     Attributes:
-        steps, branches, chunks, first_step: `Job`'s. texts: whether its prompts go through the stages.
+        steps, branches, chunks, first_step, unguided: `Job`'s. texts: whether its prompts go through the stages.
     """
 
     steps: int
@@ -125,6 +156,7 @@ class Shape(NamedTuple):
     texts: bool
     chunks: int
     first_step: int = 0
+    unguided: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +172,7 @@ class Job:
         has_image: whether the head is handed a first frame.
         first_step: where it begins, 0 <= first_step < steps; above 0 with a snapshot of so many steps.
         first_expert: of that step, as the snapshot says.
+        unguided: experts whose steps have the first branch alone, where the others have two.
         The other fields are `VideoRequest`'s, resolved.
     """
 
@@ -159,10 +192,11 @@ class Job:
     has_image: bool
     first_step: int = field(default=0, kw_only=True)
     first_expert: int = field(default=0, kw_only=True)
+    unguided: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.steps, self.branches, self.texts > 0, self.chunks, self.first_step)
+        return Shape(self.steps, self.branches, self.texts > 0, self.chunks, self.first_step, self.unguided)
 
     def ends_denoising(self, item: WorkItem) -> bool:
         """Whether the item belongs to the last step."""
@@ -254,7 +288,8 @@ class Group(NamedTuple):
 
     Attributes:
         kind, request, number: of all of its items.
-        size: how many there are in each line: the branches of a TEXT or DENOISE item that one line runs, else 1.
+        size: how many there are in each line: the branches of a TEXT or DENOISE item that one line runs, else 1. Of a
+            step that has the first branch alone it is as of the others: which those are, ranks know (`Rule.items`).
     """
 
     kind: Kind

@@ -7,9 +7,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from pathlib import Path
 
 import numpy as np
 
@@ -24,35 +25,47 @@ class Ticket:
 
     Attributes:
         job: the request as it runs, with nothing left open.
+        outputs: files that its caller will write.
         timeout_s, deadline: seconds that it has, and when they are over (`time.monotonic`).
         spoiled: the first group that the end of the line has heard of as not finite.
         future: its end.
         steps_done, chunks_done: so far.
+        restarts: of the ranks, since it was submitted. blamed: how many of them were for a failure in its items.
     """
 
-    def __init__(self, job: Job, timeout_s: float = math.inf) -> None:
+    def __init__(self, job: Job, timeout_s: float | None = None, outputs: Mapping[str, Path] | None = None) -> None:
         self.job = job
-        self.timeout_s = timeout_s
-        self.deadline = time.monotonic() + timeout_s
+        self.outputs = outputs or {}
+        self.timeout_s = math.inf if timeout_s is None else timeout_s
+        self._timed_out_at = self.deadline = time.monotonic() + self.timeout_s
         self.spoiled: Group | None = None
         self.future: Future[Video] = Future()
-        self.steps_done = 0
+        self.steps_done = job.first_step
         self.chunks_done = 0
+        self.restarts = 0
+        self.blamed = 0
         self._latents: np.ndarray | None = None
         self._lock = threading.Lock()
         self._chunks: list[np.ndarray] = []
 
-    def take(self, done: Done) -> None:
-        """A step or a chunk is done."""
+    def take(self, done: Done) -> bool:
+        """A step or a chunk is done; whether it was not before, as what is done once more after a restart was."""
+        number, before = done.group.number, (self.steps_done, self.chunks_done)
         if done.group.kind is Kind.DENOISE:
             # With split experts two ranks report, and the later step's word may come first.
-            self.steps_done = max(self.steps_done, done.group.number + 1)
+            self.steps_done = max(self.steps_done, number + 1)
             self._latents = self._latents if done.result is None else done.result
-        elif done.group.kind is Kind.DECODE:
+        elif done.group.kind is Kind.DECODE and number == self.chunks_done:
             assert done.result is not None
             with self._lock:
                 self._chunks.append(done.result)
             self.chunks_done += 1
+        return before != (self.steps_done, self.chunks_done)
+
+    def restart(self) -> None:
+        """It is done once more, from a snapshot on."""
+        self.restarts += 1
+        self.spoiled, self.deadline = None, self._timed_out_at
 
     def take_frames(self) -> list[np.ndarray]:
         """Frames that have come since the last call."""
@@ -90,16 +103,26 @@ class RequestHandle:
     time while it is decoded, then all that the caller keeps.
 
     Args:
-        cancel: of the engine's line. engine: itself.
+        cancel: of the engine's line; whether what the snapshot folder has is kept. deliver: of its record.
+        engine: itself.
 
     Attributes:
         job: the request as it runs, with nothing left open.
+        outputs: files that whoever submitted it wants, by what they are.
     """
 
-    def __init__(self, ticket: Ticket, cancel: Callable[[Ticket], bool], engine: object = None) -> None:
+    def __init__(
+        self,
+        ticket: Ticket,
+        cancel: Callable[[Ticket, bool], bool],
+        deliver: Callable[[int], None] = lambda _: None,
+        engine: object = None,
+    ) -> None:
         self.job = ticket.job
+        self.outputs = ticket.outputs
         self._ticket = ticket
         self._cancel = cancel
+        self._deliver = deliver
         self._engine = engine
         self._process = os.getpid()
         let_go = weakref.WeakMethod(self._let_go)  # whoever waits for the request holds the handle, not the engine
@@ -121,6 +144,12 @@ class RequestHandle:
         return self._ticket.chunks_done, self.job.chunks
 
     @property
+    def restarts(self) -> int:
+        """How often the ranks were started anew since it was submitted; it went on from its last snapshot."""
+        check_process(self._process)
+        return self._ticket.restarts
+
+    @property
     def done(self) -> bool:
         """Finished, failed or cancelled."""
         check_process(self._process)
@@ -129,7 +158,17 @@ class RequestHandle:
     def cancel(self) -> bool:
         """Stop the request; false if it was already done. The others are not touched."""
         check_process(self._process)
-        return self._cancel(self._ticket)
+        return self._cancel(self._ticket, False)
+
+    def park(self) -> bool:
+        """Stop the request, and leave what the snapshot folder has of it for `Engine.resume`; false if it was done."""
+        check_process(self._process)
+        return self._cancel(self._ticket, True)
+
+    def delivered(self) -> None:
+        """All of its `outputs` are written: the snapshot folder need not keep it any more."""
+        check_process(self._process)
+        self._deliver(self.job.id)
 
     def result(self, timeout: float | None = None) -> Video:
         """Wait for the video, `timeout` seconds at most.

@@ -64,6 +64,20 @@ def open_model(
     return open_checkpoint(folder_of(model), variant)
 
 
+def name_of(spec: FamilySpec) -> str | None:
+    """What `open_model` opens this spec's model by, from whatever folder it is called in; None where nothing does."""
+    if not isinstance(spec, StoredFamily):
+        return None
+    folder = spec.folder.absolute()
+    if spec.folder in spec.files.values():  # there is none
+        return None
+    return folder.name if folder.parent == _minis() and folder.name in MINIS else str(folder)
+
+
+def _minis() -> Path:
+    return Path(__file__).absolute().parent.parent / "minis"
+
+
 def folder_of(model: str | Path | None) -> Path:
     """Where its configs are, downloading them first where it is a hub id.
 
@@ -71,7 +85,7 @@ def folder_of(model: str | Path | None) -> Path:
         CheckpointError: there is no such model.
     """
     if model is None or str(model) in MINIS:
-        return Path(__file__).parent.parent / "minis" / str(model or MINIS[0])
+        return _minis() / str(model or MINIS[0])
     folder = Path(model)
     try:
         is_folder, exists = folder.is_dir(), folder.exists()

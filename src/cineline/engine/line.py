@@ -6,81 +6,148 @@ caller that is interrupted leaves no word said to some ranks and not to others.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cineline.core import control
-from cineline.core.config import ParallelConfig, Place
-from cineline.core.family import FamilySpec
+from cineline.core.config import Place
 from cineline.core.request import Group, Job, VideoRequest
+from cineline.engine.blueprint import Blueprint
+from cineline.engine.folder import Kept
 from cineline.engine.handle import Ticket
 from cineline.engine.ranks import CULPRIT_LIMIT_S, Ranks, Report
-from cineline.errors import CinelineError, EngineClosed, NotFinite, RequestCancelled, RequestTimedOut, anew
+from cineline.engine.record import Record
+from cineline.errors import (
+    CinelineError,
+    EngineClosed,
+    NotFinite,
+    OutOfMemory,
+    RankFailed,
+    RequestCancelled,
+    RequestTimedOut,
+    anew,
+)
 from cineline.schedule.scheduler import Scheduler
 
 if TYPE_CHECKING:
     from PIL import Image
+
+log = logging.getLogger(__name__)
+
+MOST_BLAMED = 2
+"""Failures of ranks in one request's items: it fails alone by the last of them."""
+
+
+@dataclass
+class _Open:
+    """A request that the ranks are to do, or have begun: all that they need to begin it anew.
+
+    Attributes:
+        snapshot: the newest that there is.
+    """
+
+    job: Job
+    image: Image.Image | None
+    snapshot: control.Snapshot | None
+
+    @property
+    def next_job(self) -> Job:
+        """From the snapshot on."""
+        taken = self.snapshot
+        return self.job if taken is None else replace(self.job, first_step=taken.step, first_expert=taken.expert)
 
 
 class Line:
     """The engine's requests.
 
     Args:
-        spec: the model's. parallel: how it is divided.
-        in_flight: requests that denoise at once.
+        blueprint: the model, how it is divided, and what its devices have room for.
         ranks: told what to do.
-        check: refuses a job that is too large.
+        record: told what becomes of each request.
+
+    Attributes:
+        progress: grows with each step or chunk that was not done before, and with each request that fails alone.
     """
 
-    def __init__(
-        self,
-        spec: FamilySpec,
-        parallel: ParallelConfig,
-        in_flight: int | None,
-        ranks: Ranks,
-        check: Callable[[Job], None],
-    ) -> None:
-        self._spec = spec
+    def __init__(self, blueprint: Blueprint, ranks: Ranks, record: Record) -> None:
+        parallel = blueprint.parallel
+        self.progress = 0
+        self._spec = blueprint.spec
         self._ranks = ranks
-        self._check = check
+        self._check = blueprint.room.check
+        self._record = record
+        self._new_scheduler = partial(Scheduler, parallel, blueprint.in_flight, self._admit)
         self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._lock = threading.Lock()
-        self._scheduler = Scheduler(parallel, in_flight, self._admit)
+        self._scheduler = self._new_scheduler()
         self._tickets: dict[int, Ticket] = {}
-        self._images: dict[int, Image.Image] = {}
+        self._open: dict[int, _Open] = {}
+        self._alone: int | None = None
+        self._held: list[_Open] = []
         self._next_id = 0
         self._earliest = math.inf
         self._ended: CinelineError | None = None
+        self._unkept = False
 
     @property
     def idle(self) -> bool:
         """Nobody waits for anything."""
         return not self._tickets
 
-    def submit(self, request: VideoRequest, image: Image.Image | None) -> Ticket:
+    def check_open(self) -> None:
+        """Refuse where nothing is taken any more.
+
+        Raises:
+            EngineClosed, RankFailed: nothing is.
+        """
+        if self._ended is not None:
+            raise anew(self._ended)
+
+    def submit(
+        self,
+        request: VideoRequest,
+        image: Image.Image | None,
+        outputs: Mapping[str, Path],
+        kept: Kept | None = None,
+    ) -> Ticket:
         """Queue a request.
+
+        Args:
+            outputs: where its caller will write what comes of it.
+            kept: its entry in the record's folder, where it has one.
 
         Raises:
             InvalidRequest: it breaks one of the model's rules, or is too large.
             EngineClosed, RankFailed: no more are taken.
         """
+        snapshot = None if kept is None else kept.snapshot
         with self._lock:
             job = self._spec.resolve(request, self._next_id)
-            if self._ended is not None:
-                raise anew(self._ended)
+            self.check_open()
             self._check(job)
             self._next_id += 1
-            ticket = self._tickets[job.id] = Ticket(job, math.inf if request.timeout_s is None else request.timeout_s)
+            ticket = self._tickets[job.id] = Ticket(job, request.timeout_s, outputs)
+            ticket.steps_done = 0 if snapshot is None else snapshot.step
             self._earliest = min(self._earliest, ticket.deadline)
-        self._ranks.do(partial(self._queue, job, image))
+            self._record.begin(job, request, outputs, None if kept is None else kept.name)
+        self._ranks.do(partial(self._queue, _Open(job, image, snapshot)))
         return ticket
 
-    def cancel(self, ticket: Ticket) -> bool:
-        """Stop a request; false if it was already done."""
+    def cancel(self, ticket: Ticket, keep: bool = False) -> bool:
+        """Stop a request; false if it was already done.
+
+        Args:
+            keep: whether the record keeps what it has of it.
+        """
+        if keep:
+            self._record.leave(ticket.job.id)
         words = f"Request {ticket.job.id} was cancelled at step {ticket.steps_done}."
         return self._fail(ticket.job.id, RequestCancelled(words))
 
@@ -90,6 +157,7 @@ class Line:
             ticket = self._tickets.pop(request, None)
             if ticket is None:
                 return False
+        self._record.failed(request, error)
         self._ranks.do(partial(self._drop, request))
         ticket.fail(error)
         return True
@@ -108,26 +176,91 @@ class Line:
 
     def hear(self, message: Report) -> None:
         """What a rank says; for the engine's thread."""
-        if isinstance(message, control.Spoiled):
-            item = message.item
-            self._fail(item.request, NotFinite(item.request, message.stage, item.kind.name.lower(), item.number))
-            return
-        if isinstance(message, control.Begun):
-            self._scheduler.begun(message.group)
-            self._emit(self._scheduler.pump())
-            return
-        finished = self._scheduler.complete(message.group, message.moves)
+        match message:
+            case control.Spoiled(item, stage):
+                self._fail(item.request, NotFinite(item.request, stage, item.kind.name.lower(), item.number))
+            case control.Snapshot():
+                self._keep(message)
+            case control.Unkept(request, cause) if not self._unkept:
+                words = "Request %d has no new snapshot (%s): if a rank is lost it begins at an older one, or anew."
+                log.warning(words, request, cause)
+                self._unkept = True
+            case control.Begun(group):
+                self._scheduler.begun(group)
+                self._emit(self._scheduler.pump())
+            case control.Done():
+                self._take(message)
+
+    def _take(self, done: control.Done) -> None:
+        finished = self._scheduler.complete(done.group, done.moves)
         self._emit(self._scheduler.pump())
-        number = message.group.request
-        if message.spoiled:  # the rank that spoiled it may be heard later
-            self._await_culprit(message.group)
+        number = done.group.request
+        if done.spoiled:  # the rank that spoiled it may be heard later
+            self._await_culprit(done.group)
             return
         with self._lock:
             ticket = self._tickets.pop(number, None) if finished else self._tickets.get(number)
         if ticket is not None:
-            ticket.take(message)
+            self.progress += ticket.take(done)
             if finished:
+                self._open.pop(number)
+                self._record.done(number)
                 ticket.finish()
+                self._let_others_in(number)
+
+    def _keep(self, snapshot: control.Snapshot) -> None:
+        """With split experts the later step's may come first, and the last one behind the request's end."""
+        mine = self._open.get(snapshot.request)
+        if mine is not None and (mine.snapshot is None or mine.snapshot.step < snapshot.step):
+            mine.snapshot = snapshot
+            self._record.keep(snapshot)
+
+    def blame(self, failure: RankFailed) -> None:
+        """Ranks are lost: end the request whose items that was in alone, where it was the second time, or for want of
+        memory; for the engine's thread. Where only one was in the line it was that one's."""
+        number = self._alone if failure.request is None else failure.request
+        ticket = None if number is None else self._tickets.get(number)
+        if ticket is None:
+            return
+        ticket.blamed += 1
+        if ticket.blamed >= MOST_BLAMED or isinstance(failure, OutOfMemory):
+            self.progress += self._fail(ticket.job.id, failure)
+
+    def readmit(self, alone: bool) -> dict[int, int]:
+        """New ranks are ready: have them do all that is open, in the order in which it came; for the engine's thread.
+
+        Args:
+            alone: the first one by itself until it is done, so that it is known whose the next failure is.
+
+        Returns:
+            The step that each goes on with, by its number.
+        """
+        known = sorted([*self._open.values(), *self._held], key=lambda own: own.job.id)
+        with self._lock:
+            again = [own for own in known if own.job.id in self._tickets]
+            for own in again:
+                self._tickets[own.job.id].restart()
+            self._earliest = min((ticket.deadline for ticket in self._tickets.values()), default=math.inf)
+        self._open, self._scheduler = {}, self._new_scheduler()
+        self._alone = again[0].job.id if alone and again else None
+        begun = again if self._alone is None else again[:1]
+        self._held = again[len(begun) :]
+        for own in begun:
+            self._enter(own)
+        self._emit(self._scheduler.pump())
+        return {own.job.id: own.next_job.first_step for own in again}
+
+    def _enter(self, own: _Open) -> None:
+        self._open[own.job.id] = own
+        self._scheduler.submit(own.next_job)
+
+    def _let_others_in(self, number: int) -> None:
+        """The request is over: those that waited for its end begin."""
+        if number == self._alone:
+            held, self._alone, self._held = self._held, None, []
+            for own in held:
+                self._enter(own)
+            self._emit(self._scheduler.pump())
 
     def _await_culprit(self, group: Group) -> None:
         with self._lock:
@@ -155,21 +288,25 @@ class Line:
 
     # The engine's thread.
 
-    def _queue(self, job: Job, image: Image.Image | None) -> None:
-        if image is not None:
-            self._images[job.id] = image
-        self._scheduler.submit(job)
-        self._emit(self._scheduler.pump())
+    def _queue(self, own: _Open) -> None:
+        if self._alone is None:
+            self._enter(own)
+            self._emit(self._scheduler.pump())
+        else:
+            self._held.append(own)
 
     def _drop(self, number: int) -> None:
-        self._images.pop(number, None)
+        self._open.pop(number, None)
+        self._held = [own for own in self._held if own.job.id != number]
         drop = self._scheduler.cancel(number)
         self._emit([*([drop] if drop else []), *self._scheduler.pump()])
+        self._let_others_in(number)
 
     def _admit(self, job: Job) -> None:
-        image = self._images.pop(job.id, None)
-        own = control.Admit(job, image)
-        self._ranks.tell(control.Admit(job), instead=dict.fromkeys(self._heads, own) if image is not None else None)
+        own = self._open[job.id]
+        told = control.Admit(job, resume=own.snapshot.state if own.snapshot is not None and job.first_step else None)
+        heads = {} if own.image is None else dict.fromkeys(self._heads, replace(told, image=own.image))
+        self._ranks.tell(told, instead=heads)
 
     def _emit(self, groups: Sequence[Group]) -> None:
         for group in groups:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from cineline.core import control
-from cineline.core.control import Beat, Failed, Message
+from cineline.core.control import Beat, Failed, Message, Piece
+from cineline.core.pieces import Joiner
 from cineline.engine.owned import let_go, own
 
 MOST_UNSENT = 4096
@@ -25,7 +26,8 @@ class Link:
     """The engine's end of a rank's connection.
 
     Args:
-        hear: called from a thread with what the rank says, but for beats; last with what ended the connection.
+        hear: called from a thread with what the rank says, but for beats, snapshots whole; last with what ended the
+            connection.
         describe_end: how the rank ended, in words; asked when its connection has.
 
     Attributes:
@@ -83,14 +85,18 @@ class Link:
                 self._connection.send_bytes(message)
 
     def _read(self) -> None:
+        joiner = Joiner()
         try:
             while True:
-                message = control.receive(self._connection)
+                message: Message | None = control.receive(self._connection)
                 self.heard = time.monotonic()
                 if isinstance(message, Beat):
                     self.beat = message
                     continue
-                self._hear(message)
+                if isinstance(message, Piece):
+                    message = joiner.join(message)
+                if message is not None:
+                    self._hear(message)
                 if isinstance(message, Failed):  # it ends by that
                     return
         except control.UnreadableMessage as error:

@@ -190,9 +190,9 @@ class PipelineParallelMixin(ABC, Generic[State]):
     def export(self, state: State) -> Mapping[str, Any]:
         """All that steps and decoding so far have changed of the state, copied: another rank can go on with it.
 
-        Tensors, numbers and texts, in lists and dicts, of which none looks at the values of a device's tensors: it is
-        called after each step. `specs` says how many bytes the HISTORY is at most, which is sent before anything is
-        decoded.
+        Tensors, Python's numbers, texts and None, in lists and in dicts by text: else a request has no snapshots
+        (`families.snapshot.write`). It looks at no values of a device's tensors: it is called after each step. `specs`
+        says how many bytes the HISTORY is at most, which is sent before anything is decoded.
         """
 
     @abstractmethod

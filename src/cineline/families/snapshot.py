@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from cineline.errors import shown
 from cineline.transport.channel import TensorSpec
 
 ROOM = 32_768
@@ -66,22 +67,46 @@ def unpack(packed: torch.Tensor) -> dict[str, Any]:
 
 
 def write(exported: Mapping[str, Any]) -> bytes:
-    """The state, whose tensors are on the host, as the content of a safetensors file."""
+    """The state, whose tensors are on the host, as the content of a safetensors file.
+
+    Raises:
+        TypeError: something in it would not come back as it is.
+    """
     tensors: dict[str, torch.Tensor] = {}
-
-    def named(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value.item()  # a number of numpy's
-        name = str(len(tensors))
-        tensors[name] = value.contiguous()
-        return {TENSOR: name}
-
-    structure = json.dumps(exported, default=named)
+    structure = json.dumps(_described(dict(exported), "state", tensors))
     return safetensors.torch.save(tensors, {STRUCTURE: structure})  # type: ignore[no-any-return]
 
 
+def _described(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value as JSON can hold it, its tensors put into `tensors`."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.contiguous()
+        return {TENSOR: name}
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"The key {shown(key)} of {where} is of type {_kind(key)}: a snapshot's are texts.")
+        if set(value) == {TENSOR}:
+            raise TypeError(f"The only key of {where} is {shown(TENSOR)}, by which a snapshot finds its tensors.")
+        return {key: _described(each, f"{where}[{key!r}]", tensors) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_described(each, f"{where}[{number}]", tensors) for number, each in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(
+        f"{where} is of type {_kind(value)}: a snapshot holds tensors, Python's numbers, texts and None, in lists and "
+        "dicts."
+    )
+
+
+def _kind(value: Any) -> str:
+    """A type's name with its library's: torch, numpy and Python have some alike."""
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
 def read(content: bytes) -> dict[str, Any]:
-    """What was written; tuples are lists now."""
+    """What was written."""
     tensors = safetensors.torch.load(content)
     header = json.loads(content[LENGTH : LENGTH + int.from_bytes(content[:LENGTH], "little")])
     structure = header["__metadata__"][STRUCTURE]

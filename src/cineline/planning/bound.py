@@ -20,8 +20,13 @@ from cineline.schedule.rule import HANDED_ON
 
 
 def lined_branches(costs: Profile, job: Job) -> int:
-    """Prompts, and forwards a step, that each line runs."""
+    """Prompts that each line runs, and forwards of a step with guidance."""
     return 1 if costs.parallel.cfg == 2 else job.branches
+
+
+def forwards_of(costs: Profile, job: Job, expert: int) -> int:
+    """Forwards of a step of the expert that the first line runs."""
+    return 1 if expert in job.unguided else lined_branches(costs, job)
 
 
 def steps_of(costs: Profile, job: Job) -> Counter[int]:
@@ -36,7 +41,7 @@ def items_of(costs: Profile, job: Job) -> list[tuple[WorkItem, int]]:
     found.append((WorkItem(Kind.ENCODE, job.id), 1))
     first = {costs.expert(job, step): step for step in reversed(range(job.steps))}
     for expert, steps in steps_of(costs, job).items():
-        found.append((WorkItem(Kind.DENOISE, job.id, first[expert]), branches * steps))
+        found.append((WorkItem(Kind.DENOISE, job.id, first[expert]), forwards_of(costs, job, expert) * steps))
     chunks = {0: 1, 1: job.chunks - 2, job.chunks - 1: 1} if job.chunks > 1 else {0: job.chunks}
     return found + [(WorkItem(Kind.DECODE, job.id, chunk), number) for chunk, number in chunks.items() if number > 0]
 
@@ -113,14 +118,15 @@ class Bound:
             elif item.kind is Kind.ENCODE:
                 seconds += self._compute_s(0, item)
             elif item.kind is Kind.DENOISE:
-                seconds += steps[self.costs.expert(self.job, item.number)] * self._step(item, branches)
+                seconds += steps[self.costs.expert(self.job, item.number)] * self._step(item)
         back = WorkItem(Kind.DENOISE, self.job.id)
         return max(0.0, seconds - self._travel(Value.LATENTS, back))  # there is a step less to go to than steps
 
-    def _step(self, item: WorkItem, branches: int) -> float:
-        """One step, with the latents' way to the next one."""
-        both = self.costs.parallel.cfg == 2 and self.job.branches == 2
-        seconds = self._crossing([(item, branches)])
+    def _step(self, item: WorkItem) -> float:
+        """One step, with the latents' way to the next one: no way at all where a stage makes it for itself alone."""
+        expert = self.costs.expert(self.job, item.number)
+        both = self.costs.parallel.cfg == 2 and self.job.branches == 2 and expert not in self.job.unguided
+        seconds = self._crossing([(item, forwards_of(self.costs, self.job, expert))])
         if both:
             seconds += self._travel(Value.PREDICTION, item)
         if both or len(stages_of(self.costs, self.job, item)) > 1:

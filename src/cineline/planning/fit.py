@@ -15,7 +15,7 @@ from cineline.core.config import Place, VaeDecode
 from cineline.core.costs import LineCosts
 from cineline.planning.alike import Alike
 from cineline.planning.balance import Row, Shares, cut_units, fill_evenly, sums
-from cineline.planning.bound import busy_s, lined_branches, steps_of
+from cineline.planning.bound import busy_s, forwards_of, steps_of
 
 DECODES: tuple[VaeDecode, ...] = ("layers", "tail")
 """Exact ways to decode, tried first."""
@@ -126,5 +126,9 @@ def _only(counts: Sequence[int], number: int) -> Shares:
 
 def _seconds_a_block(line: LineCosts, stage: int) -> float:
     """What one block more costs a stage, for a request."""
-    steps = sum(number for expert, number in steps_of(line, line.job).items() if stage in line.parallel.route(expert))
-    return lined_branches(line, line.job) * steps * line.block_s(stage, line.job)
+    forwards = sum(
+        number * forwards_of(line, line.job, expert)
+        for expert, number in steps_of(line, line.job).items()
+        if stage in line.parallel.route(expert)
+    )
+    return forwards * line.block_s(stage, line.job)

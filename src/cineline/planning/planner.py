@@ -18,7 +18,7 @@ from cineline.core.request import Job
 from cineline.errors import InvalidConfig, shown
 from cineline.planning.fit import DECODES, Fit, fits
 from cineline.planning.plan import Plan
-from cineline.schedule.scheduler import default_in_flight
+from cineline.schedule.scheduler import usual_in_flight
 
 MOST_LANES = 8
 """Ranks of a stage that are tried."""
@@ -57,7 +57,7 @@ class Task:
                 raise InvalidConfig(f"{name}={shown(value)} is below 1: give 1 or more.")
 
 
-def planned_job(spec: PlannedFamily, fields: Mapping[str, int | float]) -> Job:
+def planned_job(spec: PlannedFamily, fields: Mapping[str, Any]) -> Job:
     """The model's example with these fields, as a job."""
     return spec.resolve(spec.example(fields), 0)
 
@@ -226,8 +226,7 @@ def _counts_down(task: Task, wanted: int) -> Iterator[int]:
 
 def wanted_in_flight(task: Task, parallel: ParallelConfig) -> int:
     """As many requests as fill the line."""
-    branches = 1 if parallel.cfg == 2 else task.job.branches
-    return task.in_flight or sum(default_in_flight(len(group), branches) for group in parallel.groups)
+    return task.in_flight or usual_in_flight(parallel, task.job)
 
 
 def _line(task: Task, parallel: ParallelConfig) -> LineCosts:

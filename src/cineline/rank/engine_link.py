@@ -12,10 +12,15 @@ from multiprocessing.connection import Connection
 from typing import NoReturn
 
 from cineline.core import control
+from cineline.rank.outbox import Outbox
 from cineline.rank.pulse import Pulse
 
 SEND_LIMIT_S = 30.0
 """For what is still to be said when a rank ends."""
+
+SNAPSHOTS_LIMIT_S = 1.0
+"""For snapshots that wait when a rank fails. A newer one spares its request a step where the ranks are started anew; a
+longer wait would cost as much, and the engine looks for whoever failed for no more than moments."""
 
 PRINT_LIMIT_S = 2.0
 """For what is still to be printed then: nobody may read it."""
@@ -35,7 +40,7 @@ class EngineLink:
         self.pulse = Pulse()
         self.device = ""
         self.connection = connection
-        self._outbox: queue.SimpleQueue[control.Message | Callable[[], control.Message] | None] = queue.SimpleQueue()
+        self._outbox = Outbox()
         self._left = threading.Event()
         self._through = False
         self._sender = threading.Thread(target=self._send_all, daemon=True)
@@ -48,21 +53,26 @@ class EngineLink:
         threading.Thread(target=self._receive_all, daemon=True).start()
         return message
 
-    def say(self, message: control.Message | Callable[[], control.Message]) -> None:
-        """Have it sent; see `control.Say`."""
+    def say(self, message: control.Message) -> None:
+        """Have it sent."""
         self._outbox.put(message)
+
+    def keep(self, request: int, make: Callable[[], control.Snapshot]) -> None:
+        """Have a snapshot sent; see `control.KeepSnapshot`."""
+        self._outbox.keep(request, make)
 
     def leave(self, timeline: control.Timeline) -> NoReturn:
         """Through: say so, and end when the engine hangs up, since the others may still need what was sent to them."""
         self._through = True
+        self._outbox.keep_for(0.0)
         self.say(timeline)
         self._left.wait()  # the owner's end is another (`owner`)
         os._exit(0)  # backends' threads may hang in their own clean-up
 
     def fail(self, failure: control.Failed, details: str = "") -> NoReturn:
         """End at once, when that is said and the details are printed."""
-        self.say(failure)
-        self._outbox.put(None)
+        self._outbox.keep_for(SNAPSHOTS_LIMIT_S)
+        self._outbox.end(failure)
         self._sender.join(SEND_LIMIT_S)
         printing = threading.Thread(target=_print, args=(details,), daemon=True)
         printing.start()
@@ -70,9 +80,9 @@ class EngineLink:
         os._exit(1)
 
     def _send_all(self) -> None:
-        while (message := self._outbox.get()) is not None:
+        for message in self._outbox:
             try:
-                self.connection.send_bytes(_packed(_made(message)))
+                self.connection.send_bytes(_packed(message))
             except OSError:
                 self._hung_up()
 
@@ -95,7 +105,7 @@ class EngineLink:
     def _beat(self) -> None:
         """Say that this process is alive, unless it could not be sent, which the engine sees by itself."""
         while True:
-            if self._outbox.empty():
+            if not self._outbox.waits:
                 self.say(self.pulse.beat())
             time.sleep(control.BEAT_EVERY_S)
 
@@ -111,11 +121,3 @@ def _packed(message: control.Message) -> bytes:
     except Exception as error:  # whatever an error's class may raise
         cause = message.cause if isinstance(message, control.Failed) else f"it cannot say what it should ({error})"
         return control.pack(control.Failed(cause))
-
-
-def _made(message: control.Message | Callable[[], control.Message]) -> control.Message:
-    """The message; a failure where it could not be made."""
-    try:
-        return message() if callable(message) else message
-    except Exception as error:  # the thread's edge, as the process's: the engine must hear of it
-        return control.Failed(f"{type(error).__name__}: {error}")

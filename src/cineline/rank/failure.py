@@ -27,7 +27,7 @@ def failure_of(error: Exception, pulse: Pulse, device: str) -> Failed:
         )
     # What a device reports late may be of an item before.
     nobodys = isinstance(error, EdgeBroken) or (type(error).__name__ == "AcceleratorError" and not out_of_memory)
-    return Failed(words, own, None if nobodys else pulse.request)
+    return Failed(words, own, None if nobodys else pulse.request, out_of_memory)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cineline.core.control import Admit, Begun, Done, Message, Say, Spoiled, Stop
+from cineline.core.control import Admit, Begun, Done, KeepSnapshot, Message, Say, Spoiled, Stop
 from cineline.core.request import Group, Kind, WorkItem
 from cineline.core.trace import Slice
 from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
@@ -71,7 +71,7 @@ class StageLoop:
         part: which rank it is.
         edges: its ends of the edges. device: its device's queue.
         inbox: messages from the engine, in order.
-        report: called with what the engine must know.
+        report: called with what the engine must know. keep: with snapshots.
         pulse: told what is computed.
         record: called with the timeline's slices, or None.
         snapshot_every: solver steps from one snapshot to the next; 0 for none.
@@ -85,6 +85,7 @@ class StageLoop:
         device: DeviceQueue,
         inbox: queue.SimpleQueue[Message],
         report: Say,
+        keep: KeepSnapshot,
         pulse: Pulse,
         record: Callable[[Slice], None] | None = None,
         snapshot_every: int = 0,
@@ -98,7 +99,7 @@ class StageLoop:
         self._edges = edges
         self._device = device
         self._pace = Pace(device)
-        self._snapshots = Snapshots(family, snapshot_every, device, self._pace, report)
+        self._snapshots = Snapshots(family, snapshot_every, device, self._pace, keep)
         self._requests: dict[int, _Request] = {}
         self._coming: deque[_Turn] = deque()
         self._ahead: deque[_Turn] = deque()

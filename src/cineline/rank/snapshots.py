@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from cineline.core.control import Say, Snapshot
+from cineline.core.control import KeepSnapshot, Snapshot
 from cineline.core.request import Group, Kind
 from cineline.families import snapshot
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState
@@ -22,20 +22,20 @@ class Snapshots:
         family: this rank's part of the model.
         every: solver steps from one to the next; 0 for none.
         device: its queue. pace: its distance.
-        report: has them sent.
+        keep: has them sent.
     """
 
     def __init__(
-        self, family: PipelineParallelMixin[Any], every: int, device: DeviceQueue, pace: Pace, report: Say
+        self, family: PipelineParallelMixin[Any], every: int, device: DeviceQueue, pace: Pace, keep: KeepSnapshot
     ) -> None:
         self._family = family
         self._every = every
         self._device = device
         self._pace = pace
-        self._report = report
+        self._keep = keep
 
     def take(self, state: RequestState, group: Group, guard: Guard) -> None:
-        """Behind a group that this rank answers for: where it is a step after which one is due, report it when the
+        """Behind a group that this rank answers for: where it is a step after which one is due, have it kept when the
         device has got to here, and nothing was spoiled. None is due after the last step: a request that decodes is
         begun anew before that."""
         done = group.number + 1
@@ -44,7 +44,7 @@ class Snapshots:
         exported = snapshot.mapped(self._family.export(state), self._device.to_host)
         expert = self._family.expert(state, done)
         written = partial(_written, group.request, done, expert, exported)
-        self._pace.after(lambda: None if guard.spoiled else self._report(written))
+        self._pace.after(lambda: None if guard.spoiled else self._keep(group.request, written))
 
     def restore(self, state: RequestState, resume: bytes) -> None:
         """Go on from a snapshot, where this rank has latents."""

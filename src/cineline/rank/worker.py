@@ -105,17 +105,21 @@ def _serve(link: EngineLink, store: Any) -> NoReturn:
     link.say(control.Ready(bytes_read))
     slices: list[Any] = []
     record = slices.append if setup.trace else None
-    StageLoop(family, part, edges, device, link.inbox, link.say, link.pulse, record, setup.snapshot_every).run()
+    ends = edges, device, link.inbox, link.say, link.keep, link.pulse
+    StageLoop(family, part, *ends, record, setup.snapshot_every).run()
     edges.settle()
     link.leave(control.Timeline(tuple(slices), dict(traffic)))
 
 
 def _find_engine() -> tuple[Any, Connection]:
     """Under torchrun: its store, and a connection to the engine, whose address rank 0 was given."""
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, _ = next(rendezvous("env://"))
-    key = f"cineline/engine/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    # The store outlives a start of the world, and with it where the ranks were.
+    store = PrefixStore(f"cineline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    key = "engine"
     if rank == 0:
         store.set(key, os.environ[control.ENGINE_ADDRESS])
     host, port, secret = store.get(key).decode().split(",")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from cineline.core.config import ParallelConfig, Place
-from cineline.core.request import Group, Kind, Shape, WorkItem
+from cineline.core.request import Branch, Group, Kind, Shape, WorkItem
 from cineline.schedule.words import Action, Compute, Do, Edge, Free, Keep, Meet, Post, Script, Send, Value, Wait, Way
 
 HANDED_ON = {
@@ -86,7 +86,8 @@ class Rule:
 
     Args:
         parallel: placed: nothing left open.
-        shape: of the request. experts: of each of its steps, those before its first one included.
+        shape: of the request. experts: of each of its steps, those before its first one included; the steps of some
+            have the first branch alone (`Shape.unguided`), and a second line nothing to do then.
         place: of the rank whose lane and line it is.
     """
 
@@ -98,10 +99,20 @@ class Rule:
     def chain(self, group: Group) -> tuple[int, ...]:
         """The ranks of this lane and line that run the group's items, first to last."""
         one_lane_alone = group.kind in (Kind.TEXT, Kind.DECODE)
-        if (one_lane_alone and not self.place.is_first_lane) or (group.kind is Kind.DECODE and self.place.cfg):
+        first_line_alone = group.kind is Kind.DECODE or self._is_unguided(group)
+        if (one_lane_alone and not self.place.is_first_lane) or (first_line_alone and self.place.cfg):
             return ()
         line = self._lines[self.place.cfg]
         return tuple(line[stage] for stage in self._stages(group))
+
+    def items(self, group: Group, line: int) -> list[WorkItem]:
+        """The group's in a line of the lane, in order; none of a second line that has no part in it."""
+        items = group.items(line)
+        return [item for item in items if item.branch is Branch.COND] if self._is_unguided(group) else items
+
+    def _is_unguided(self, group: Group) -> bool:
+        """Whether it is a step that has the first branch alone."""
+        return group.kind is Kind.DENOISE and self.experts[group.number] in self.shape.unguided
 
     def _stages(self, group: Group) -> Sequence[int]:
         """Those with a part in it: what has no layer or unit on a stage goes past it."""
@@ -120,7 +131,8 @@ class Rule:
         if group.kind is Kind.TEXT and self.place.is_first_lane:
             yield from self._embeddings(group)
         if group.kind is Kind.DENOISE:
-            first, *others = ((line[self._routes[group.number][-1]], group.items(n)[-1]) for n, line in self._used)
+            stage = self._routes[group.number][-1]
+            first, *others = ((line[stage], self.items(group, number)[-1]) for number, line in self._used(group))
             for end, item in others:
                 yield Parcel(Value.PREDICTION, item, end, first[0], Way.AHEAD, due=group, at_finish=True)
             if group.number + 1 < len(self.experts):
@@ -131,14 +143,14 @@ class Rule:
     def _embeddings(self, group: Group) -> Iterator[Parcel]:
         """Each from its line's tail to its line's head."""
         due = Group(Kind.ENCODE, 0)
-        for number, line in self._used:
-            for item in group.items(number):
+        for number, line in self._used(group):
+            for item in self.items(group, number):
                 yield Parcel(Value.EMBEDDING, item, line[-1], line[0], Way.BACK, due)
 
     def _to_next_step(self, group: Group, end: int, item: WorkItem) -> Iterator[Parcel]:
         due = group._replace(number=group.number + 1)
         following = self._routes[due.number]
-        for _, line in self._used:
+        for _, line in self._used(due):
             yield Parcel(Value.LATENTS, item, end, line[following[0]], Way.BACK, due)
         if self.moves(group):
             yield Parcel(Value.HISTORY, item, end, self._lines[0][following[-1]], Way.BACK, due, at_finish=True)
@@ -169,10 +181,9 @@ class Rule:
             for line in range(self.parallel.cfg)
         ]
 
-    @property
-    def _used(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+    def _used(self, group: Group) -> Iterator[tuple[int, tuple[int, ...]]]:
         """The lines that have a part in it, by number: without guidance there is nothing for the second one."""
-        return enumerate(self._lines[: self.shape.branches])
+        return enumerate(self._lines[: 1 if self._is_unguided(group) else self.shape.branches])
 
 
 @lru_cache(maxsize=256)
@@ -218,7 +229,8 @@ class _Part:
     def scripts(self) -> dict[Group, tuple[Script, ...]]:
         found = {}
         for group in self._parcels:
-            items = group.items(self._place.cfg)
+            # What comes at a step that a second line has no part in, comes with the first line's item.
+            items = self._rule.items(group, self._place.cfg) or self._rule.items(group, 0)
             own = tuple(self._script(group, item, item is items[0], item is items[-1]) for item in items)
             if any(script.ahead or script.run for script in own):
                 found[group] = own

@@ -31,6 +31,18 @@ def default_in_flight(stages: int, branches: int) -> int:
     return stages // 2 + 2 if branches == 2 else stages + 1
 
 
+def usual_in_flight(parallel: ParallelConfig, job: Job) -> int:
+    """The default for requests like the job, of all groups of stages together."""
+    return sum(_of_group(parallel, job, group) for group in range(len(parallel.groups)))
+
+
+def _of_group(parallel: ParallelConfig, job: Job, group: int) -> int:
+    """The same, of one group of stages. Where some of its steps have one branch, those are to fill it, too."""
+    experts = {group} if len(parallel.groups) > 1 else set(job.unguided)
+    alone = parallel.cfg == 2 or bool(experts & set(job.unguided))
+    return default_in_flight(len(parallel.groups[group]), 1 if alone else job.branches)
+
+
 def speed_up_limit(stages: int, in_flight: int, branches: int) -> Fraction:
     """Throughput of P equal stages with M requests in flight, against one stage.
 
@@ -185,15 +197,12 @@ class Scheduler:
         return min(job.first_expert, len(self._stages) - 1)
 
     def _share(self, job: Job) -> Fraction:
-        return Fraction(1, self._in_flight or sum(self._default(stages, job) for stages in self._stages))
+        return Fraction(1, self._in_flight or usual_in_flight(self._parallel, job))
 
     def _share_of_first_group(self, job: Job) -> Fraction:
         first = self._stages[0]
         given = self._in_flight and -(-self._in_flight * first // sum(self._stages))
-        return Fraction(1, given or self._default(first, job))
-
-    def _default(self, stages: int, job: Job) -> int:
-        return default_in_flight(stages, 1 if self._parallel.cfg == 2 else job.branches)
+        return Fraction(1, given or _of_group(self._parallel, job, 0))
 
     def _may_go(self, entry: _Entry) -> bool:
         # One request decodes at a time: a VAE decoder's cache takes gigabytes.

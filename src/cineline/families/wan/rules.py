@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,11 @@ from cineline.core.lora import choice
 from cineline.core.request import VideoRequest
 from cineline.errors import InvalidRequest, shown
 from cineline.families.wan.job import WanJob
+from cineline.families.wan.schedules import Schedule, is_given, with_preset
 from cineline.families.wan.shapes import WanShapes
 
-MOST = {"num_inference_steps": 10_000, "fps": 1_000}
-"""Largest values that are not taken for a slip of the hand."""
-
+MOST_FPS = 1_000
+"""More are taken for a slip of the hand."""
 
 SIDES = ("height", "width")
 
@@ -34,17 +36,12 @@ class Rules:
         Raises:
             InvalidRequest: a field breaks one of the rules.
         """
+        request = with_preset(self._wan, request)
         if not request.prompt.strip():
             raise InvalidRequest(f"prompt={shown(request.prompt)} is empty: describe the video in at least one word.")
         self._check_image(request)
         height, width = self._size(request)
-        value = {name: self._default(request, name) for name in ("num_frames", "num_inference_steps", "fps")}
-        for name in ("num_inference_steps", "fps"):
-            if value[name] < 1:
-                raise InvalidRequest(f"{name}={shown(value[name])} is below 1: give 1 or more.")
-            if value[name] > MOST[name]:
-                raise InvalidRequest(f"{name}={shown(value[name])} is above {MOST[name]}: give less.")
-        frames = value["num_frames"]
+        fps, frames = self._fps(request), self._default(request, "num_frames")
         if frames < 1 or frames % self._wan.vae_frames != 1 % self._wan.vae_frames:
             below = max(1, (frames - 1) // self._wan.vae_frames * self._wan.vae_frames + 1)
             raise InvalidRequest(
@@ -57,8 +54,8 @@ class Rules:
             raise InvalidRequest(f"seed={shown(seed)} is out of range: use 0 to 2**63 - 1.")
         scale = self._scale(request, "guidance_scale")
         assert scale is not None
-        boundary = self._boundary(request)
-        scale_2 = self._second_scale(request, boundary, scale)
+        schedule = Schedule.of(self._wan, request, partial(self._default, request))
+        scale_2 = self._second_scale(request, schedule, scale)
         shift = self._default(request, "flow_shift")
         if shift is not None and not (math.isfinite(shift) and shift > 0):
             raise InvalidRequest(f"flow_shift={shown(shift)} is not a positive number: use 1 to 20.")
@@ -70,16 +67,16 @@ class Rules:
             height=height,
             width=width,
             num_frames=frames,
-            steps=value["num_inference_steps"],
+            **asdict(schedule),
             branches=2 if scale > 1 else 1,
             texts=2 if scale > 1 else 1,
             chunks=(frames - 1) // self._wan.vae_frames + 1 if request.decode else 0,
             guidance_scale=scale,
             guidance_scale_2=scale_2,
             flow_shift=shift,
-            boundary_ratio=boundary,
             seed=seed,
-            fps=value["fps"],
+            fps=fps,
+            unguided=self._unguided(request, scale, scale_2),
             has_image=request.image is not None,
             loras=loras,
             lora_scales=lora_scales,
@@ -87,8 +84,14 @@ class Rules:
 
     def _default(self, request: VideoRequest, name: str) -> Any:
         value = getattr(request, name)
-        given = name in request.model_fields_set and value is not None
-        return value if given else self._wan.defaults.get(name, value)
+        return value if is_given(request, name) else self._wan.defaults.get(name, value)
+
+    def _fps(self, request: VideoRequest) -> int:
+        fps: int = self._default(request, "fps")
+        if not 1 <= fps <= MOST_FPS:
+            rule = "below 1: give 1 or more" if fps < 1 else f"above {MOST_FPS}: give less"
+            raise InvalidRequest(f"fps={shown(fps)} is {rule}.")
+        return fps
 
     def _check_image(self, request: VideoRequest) -> None:
         if self._wan.kind == "t2v" and request.image is not None:
@@ -164,30 +167,21 @@ class Rules:
             raise InvalidRequest(f"{name}={shown(scale)} is not a finite number: use 1 for no guidance, or up to 20.")
         return None if scale is None else float(scale)
 
-    def _boundary(self, request: VideoRequest) -> float | None:
-        boundary: float | None = self._default(request, "boundary_ratio")
-        if boundary is None:
-            return self._wan.boundary_ratio
-        if len(self._wan.experts) == 1:
-            raise InvalidRequest(
-                f"boundary_ratio={shown(boundary)} needs a model with two experts, {shown(self._wan.folder)} has one: "
-                "leave it out."
-            )
-        if not 0 <= boundary <= 1:
-            raise InvalidRequest(f"boundary_ratio={shown(boundary)} is outside 0 to 1: use a share such as 0.875.")
-        return boundary
-
-    def _second_scale(self, request: VideoRequest, boundary: float | None, scale: float) -> float | None:
+    def _second_scale(self, request: VideoRequest, schedule: Schedule, scale: float) -> float | None:
         """The first one where that alone is given (as in diffusers), the model's own where neither is."""
         given = request.guidance_scale_2
-        if boundary is None:
+        if schedule.boundary_ratio is None and schedule.switch_step is None:
             if given is not None:
                 raise InvalidRequest(
-                    f"guidance_scale_2={shown(given)} needs a model with two experts and a boundary_ratio: "
-                    "leave it out."
+                    f"guidance_scale_2={shown(given)} needs a model with two experts and a boundary_ratio or "
+                    "switch_step: leave it out."
                 )
             return None
         if given is None and request.guidance_scale is not None:
             return scale
         second = self._scale(request, "guidance_scale_2")
         return scale if second is None else second
+
+    def _unguided(self, request: VideoRequest, scale: float, scale_2: float | None) -> tuple[int, ...]:
+        """The second expert, if it may go without its second forward: the first one's scale turns guidance on."""
+        return (1,) if scale > 1 and scale_2 == 1 and self._default(request, "skip_guidance_at_one") else ()

@@ -134,24 +134,32 @@ class WanShapes:
         A step at share u of the way has the noise level f u / (1 + (f - 1) u) with flow shift f (Esser et al. 2024,
         arXiv 2403.03206); those at or above the boundary are the high-noise expert's.
         """
-        shift = float(self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
-        boundary = self.boundary_ratio or 0.0
+        shift, boundary = shift_of(self.scheduler), self.boundary_ratio or 0.0
         return 1 - boundary / (shift - (shift - 1) * boundary)
 
     def high_steps(self, job: Job) -> int:
-        """Steps of a job that are the high-noise expert's: those whose noise level is at or above the boundary.
+        """Steps of a job that are the high-noise expert's: those before the switch, or whose noise level is at or above
+        the boundary.
 
-        With even levels u from 1 to 1 / 1000 before the shift, as diffusers' flow schedulers have them.
+        With the levels that are given, else with even ones from 1 to 1 / 1000 before the shift, as most of diffusers'
+        flow schedulers have them.
         """
         assert isinstance(job, WanJob)  # `resolve` makes no others
+        if job.switch_step is not None:
+            return job.switch_step
         if job.boundary_ratio is None or len(self.experts) < 2:
             return job.steps
-        shift = float(job.flow_shift or self.scheduler.get("flow_shift") or self.scheduler.get("shift") or 1.0)
-        return _steps_above(job.boundary_ratio, shift, job.steps)
+        return _steps_above(job.boundary_ratio, job.flow_shift or shift_of(self.scheduler), job.sigmas or job.steps)
+
+
+def shift_of(scheduler: Mapping[str, Any]) -> float:
+    """A scheduler's flow shift; 1 where its config has none."""
+    return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
 
 
 @cache
-def _steps_above(boundary: float, shift: float, steps: int) -> int:
-    """Of so many steps, those whose noise level is at or above the boundary."""
-    levels = [1 - 0.999 * step / steps for step in range(steps)]
+def _steps_above(boundary: float, shift: float, levels: tuple[float, ...] | int) -> int:
+    """Of these noise levels before the shift, or of so many even ones, those at or above the boundary."""
+    if isinstance(levels, int):
+        levels = tuple(1 - 0.999 * step / levels for step in range(levels))
     return sum(shift * u / (1 + (shift - 1) * u) >= boundary for u in levels)

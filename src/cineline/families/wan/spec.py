@@ -18,6 +18,7 @@ from cineline.families.wan.costs.line import PlannedLine
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.rules import Rules
+from cineline.families.wan.schedules import SOLVERS as SOLVERS
 from cineline.families.wan.shapes import WanKind, WanShapes
 from cineline.families.wan.vocabulary import check_tokenizer
 from cineline.planning.cut import default_cut
@@ -80,17 +81,8 @@ NULLABLE = ("out_channels", "cross_attn_norm", "qk_norm", "image_dim", "added_kv
 """Keys whose null means something there. Of null for another one it builds no model, or none that runs; `ffn_dim` alone
 it takes for 4 times the width then, which no Wan 2.2 has."""
 
-NO_DEFAULTS = ("prompt", "image", "decode", "loras")
+NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras")
 """Request fields that a checkpoint cannot have defaults for."""
-
-SOLVERS = (
-    "UniPCMultistepScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "DEISMultistepScheduler",
-)
-"""diffusers' schedulers with one forward a step and no noise of their own, compared with diffusers bit for bit."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +206,7 @@ class WanSpec(WanShapes):
         """See `PlannedFamily.line`."""
         return PlannedLine(self, self.costs(dtype, vae_dtype), parallel, tuple(devices), link, job)
 
-    def example(self, fields: Mapping[str, int | float]) -> VideoRequest:
+    def example(self, fields: Mapping[str, Any]) -> VideoRequest:
         """See `PlannedFamily.example`: an image of one pixel, the video's size being given."""
         if self.kind != "i2v":
             return VideoRequest(prompt="an example", **fields)
@@ -272,10 +264,10 @@ def _class_of(index: Mapping[str, Any], name: str) -> str | None:
 
 
 def _check_solver(folder: Path, name: str | None, config: Mapping[str, Any]) -> None:
-    noisy = config.get("stochastic_sampling") or "sde" in str(config.get("algorithm_type"))
-    if name not in SOLVERS or noisy:
-        kind = f"{shown(name)} with noise of its own" if noisy else shown(name)
-        raise CheckpointError(f"{shown(folder)}: scheduler {kind} is not supported: use one of {', '.join(SOLVERS)}.")
+    if name not in SOLVERS:
+        raise CheckpointError(
+            f"{shown(folder)}: scheduler {shown(name)} is not supported: use one of {', '.join(SOLVERS)}."
+        )
     prediction = config.get("prediction_type")
     if not name.startswith("FlowMatch") and prediction != "flow_prediction":  # left out it is noise, for other models
         raise CheckpointError(

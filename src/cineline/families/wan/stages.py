@@ -29,10 +29,13 @@ from cineline.families.wan.denoise import (
     history_bytes,
     make_solver,
     make_steps,
+    noise_generator,
     restore_solver,
+    take_step,
 )
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.job import WanJob
+from cineline.families.wan.schedules import solver_of
 from cineline.families.wan.sequence_parallel import TokenShards
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import WanState
@@ -86,7 +89,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         return state
 
     def _solver(self, job: WanJob) -> Any:
-        return make_solver(self.spec.scheduler_class, self.spec.scheduler, job, self._device)
+        return make_solver(*solver_of(self.spec, job.solver), job, self._device)
 
     def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
         """A few tokens, as many steps as solvers have orders, both experts, three chunks, and an image."""
@@ -135,7 +138,9 @@ class WanStages(PipelineParallelMixin[WanState]):
     def finish(self, state: WanState, item: WorkItem) -> None:
         step = state.steps[item.number]
         prediction = combine(state.predictions, step.guidance)
-        state.latents = state.solver.step(prediction, step.timestep, state.latents, return_dict=False)[0]
+        assert state.latents is not None
+        generator = noise_generator(state.job.seed, item.number)
+        state.latents = take_step(state.solver, prediction, step.timestep, state.latents, generator)
         state.predictions.clear()
 
     def answer(self, state: WanState, item: WorkItem) -> torch.Tensor | None:

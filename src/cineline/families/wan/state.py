@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from cineline.core.request import Branch
-from cineline.families.pipeline_parallel import RequestState
+from cineline.core.request import Branch, Kind, WorkItem
+from cineline.families.pipeline_parallel import Hidden, RequestState
 from cineline.families.wan.denoise import Step
 from cineline.families.wan.job import WanJob
 
@@ -71,6 +71,11 @@ class WanState(RequestState):
         mask = torch.ones(1, 1, *latents.shape[2:], device=latents.device)
         mask[:, :, 0] = 0
         return (1 - mask) * self.conditioned(FIRST_FRAME) + mask * latents
+
+    def made(self, item: WorkItem, ends: bool) -> Hidden:
+        """Of ENCODE also what stays on the head: an image's latents may be nowhere else."""
+        made = super().made(item, ends)
+        return (*made, self.beside) if item.kind is Kind.ENCODE and self.beside is not None else made
 
     def final_latents(self) -> torch.Tensor:
         """What the user gets and what is decoded, float32 [1, C, F', H', W']."""
