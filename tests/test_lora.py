@@ -39,9 +39,11 @@ from test_parity import picture
 from test_weights import owner
 
 from cineline import CheckpointError, Engine, InvalidConfig, InvalidRequest, ModelFiles, ParallelConfig, VideoRequest
+from cineline.cli.resume import Order
 from cineline.core.config import DeviceConfig, Dtype
 from cineline.core.lora import Lora
 from cineline.engine.hub import open_model
+from cineline.engine.identity import identity_of
 from cineline.engine.lora import add_loras
 from cineline.families.wan.lora_keys import adapters, tensors
 from cineline.families.wan.random_checkpoint import RandomConfig
@@ -602,3 +604,26 @@ def test_what_the_command_line_refuses(folder: Path) -> None:
         done = run("generate", "a", "--model", str(folder), *options)
         assert done.returncode > 0
         assert rule in done.stderr
+
+
+def test_a_snapshot_folder_knows_the_loras(folder: Path, tmp_path: Path) -> None:
+    """They are of the model's identity, whatever their files are called; who resumes need not name them."""
+    one = write(truth(folder, 1), "lightx2v", tmp_path / "one" / "a.safetensors")
+    two = write(truth(folder, 2), "lightx2v", tmp_path / "two" / "a.safetensors")
+    again = tmp_path / "again" / "other.safetensors"
+    again.parent.mkdir()
+    shutil.copy(one, again)
+    given = with_loras(folder, f"high:{one}@0.7")
+    assert identity_of(with_loras(folder, f"a=high:{again}@0.7")) == identity_of(given)
+    others = [("merge", f"high:{one}@0.6"), ("merge", f"low:{one}@0.7"), ("merge", f"high:{two}@0.7")]
+    others += [("runtime", f"high:{one}@0.7"), ("merge", f"b=high:{one}@0.7")]
+    identities = {identity_of(with_loras(folder, text, mode=mode)) for mode, text in others}
+    assert len(identities | {identity_of(given), identity_of(WanSpec.open(folder))}) == 2 + len(others)
+    loras = [f"high:{one}@0.7", f"b={two}"]
+    with Engine(folder, loras=loras, lora_mode="runtime", snapshot_dir=tmp_path / "kept", device="cpu"):
+        pass
+    order = Order(None, None, {}, {}, {}, None, [], "merge").resumed(tmp_path / "kept")
+    assert (order.loras, order.lora_mode) == ([f"a=high:{one}@0.7", f"b={two}@1.0"], "runtime")
+    assert DeviceConfig(**order.devices) == DeviceConfig()
+    asked_for = replace(order, loras=loras[:1], lora_mode="merge").resumed(tmp_path / "kept")
+    assert (asked_for.loras, asked_for.lora_mode) == (loras[:1], "merge")
