@@ -33,6 +33,7 @@ from lora_files import (
 )
 from oracle import FIELDS, Checkpoint
 from safetensors.torch import load_file, save_file
+from solver_oracle import bound, boundary_of, solver_of
 from test_cli import run
 from test_files import loaded
 from test_parity import picture
@@ -314,6 +315,37 @@ def test_latents_equal_diffusers(
         assert torch.allclose(found, expected, rtol=0, atol=1e-4)
     else:
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["merge", "runtime"])
+def test_four_steps_from_two_files_and_a_preset(mode: Any, folder: Path, tmp_path: Path) -> None:
+    """Wan2.2-Lightning's way: a folder with a file for each expert, Euler at 1000, 937.5, 833.33 and 625."""
+    files = [
+        write(
+            truth(folder, n, alpha=3, dtype=torch.bfloat16),
+            "lightx2v, no prefix",
+            tmp_path / f"{level}_noise.safetensors",
+        )
+        for n, level in enumerate(("high", "low"))
+    ]
+    request = asked("t2v", 3, num_inference_steps=None, guidance_scale=None, guidance_scale_2=None, preset="lightning")
+    with Engine(
+        folder, ParallelConfig(pp=2), loras=[str(tmp_path)], lora_mode=mode, dtype="bfloat16", device="cpu"
+    ) as engine:
+        found = engine.submit(request).result(120).latents
+    made = [rewritten(truth(folder, n, alpha=3, dtype=torch.bfloat16)) for n in range(2)]
+    assert [file.name for file in files] == ["high_noise.safetensors", "low_noise.safetensors"]
+    told = [Loaded(one, expert) for one, expert in zip(made, ("transformer", "transformer_2"), strict=True)]
+    pipe = pipeline_with(folder, "bfloat16", told, fuse=mode == "merge")
+    by_hand = asked(
+        "t2v", 3, guidance_scale=1.0, guidance_scale_2=None, solver="euler", sigmas=(1, 0.75, 0.5, 0.25), flow_shift=5
+    )
+    solver = bound(solver_of(pipe.scheduler, by_hand), by_hand)
+    solver.set_timesteps(4)
+    assert [round(float(time), 2) for time in solver.timesteps] == [1000, 937.5, 833.33, 625]
+    pipe.register_modules(scheduler=solver)
+    pipe.register_to_config(boundary_ratio=boundary_of(solver, 2))
+    assert torch.equal(found, latents_of(pipe, by_hand))
 
 
 @pytest.mark.parametrize(
