@@ -320,26 +320,18 @@ def test_latents_equal_diffusers(
 @pytest.mark.parametrize("mode", ["merge", "runtime"])
 def test_four_steps_from_two_files_and_a_preset(mode: Any, folder: Path, tmp_path: Path) -> None:
     """Wan2.2-Lightning's way: a folder with a file for each expert, Euler at 1000, 937.5, 833.33 and 625."""
-    files = [
-        write(
-            truth(folder, n, alpha=3, dtype=torch.bfloat16),
-            "lightx2v, no prefix",
-            tmp_path / f"{level}_noise.safetensors",
-        )
-        for n, level in enumerate(("high", "low"))
-    ]
-    request = asked("t2v", 3, num_inference_steps=None, guidance_scale=None, guidance_scale_2=None, preset="lightning")
-    with Engine(
-        folder, ParallelConfig(pp=2), loras=[str(tmp_path)], lora_mode=mode, dtype="bfloat16", device="cpu"
-    ) as engine:
-        found = engine.submit(request).result(120).latents
-    made = [rewritten(truth(folder, n, alpha=3, dtype=torch.bfloat16)) for n in range(2)]
-    assert [file.name for file in files] == ["high_noise.safetensors", "low_noise.safetensors"]
-    told = [Loaded(one, expert) for one, expert in zip(made, ("transformer", "transformer_2"), strict=True)]
+    truths = [truth(folder, seed, alpha=3, dtype=torch.bfloat16) for seed in (1, 2)]
+    for made, level in zip(truths, ("high", "low"), strict=True):
+        write(made, "lightx2v, no prefix", tmp_path / f"{level}_noise_model.safetensors")
+    left_out = dict.fromkeys(("num_inference_steps", "guidance_scale", "guidance_scale_2"))
+    options: dict[str, Any] = {"loras": [str(tmp_path)], "lora_mode": mode, "dtype": "bfloat16", "device": "cpu"}
+    with Engine(folder, ParallelConfig(pp=2), **options) as engine:
+        found = engine.submit(asked("t2v", 3, preset="lightning", **left_out)).result(120).latents
+    experts = ("transformer", "transformer_2")
+    told = [Loaded(rewritten(made), expert) for made, expert in zip(truths, experts, strict=True)]
     pipe = pipeline_with(folder, "bfloat16", told, fuse=mode == "merge")
-    by_hand = asked(
-        "t2v", 3, guidance_scale=1.0, guidance_scale_2=None, solver="euler", sigmas=(1, 0.75, 0.5, 0.25), flow_shift=5
-    )
+    fields = {"solver": "euler", "sigmas": (1, 0.75, 0.5, 0.25), "flow_shift": 5, "guidance_scale": 1}
+    by_hand = asked("t2v", 3, **left_out | fields | {"num_inference_steps": 4})
     solver = bound(solver_of(pipe.scheduler, by_hand), by_hand)
     solver.set_timesteps(4)
     assert [round(float(time), 2) for time in solver.timesteps] == [1000, 937.5, 833.33, 625]
