@@ -239,6 +239,7 @@ FIELDS: dict[str, Any] = {
     "seed": 7,
     "fps": 8,
     "decode": False,
+    "loras": ("style",),
     "timeout_s": 60.0,
 }
 

@@ -29,11 +29,12 @@ ROOMS = [
 """Whatever is in a room imports from itself and from the rooms above it only, wherever in a file the import stands."""
 
 NO_TORCH = ["core", "schedule", "planning", "engine"]
-NO_TORCH += ["weights.layout", "weights.sources", "weights.scaled"]
+NO_TORCH += ["weights.layout", "weights.sources", "weights.scaled", "weights.lora"]
 NO_TORCH += [
     f"families.wan.{name}"
     for name in ("spec", "constants", "costs", "job", "known", "vocabulary", "naming", "recognise", "assemble")
 ]
+NO_TORCH += ["families.wan.lora_keys", "families.wan.loras"]
 """Rooms, or parts of one, whose modules need no torch."""
 
 

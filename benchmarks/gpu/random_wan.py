@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from cineline.families.wan.shapes import Component
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
 from cineline.weights.files import Shard, Weights
+from cineline.weights.lora import Adapter
 
 MODELS = {"ti2v-5b": "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "t2v-a14b": "Wan-AI/Wan2.2-T2V-A14B-Diffusers"}
 
@@ -38,7 +39,7 @@ class RandomSpec(WanSpec):
 class RandomWeights(Weights):
     """`Weights` of a component without any: the same name gives the same values everywhere."""
 
-    def __init__(self, component: Component) -> None:
+    def __init__(self, component: Component, loras: Sequence[Adapter] = ()) -> None:
         self._salt = component.name
         self.bytes_read = 0
 

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
-from cineline.cli.options import Fields, Given, spread
+from cineline.cli.options import Fields, Given, one_of, spread
 from cineline.cli.progress import RequestProgress, make_view
 from cineline.cli.resume import Order, is_begun, refuse_beside_resume, store, tell_how_to_resume
 from cineline.core.config import AXES, DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.family import FamilySpec
+from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
 from cineline.core.recovery import Recovery
 from cineline.core.request import Job, VideoRequest
@@ -28,6 +29,7 @@ from cineline.engine.folder import entries_in
 from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import MINIS, fetch_weights, missing_weights, open_model
 from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
+from cineline.engine.lora import add_loras
 from cineline.engine.sink import Sink
 from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
@@ -61,6 +63,12 @@ def generate(
     model: Annotated[str | None, _option(_RUN, "A folder in diffusers format, a hub id, mini-t2v; mini-ti2v.")] = None,
     variant: Annotated[str | None, _option(_RUN, "Of its weights, such as fp16; the plain ones.")] = None,
     files: Annotated[Given, Fields(ModelFiles, panel=_FILES)],
+    lora: Annotated[
+        list[str] | None, _option(_FILES, "A LoRA, [NAME=][high:|low:]FILE[@SCALE]; may be given again.")
+    ] = None,
+    lora_mode: Annotated[
+        str, _option(_FILES, "merge: into the weights; runtime: requests name theirs (loras); merge.")
+    ] = "merge",
     fields: Annotated[Given, Fields(VideoRequest, panel=_REQUEST, unset=_OF_THE_MODEL)],
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
@@ -90,7 +98,7 @@ def generate(
     """
     launch = _launcher(launcher)
     screen = console(stderr=True)
-    order = Order(model, variant, files, line, devices, in_flight)
+    order = Order(model, variant, files, line, devices, in_flight, lora or [], lora_mode)
     outputs = Outputs(output, output_dir, save_latents)
     if resume is not None:
         refuse_beside_resume(prompt, requests, fields, outputs, recovery)
@@ -110,6 +118,7 @@ def generate(
     if quiet:
         os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
     spec = open_model(order.model, order.variant, ModelFiles(**order.files))
+    spec = add_loras(spec, order.loras, one_of("lora_mode", order.lora_mode, LoraMode))
     check_tasks(spec, tasks, requests)
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
     folder = recovery.get("snapshot_dir")
@@ -117,7 +126,8 @@ def generate(
     _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
-        screen.print(f"Loading {_name_of(order.model, order.files)} on {ranks}", highlight=False, soft_wrap=True)
+        name = _name_of(order.model, order.files, order.loras)
+        screen.print(f"Loading {name} on {ranks}", highlight=False, soft_wrap=True)
 
     if folder is not None and resume is None and not again:
         fetch_weights(spec)  # which takes long, and what is kept then cannot be resumed
@@ -144,12 +154,11 @@ def generate(
         raise _told(unmade)
 
 
-def _name_of(model: str | None, files: Given) -> str:
+def _name_of(model: str | None, files: Given, loras: Sequence[str]) -> str:
     """What is loaded, as the user has called it."""
     names = ", ".join(path.name for path in files.values())
-    if not files:
-        return model or MINIS[0]
-    return names if model is None else f"{model} with {names}"
+    given = [] if files and model is None else [model or MINIS[0]]
+    return " with ".join([*given, *([names] if names else []), *(f"LoRA {lora}" for lora in loras)])
 
 
 def _told(unmade: Mapping[Path, CinelineError]) -> CinelineError:

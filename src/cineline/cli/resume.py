@@ -44,6 +44,8 @@ class Order:
     line: Given
     devices: Given
     in_flight: int | None
+    loras: Sequence[str]
+    lora_mode: str
 
     def resumed(self, folder: Path) -> Order:
         """What the folder says, but for what options say.
@@ -64,6 +66,7 @@ class Order:
             line = {name: value for name, value in line.items() if name not in OF_STAGES}
         devices = dict(run.options)
         in_flight = devices.pop("in_flight", None)
+        loras, lora_mode = devices.pop("loras", []), devices.pop("lora_mode", self.lora_mode)
         return replace(
             self,
             model=run.model if self.model is None else self.model,
@@ -72,6 +75,8 @@ class Order:
             line=line | self.line,
             devices=devices | self.devices,
             in_flight=in_flight if self.in_flight is None else self.in_flight,
+            loras=self.loras or loras,
+            lora_mode=self.lora_mode if self.loras else lora_mode,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
 from cineline.core.costs import Costs, LineCosts
 from cineline.core.hardware import Device, Link
+from cineline.core.lora import Lora, LoraMode
 from cineline.core.request import Job, VideoRequest
 from cineline.errors import InvalidConfig
 
@@ -56,6 +57,7 @@ class StoredFamily(FamilySpec, Protocol):
         folder: the checkpoint's; it names the model.
         variant: of its weights, such as fp16; None for the plain ones.
         files: by component, the file that its weights come from instead.
+        loras: that it is given, in their order. lora_mode: whether they are in its weights.
     """
 
     @property
@@ -64,6 +66,10 @@ class StoredFamily(FamilySpec, Protocol):
     def variant(self) -> str | None: ...
     @property
     def files(self) -> Mapping[str, Path]: ...
+    @property
+    def loras(self) -> tuple[Lora, ...]: ...
+    @property
+    def lora_mode(self) -> LoraMode: ...
 
 
 @runtime_checkable

@@ -77,6 +77,8 @@ class VideoRequest(BaseModel):
             Diffusers computes it, and rounding then gives other bits.
         seed: of the CPU generator that draws it, 0 <= seed < 2**63.
         decode: False stops at the latents.
+        loras: of an engine with lora_mode="runtime" those that it is to have, each as NAME or NAME@SCALE (times the
+            engine's own scale). Left out, all of them.
         timeout_s: checked twice a second; whoever is late is cancelled, and its handle raises `RequestTimedOut`.
 
     Raises:
@@ -106,6 +108,7 @@ class VideoRequest(BaseModel):
     seed: Annotated[Whole, "Of the noise"] = 0
     fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
+    loras: tuple[str, ...] | None = None
     timeout_s: Annotated[Real | None, AfterValidator(_seconds), "Seconds from submission in which it must be done"] = (
         None
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -18,6 +18,7 @@ from typing import Literal
 from cineline.core.config import DeviceConfig, Dtype, ModelFiles, ParallelConfig, TextEncoder
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
+from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
 from cineline.core.recovery import Recovery
 from cineline.core.request import VideoRequest
@@ -28,6 +29,7 @@ from cineline.engine.handle import RequestHandle, Ticket
 from cineline.engine.hub import fetch_weights, open_model
 from cineline.engine.launch import Launcher
 from cineline.engine.line import CLOSED, UNDONE, Line
+from cineline.engine.lora import add_loras
 from cineline.engine.ranks import Ranks
 from cineline.engine.record import Record
 from cineline.engine.supervisor import serve
@@ -53,6 +55,8 @@ class Engine:
             requests of the model's default size.
         variant: of the checkpoint's weights, such as fp16, where it has several.
         files: that weights come from instead of the model's folder, or without a model all of them.
+        loras: as [NAME=][high:|low:]FILE[@SCALE], in the order in which they are added.
+        lora_mode: merge adds them to the weights, for all requests; runtime lets each request name its own.
         device: None takes cuda where there is one.
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
         vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb: as `device` and `dtype`, see
@@ -80,6 +84,8 @@ class Engine:
         *,
         variant: str | None = None,
         files: ModelFiles | None = None,
+        loras: Sequence[str] = (),
+        lora_mode: LoraMode = "merge",
         device: str | None = None,
         dtype: Dtype | None = None,
         vae_dtype: Dtype = DeviceConfig.vae_dtype,
@@ -99,7 +105,7 @@ class Engine:
         device = device or default_device()
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
         config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb)
-        self.spec = open_model(model, variant, files)
+        self.spec = add_loras(open_model(model, variant, files), loras, lora_mode)
         blueprint = Blueprint.draw(self.spec, parallel, config, in_flight, launcher)
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:

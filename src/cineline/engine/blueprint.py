@@ -125,6 +125,8 @@ class Blueprint:
         if isinstance(self.spec, StoredFamily):
             variant = self.spec.variant
             files = {OPTION_OF.get(name, name): str(path.absolute()) for name, path in self.spec.files.items()}
+            loras = [lora.text for lora in self.spec.loras]
+            options |= {"loras": loras, "lora_mode": self.spec.lora_mode}
         options |= {"in_flight": self.in_flight}
         return Run(model, variant, files, identity_of(self.spec), self.bits, self.made_with, line, options)
 

@@ -100,7 +100,7 @@ def folder_of(model: str | Path | None) -> Path:
             f"model={shown(folder)} does not exist: give a folder, a hub id such as owner/name, or "
             f"{' or '.join(MINIS)}."
         )
-    found = Path(_download(str(model), allow_patterns=CONFIGS))
+    found = Path(download(str(model), allow_patterns=CONFIGS))
     if not (found / "model_index.json").exists():
         remedy = "give one that does" if str(model).endswith(DIFFUSERS) else f"try {shown(f'{model}{DIFFUSERS}')}"
         raise CheckpointError(
@@ -141,7 +141,7 @@ def missing_weights(spec: FamilySpec) -> Missing | None:
         return None
     hub_id, commit = f"{found['owner']}/{found['name']}", found["commit"]
     try:
-        files = _download(hub_id, revision=commit, allow_patterns=WEIGHTS, dry_run=True)
+        files = download(hub_id, revision=commit, allow_patterns=WEIGHTS, dry_run=True)
     except CheckpointError as error:
         if not _is_all_there(components, variant):
             raise
@@ -166,7 +166,7 @@ def fetch_weights(spec: FamilySpec) -> None:
         CheckpointError: as `missing_weights`.
     """
     if missing := missing_weights(spec):
-        _download(missing.hub_id, revision=missing.commit, allow_patterns=list(missing.files))
+        download(missing.hub_id, revision=missing.commit, allow_patterns=list(missing.files))
 
 
 def _is_cached(folder: Path) -> bool:
@@ -210,15 +210,23 @@ def _check_variant(variant: str | None, components: Sequence[Path], names: Calla
         )
 
 
-def _download(hub_id: str, **arguments: Any) -> Any:
+def download(hub_id: str, what: str = "model", **arguments: Any) -> Any:
+    """Files of a repository, as `snapshot_download` takes its arguments.
+
+    Args:
+        what: it is, for errors.
+
+    Raises:
+        CheckpointError: they cannot be had.
+    """
     from huggingface_hub import snapshot_download
 
-    with _hub_errors(hub_id):
+    with _hub_errors(hub_id, what):
         return snapshot_download(hub_id, **arguments)
 
 
 @contextmanager
-def _hub_errors(hub_id: str) -> Iterator[None]:
+def _hub_errors(hub_id: str, what: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -226,17 +234,17 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         if getattr(error, "errno", None) in DISK:
             raise CheckpointError(
-                f"model={shown(hub_id)} cannot be downloaded ({reason(error)}): check the disk, and HF_HOME, which "
+                f"{what}={shown(hub_id)} cannot be downloaded ({reason(error)}): check the disk, and HF_HOME, which "
                 "says where it goes."
             ) from None
         told = error if isinstance(error, HfHubHTTPError) else error.__cause__
         if isinstance(told, HfHubHTTPError) and told.response.status_code in LOCKED:
             raise CheckpointError(
-                f"model={shown(hub_id)} is no folder here, and the hub does not let you have it "
+                f"{what}={shown(hub_id)} is no folder here, and the hub does not let you have it "
                 f"({told.response.status_code}): check the name, accept the licence on the hub's page and log in with "
                 "`hf auth login`, or set HF_TOKEN."
             ) from None
         raise CheckpointError(
-            f"model={shown(hub_id)} is no folder here and cannot be downloaded ({type(error).__name__}: "
+            f"{what}={shown(hub_id)} is no folder here and cannot be downloaded ({type(error).__name__}: "
             f"{reason(error)}): check the name and the network."
         ) from None

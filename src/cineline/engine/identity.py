@@ -13,11 +13,12 @@ from cineline.core.family import FamilySpec, StoredFamily
 from cineline.errors import CheckpointError, reason, shown
 from cineline.families.configs import read_json
 from cineline.weights.layout import files_of
+from cineline.weights.lora import CONFIG
 
 CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
 TOKENIZER = "tokenizer/[!.]*"
 
-TOLD_ELSEWHERE = ("variant", "defaults", "files")
+TOLD_ELSEWHERE = ("variant", "defaults", "files", "loras")
 """Fields of a stored family's spec that change no bits by themselves: the files say what the variant is, and each
 request's own settings what the defaults have come to."""
 
@@ -66,6 +67,10 @@ def _stored_parts(spec: StoredFamily) -> Iterator[bytes]:
     for name, path in sorted([*spec.files.items(), *_paths(spec)]):
         yield name.encode()
         yield from _given(path)
+    for lora in spec.loras:
+        yield f"{lora.name}={lora.level}:{lora.scale!r}".encode()
+        yield from _given(lora.path)
+        yield from (_content(path) for path in (lora.path.parent / CONFIG,) if path.is_file())
 
 
 def _paths(spec: StoredFamily) -> Iterator[tuple[str, Path]]:

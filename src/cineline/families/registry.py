@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cineline.core.config import ModelFiles
 from cineline.core.family import FamilySpec
+from cineline.core.lora import Lora, LoraMode
 from cineline.errors import CheckpointError, InvalidConfig, shown
 from cineline.families.configs import read_json
 
@@ -53,6 +54,21 @@ def with_files(spec: FamilySpec | None, files: ModelFiles) -> FamilySpec:
     if spec is not None and not isinstance(spec, WanSpec):
         raise InvalidConfig(f"{type(spec).__name__} takes no files={shown(files)}: leave them out.")
     return assembled(files, spec)
+
+
+def with_loras(spec: FamilySpec, loras: Sequence[Lora], mode: LoraMode) -> FamilySpec:
+    """The spec with these LoRAs, whose files are here.
+
+    Raises:
+        CheckpointError: a file is broken, no LoRA, or of another model. InvalidConfig: the model's family takes none,
+            or two are called alike.
+    """
+    from cineline.families.wan import loras as wan  # late, as above
+    from cineline.families.wan.spec import WanSpec
+
+    if not isinstance(spec, WanSpec):
+        raise InvalidConfig(f"{type(spec).__name__} takes no loras={shown(list(loras))}: leave them out.")
+    return wan.with_loras(spec, loras, mode)
 
 
 def known_model(name: str) -> FamilySpec | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from cineline.errors import CheckpointError, shown
+from cineline.weights.lora import Adapter
 from cineline.weights.scaled import product, scales_of
 from cineline.weights.sources import Source, Stored
 
@@ -37,16 +38,17 @@ class Weights:
     Args:
         source: its files.
         names: by a tensor's name in the module the stored one; None where they are alike.
+        loras: what is added to tensors as they are read, in this order.
 
     Attributes:
-        bytes_read: of all tensors read so far.
+        bytes_read: of all tensors read so far, without what is added.
 
     Raises:
         CheckpointError: a scale that is nobody's, or weights in a layout that is not read.
     """
 
-    def __init__(self, source: Source, names: Mapping[str, str] | None = None) -> None:
-        self._source = source
+    def __init__(self, source: Source, names: Mapping[str, str] | None = None, loras: Sequence[Adapter] = ()) -> None:
+        self._source, self._loras = source, loras
         self._scales = scales_of(source)
         own = {name: name for name in source.stored} if names is None else names
         self._names = {name: stored for name, stored in own.items() if stored not in self._scales.beside}
@@ -104,7 +106,7 @@ class Weights:
     ) -> torch.Tensor:
         """One tensor of this shape, or the shard of one, converted and copied out of the file's memory map.
 
-        A weight with a scale is read whole and multiplied in `dtype` before it is cut.
+        A weight with a scale, or to which LoRAs add, is read whole and made in `dtype` before it is cut.
 
         Raises:
             CheckpointError: it is missing, has another shape, or cannot be read.
@@ -120,10 +122,13 @@ class Weights:
             )
         cut = None if shard is None else shard.cut(shape)
         scale = self._scales.of.get(stored)
+        loras = [lora for lora in self._loras if name in lora.deltas]
         if scale is None:
-            tensor = self._take(stored, cut if place.shape == expected else None)
+            tensor = self._take(stored, cut if place.shape == expected and not loras else None)
         else:
             tensor = product(self._take(stored), self._take(scale), dtype)
+        for lora in loras:
+            tensor = lora.added(name, tensor.reshape(expected).to(dtype))
         if tensor.shape != shape:
             tensor = tensor.reshape(expected)
             tensor = tensor if cut is None else tensor[cut]

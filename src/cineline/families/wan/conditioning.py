@@ -77,6 +77,7 @@ class Conditioner:
 
     def make(self, state: WanState) -> tuple[Tensor, ...]:
         """All of it, in the order of `specs`; the prompts' embeddings are used up."""
+        self._experts.take_turn(state)
         embeddings = {branch: self._embedding(state, branch) for branch in self._part.branches(state.job)}
         made = {}
         for expert in state.experts:

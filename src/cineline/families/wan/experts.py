@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from cineline.core.request import Branch, WorkItem
 from cineline.families.pipeline_parallel import StagePart
+from cineline.families.wan.lora_keys import adapters
+from cineline.families.wan.lora_runtime import LorasBeside
 from cineline.families.wan.sequence_parallel import ShardedAttention
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import WanState, text_name
@@ -36,12 +38,16 @@ class Experts:
         self._spec, self._part = spec, part
         self._dtype = getattr(torch, part.config.dtype)
         self._ring, self._ulysses, self._tp = (part.axis(name) for name in ("ring", "ulysses", "tp"))
+        self._beside = LorasBeside(self._tp)
         self.groups = [part.parallel.route(expert) for expert in range(len(spec.experts))]
         self.bytes_read = 0
         self.models = [self._load(expert) for expert in range(len(spec.experts))]
 
     def _load(self, expert: int) -> Any:
-        weights = weights_of(self._spec.component(self._spec.experts[expert]))
+        name = self._spec.experts[expert]
+        loras = adapters(self._spec, name)
+        in_weights = list(loras.values()) if self._spec.lora_mode == "merge" else []
+        weights = weights_of(self._spec.component(name), in_weights)
         with torch.device("meta"):
             model = WanTransformer3DModel.from_config(self._spec.transformer)
         weights.check_names(model.state_dict(), ignored=model._keys_to_ignore_on_load_unexpected)
@@ -58,7 +64,9 @@ class Experts:
         del model.rope
         shards = self._share(model)
         weights.load(model, self._dtype, self._part.device, fp32=model._keep_in_fp32_modules, shards=shards)
-        self.bytes_read += weights.bytes_read
+        if self._spec.lora_mode == "runtime":
+            self._beside.attach(model, loras, shards)
+        self.bytes_read += weights.bytes_read + sum(lora.bytes_read for lora in loras.values())
         return model
 
     def _share(self, model: Any) -> dict[str, Shard]:
@@ -74,12 +82,17 @@ class Experts:
 
     def compute(self, state: WanState, item: WorkItem, starts: bool, ends: bool) -> None:
         """A forward for the item's branch, from the latents to its prediction."""
+        self.take_turn(state)
         (hidden,) = (self.embed(state, item.number),) if starts else state.take_hidden()
         hidden = self.run(state, item.number, item.branch, hidden)
         if ends:
             state.predictions[item.branch] = self.predict(state, item.number, hidden)
         else:
             state.hidden = (hidden,)
+
+    def take_turn(self, state: WanState) -> None:
+        """Until the next one's turn the modules have this request's LoRAs."""
+        self._beside.use(state.job)
 
     def embed(self, state: WanState, step: int) -> Tensor:
         """The latents as hidden states [1, s, D] before the first block."""

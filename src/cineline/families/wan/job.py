@@ -16,6 +16,7 @@ class WanJob(Job):
         flow_shift: instead of the checkpoint's. boundary_ratio: the noise level at which the second expert takes over.
         switch_step: the step at which it does, instead.
         solver: instead of the checkpoint's. sigmas: of each step, before the shift; None for the solver's own.
+        loras: those that it has, in their order; None where requests have no choice. lora_scales: times each one's own.
     """
 
     guidance_scale_2: float | None = None
@@ -24,6 +25,8 @@ class WanJob(Job):
     switch_step: int | None = None
     solver: Solver | None = None
     sigmas: tuple[float, ...] | None = None
+    loras: tuple[str, ...] | None = None
+    lora_scales: tuple[float, ...] | None = None
 
     @property
     def own_settings(self) -> dict[str, str]:

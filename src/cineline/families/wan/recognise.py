@@ -93,10 +93,10 @@ def look_into(path: Path) -> Found:
     for word, what in STRANGERS.items():
         name = next((name for part, name in parts.items() if part.startswith(word)), None)
         if name is not None:
-            raise CheckpointError(
-                f"{shown(path)} is {what}, by its tensor {shown(name)}, which Cineline does not run: use a Wan 2.2 "
-                "TI2V-5B, T2V-A14B or I2V-A14B."
-            )
+            remedy = "which Cineline does not run: use a Wan 2.2 TI2V-5B, T2V-A14B or I2V-A14B"
+            if word == "lora_":
+                remedy = "and no model: give it as --lora"
+            raise CheckpointError(f"{shown(path)} is {what}, by its tensor {shown(name)}, {remedy}.")
     scales = scales_of(source)
     names = [name for name in source.stored if name not in scales.beside and name != SPIECE]
     known = naming_of(set(names))

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from cineline.core.image import called, load_image
+from cineline.core.lora import choice
 from cineline.core.request import VideoRequest
 from cineline.errors import InvalidRequest, shown
 from cineline.families.wan.job import WanJob
@@ -58,6 +59,7 @@ class Rules:
         shift = self._default(request, "flow_shift")
         if shift is not None and not (math.isfinite(shift) and shift > 0):
             raise InvalidRequest(f"flow_shift={shown(shift)} is not a positive number: use 1 to 20.")
+        loras, lora_scales = choice(self._wan.loras, self._wan.lora_mode, request.loras) or (None, None)
         return WanJob(
             id=number,
             prompt=request.prompt,
@@ -76,6 +78,8 @@ class Rules:
             fps=fps,
             unguided=self._unguided(request, scale, scale_2),
             has_image=request.image is not None,
+            loras=loras,
+            lora_scales=lora_scales,
         )
 
     def _default(self, request: VideoRequest, name: str) -> Any:

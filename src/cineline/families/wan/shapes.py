@@ -9,6 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
+from cineline.core.lora import Lora, LoraMode
 from cineline.core.request import Job
 from cineline.families.wan.job import WanJob
 
@@ -55,6 +56,8 @@ class WanShapes:
         variant: of the weights; None for the plain ones.
         files: by component, the file or folder that its weights come from instead.
         tokenizer: where it is: a folder, or a file of the text encoder that has it.
+        loras: of its experts, each one's file, in their order.
+        lora_mode: whether they are added to the weights or kept beside them.
         defaults: default request, the kind's row updated by the folder's `cineline.json`.
     """
 
@@ -71,6 +74,8 @@ class WanShapes:
     variant: str | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
     tokenizer: Path | None = None
+    loras: tuple[Lora, ...] = ()
+    lora_mode: LoraMode = "merge"
 
     def component(self, name: str) -> Component:
         """One of the model's parts that have weights."""

@@ -1,0 +1,77 @@
+"""From what a user calls a LoRA to a model's spec that has it: a file, a folder, or a hub id that is downloaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+from cineline.core.family import FamilySpec
+from cineline.core.lora import Lora, LoraMode
+from cineline.engine.hub import download
+from cineline.errors import CheckpointError, InvalidConfig, shown
+from cineline.families.registry import with_loras
+from cineline.weights.layout import SUFFIX
+
+ON_HUB = re.compile(r"(?P<id>[\w-][\w.-]*/[\w.-]+)(?:/(?P<inside>.+))?")
+"""A hub id, and perhaps a file or folder in it."""
+
+MOST = 2
+"""Files of one LoRA: one for each of two experts."""
+
+BESIDE = "adapter_config.json"
+"""What PEFT's files need."""
+
+
+def add_loras(spec: FamilySpec, loras: Sequence[str], mode: LoraMode) -> FamilySpec:
+    """The spec with these LoRAs, downloading those that are on the hub.
+
+    Raises:
+        CheckpointError: there is no such LoRA, it cannot be read, or is of another model.
+        InvalidConfig: it is written in another way, or the mode is none.
+    """
+    if mode not in get_args(LoraMode):
+        raise InvalidConfig(f"lora_mode={shown(mode)} is not known: use {' or '.join(get_args(LoraMode))}.")
+    if isinstance(loras, str):
+        raise InvalidConfig(f"loras={shown(loras)} is one text: give a list of them.")
+    given = [Lora.of(lora) for lora in loras]
+    if not given and mode == "merge":
+        return spec
+    return with_loras(spec, [replace(lora, path=_here(lora.path)) for lora in given], mode)
+
+
+def _here(path: Path) -> Path:
+    """Where it is on this machine."""
+    if path.exists():
+        return path
+    found = ON_HUB.fullmatch(path.as_posix())
+    if found is None or path.is_absolute():
+        raise CheckpointError(f"LoRA {shown(path)} does not exist: give a file, a folder, or a hub id.")
+    hub_id, inside = found["id"], found["inside"] or ""
+    if inside.endswith(SUFFIX):
+        folder = f"{Path(inside).parent.as_posix()}/".removeprefix("./")
+        patterns, ignored = [inside, f"{folder}{BESIDE}"], None
+    else:
+        folder = f"{inside}/" if inside else ""
+        patterns, ignored = [f"{folder}*{SUFFIX}", f"{folder}{BESIDE}"], [f"{folder}*/*"]
+        _check_number(path, hub_id, patterns, ignored)
+    here = Path(download(hub_id, "lora", allow_patterns=patterns, ignore_patterns=ignored)) / inside
+    if not here.exists():
+        raise CheckpointError(f"LoRA {shown(path)} is not in {shown(hub_id)} on the hub: check the path.")
+    return here
+
+
+def _check_number(path: Path, hub_id: str, patterns: list[str], ignored: list[str]) -> None:
+    """Refuse a folder that holds many, before they are downloaded; where the hub cannot be asked, there may be a copy
+    here."""
+    try:
+        files = download(hub_id, "lora", allow_patterns=patterns, ignore_patterns=ignored, dry_run=True)
+    except CheckpointError:
+        return
+    names = sorted(Path(file.filename).name for file in files if file.filename.endswith(SUFFIX))
+    if len(names) > MOST:
+        raise CheckpointError(
+            f"LoRA {shown(path)} holds {len(names)} files, such as {shown(names[:3])}: give one of them, by its path."
+        )
