@@ -65,7 +65,7 @@ def left_in_the_middle(folder: Path, requests: list[VideoRequest], steps: int = 
 
 
 def entries(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def assert_all_right(handles: list[RequestHandle], numbers: range) -> None:
@@ -292,7 +292,7 @@ def environment(seconds: float) -> Mapping[str, str]:
 def ended_by(number: signal.Signals, options: list[str], out: Path) -> None:
     """Run it until the first file is there, and end it then."""
     process = subprocess.Popen(
-        [*COMMAND, *options], env=environment(0.05), stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*COMMAND, *options], env=environment(0.1), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + LIMIT_S
     while not list(out.glob("*.mp4")):
