@@ -121,6 +121,10 @@ def quantised(told: dict[str, Any]) -> Change:
     return lambda tensors: tensors.update({"blocks.0.self_attn.q.comfy_quant": json_tensor(told)})
 
 
+def all_of(*changes: Change) -> Change:
+    return lambda tensors: [change(tensors) for change in changes]
+
+
 def only(tensors: State, name: str) -> None:
     tensors.clear()
     tensors[name] = torch.zeros(2)
@@ -139,6 +143,21 @@ STRANGE: list[tuple[Change, list[str]]] = [
     (quantised({"format": "nvfp4"}), ["stored as 'nvfp4'", "blocks.0.self_attn.q", "float8_e4m3fn and float8_e5m2"]),
     (quantised({"format": "int8_tensorwise"}), ["stored as 'int8_tensorwise'", "use a file in one of them"]),
     (quantised({"format": "float8_e4m3fn", "convrot": True}), ["stored as 'convrot'"]),
+    (
+        all_of(
+            put("blocks.0.self_attn.q.weight", 128, 64, dtype=torch.uint8),
+            put("blocks.0.self_attn.q.weight_scale", 128, 8, dtype=torch.float8_e4m3fn),
+            put("blocks.0.self_attn.q.weight_scale_2"),
+            quantised({"format": "nvfp4"}),
+        ),
+        ["stored as 'nvfp4'"],
+    ),
+    (put("blocks.0.self_attn.q.weight_scale", 128, 1, dtype=torch.uint8), ["weight_scale' is stored as 'U8'"]),
+    (quantised({"format": "float8_e4m3fn"}), ["says that 'blocks.0.self_attn.q' is scaled", "no scale of its weight"]),
+    (
+        all_of(put("blocks.0.self_attn.q.weight_scale"), put("blocks.0.self_attn.q.scale_weight")),
+        ["'blocks.0.self_attn.q.weight_scale'", "'blocks.0.self_attn.q.scale_weight'", "for one weight"],
+    ),
     (put("blocks.0.self_attn.q.comfy_quant", 3, dtype=torch.uint8), ["comfy_quant' is no JSON"]),
     (put("blocks.0.self_attn.q.weight", 128, 128, dtype=torch.int8), ["blocks.0.self_attn.q.weight", "stored as 'I8'"]),
     (put("blocks.0.self_attn.q.weight", 128, 64, dtype=torch.uint8), ["stored as 'U8'"]),

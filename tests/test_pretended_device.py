@@ -200,7 +200,7 @@ def expected(folder: Path, case: Case) -> list[Video]:
     """The CPU's videos, made once for all cases that are to be alike."""
     together = case.axes.get("vae_decode") == "rows"
     axes = {name: value for name, value in case.axes.items() if together or name not in EXACT}
-    key = repr((folder, axes, case.options, case.image, case.guided, case.frames))
+    key = repr((folder, axes, case.options, case.image, case.guided, case.frames, case.solver))
     if key not in _known:
         _known[key] = run(folder, axes, case.requests(), device="cpu", **case.options)
     return _known[key]

@@ -180,17 +180,27 @@ def test_a_state_survives_its_file() -> None:
         ({"solver": [0, {"order": np.int64(2)}]}, "state['solver'][1]['order'] is of type numpy.int64: "),
         ({"yes": np.bool_(True)}, "state['yes'] is of type numpy.bool"),
         ({"sigmas": np.zeros(2)}, "state['sigmas'] is of type numpy.ndarray: "),
-        ({"pair": (1, 2)}, "state['pair'] is of type builtins.tuple: "),
+        ({"pair": (1, np.int64(2))}, "state['pair'][1] is of type numpy.int64: "),
+        ({"caches": {"tuple": [1]}}, "The only key of state['caches'] is 'tuple', by which a snapshot finds what"),
         ({"dtype": torch.float32}, "state['dtype'] is of type torch.dtype: "),
         ({"noise": torch.Generator()}, "state['noise'] is of type torch._C.Generator: "),
         ({"caches": {3: None}}, "The key 3 of state['caches'] is of type builtins.int: a snapshot's are texts."),
-        ({"caches": {"tensor": "0"}}, "The only key of state['caches'] is 'tensor', by which a snapshot finds its"),
+        ({"caches": {"tensor": "0"}}, "The only key of state['caches'] is 'tensor', by which a snapshot finds what"),
     ],
 )
 def test_what_would_not_come_back_is_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(TypeError) as refused:
         snapshot.write({"latents": torch.zeros(2), **given})
     assert str(refused.value).startswith(words)
+
+
+def test_tuples_come_back_as_tuples() -> None:
+    """As a solver keeps a size."""
+    nested = [(1, (torch.ones(2), None)), ()]
+    found = snapshot.read(snapshot.write({"size": torch.zeros(2, 3).size(), "nested": nested}))
+    assert found["size"] == (2, 3) and isinstance(found["size"], tuple)
+    ((one, (ones, none)), empty) = found["nested"]
+    assert (one, none, empty) == (1, None, ()) and torch.equal(ones, torch.ones(2))
 
 
 def test_numbers_come_back_to_the_bit() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cineline.cli.progress import RequestProgress, make_view
@@ -65,6 +65,7 @@ def is_text(encoding: str) -> bool:
 
 @settings(max_examples=300, deadline=None)
 @given(TEXTS, st.sampled_from([name for name in ENCODINGS if is_text(name)]), st.sampled_from(streams.TOTAL))
+@example("%", "cp864", "ignore")
 def test_any_text_is_printed_in_any_encoding(text: str, encoding: str, chosen: str) -> None:
     """And what the encoding has is printed as it is."""
     assert printed("a", encoding)

@@ -122,8 +122,9 @@ def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
     number = ord(error.object[error.start])
     if 0xDC80 <= number <= 0xDCFF and not error.encoding.lower().startswith(("utf-16", "utf-32", "utf_16", "utf_32")):
         return bytes([number - 0xDC00]), error.start + 1
-    escaped = error.object[error.start].encode("ascii", "backslashreplace").decode()
-    return escaped, error.start + 1
+    # By number: the character may be one of ASCII's, such as the per cent sign that code page 864 has not.
+    escaped = f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+    return escaped if number < 0x10000 else f"\\U{number:08x}", error.start + 1
 
 
 codecs.register_error(ESCAPE, _escape)

@@ -17,8 +17,11 @@ from cineline.transport.channel import TensorSpec
 ROOM = 32_768
 """Bytes for all that is not tensors' values."""
 
-STRUCTURE, TENSOR = "structure", "tensor"
+STRUCTURE, TENSOR, TUPLE = "structure", "tensor", "tuple"
 """In a file's metadata: the state as JSON, with the names of its tensors for them."""
+
+MARKS = ({TENSOR}, {TUPLE})
+"""Keys of what stands for a tensor, or for a tuple."""
 
 LENGTH = 8
 """Bytes that say how long the rest is, or a safetensors file's header."""
@@ -87,16 +90,21 @@ def _described(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"The key {shown(key)} of {where} is of type {_kind(key)}: a snapshot's are texts.")
-        if set(value) == {TENSOR}:
-            raise TypeError(f"The only key of {where} is {shown(TENSOR)}, by which a snapshot finds its tensors.")
+        if set(value) in MARKS:
+            (only,) = value
+            raise TypeError(
+                f"The only key of {where} is {shown(only)}, by which a snapshot finds what JSON cannot hold."
+            )
         return {key: _described(each, f"{where}[{key!r}]", tensors) for key, each in value.items()}
+    if type(value) in (tuple, torch.Size):
+        return {TUPLE: _described(list(value), where, tensors)}
     if isinstance(value, list):
         return [_described(each, f"{where}[{number}]", tensors) for number, each in enumerate(value)]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(
-        f"{where} is of type {_kind(value)}: a snapshot holds tensors, Python's numbers, texts and None, in lists and "
-        "dicts."
+        f"{where} is of type {_kind(value)}: a snapshot holds tensors, Python's numbers, texts and None, in lists, "
+        "tuples and dicts."
     )
 
 
@@ -110,7 +118,11 @@ def read(content: bytes) -> dict[str, Any]:
     tensors = safetensors.torch.load(content)
     header = json.loads(content[LENGTH : LENGTH + int.from_bytes(content[:LENGTH], "little")])
     structure = header["__metadata__"][STRUCTURE]
-    state: dict[str, Any] = json.loads(
-        structure, object_hook=lambda value: tensors[value[TENSOR]] if set(value) == {TENSOR} else value
-    )
+
+    def back(value: dict[str, Any]) -> Any:
+        if set(value) == {TENSOR}:
+            return tensors[value[TENSOR]]
+        return tuple(value[TUPLE]) if set(value) == {TUPLE} else value
+
+    state: dict[str, Any] = json.loads(structure, object_hook=back)
     return state

@@ -61,6 +61,7 @@ def scales_of(source: Source) -> Scales:
     Raises:
         CheckpointError: a scale without a weight, one of an unknown shape, or a layout that is not read, by its name.
     """
+    layers = _check_formats(source)
     found: dict[str, str] = {}
     beside = set()
     for name, stored in source.stored.items():
@@ -76,9 +77,21 @@ def scales_of(source: Source) -> Scales:
             )
         beside.add(name)
         if suffix in SCALES:
+            if weight in found:
+                raise CheckpointError(
+                    f"{shown(source.path)} has {shown(found[weight])} and {shown(name)} for one weight: use a file "
+                    "that has one scale for each."
+                )
+            if stored.dtype in INTEGERS:
+                raise _refused(source, name, stored.dtype)
             _check_shape(source, name, stored, source.stored[weight])
             found[weight] = name
-    _check_formats(source)
+    for layer in layers:
+        if not any(weight == layer + WEIGHT or weight.endswith(f".{layer}{WEIGHT}") for weight in found):
+            raise CheckpointError(
+                f"{shown(source.path)} says that {shown(layer)} is scaled, and has no scale of its weight: download it "
+                "again."
+            )
     for name in source.stored.keys() - beside:
         if source.stored[name].dtype in INTEGERS and len(source.stored[name].shape) > 1:
             raise _refused(source, name, source.stored[name].dtype)
@@ -95,12 +108,13 @@ def product(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return weight * scale.reshape(-1, 1)
 
 
-def _check_formats(source: Source) -> None:
+def _check_formats(source: Source) -> list[str]:
+    """The layers that are said to be scaled, all in a format that is read."""
     formats: dict[str, Any] = {}
     if METADATA in source.metadata:
         formats = _layers(source)
     for name in source.stored:
-        if name.endswith(".comfy_quant"):
+        if name.endswith(".comfy_quant") and name.removesuffix(".comfy_quant") + WEIGHT in source.stored:
             try:
                 formats[name.removesuffix(".comfy_quant")] = json.loads(bytes(source.read(name)[0].tolist()))
             except (ValueError, TypeError):
@@ -111,6 +125,7 @@ def _check_formats(source: Source) -> None:
             raise _refused(source, layer, str(how.get("format")))
         if how.get("convrot"):
             raise _refused(source, layer, "convrot")
+    return list(formats)
 
 
 def _layers(source: Source) -> dict[str, Any]:
@@ -130,7 +145,11 @@ def _refused(source: Source, name: str, layout: str) -> CheckpointError:
 def _check_shape(source: Source, name: str, scale: Stored, weight: Stored) -> None:
     rows, columns = (*weight.shape, 0, 0)[:2]
     by_blocks = (
-        len(scale.shape) == 3 and scale.shape[0] == rows and scale.shape[2] == 1 and columns % scale.shape[1] == 0
+        len(scale.shape) == 3
+        and scale.shape[0] == rows
+        and scale.shape[2] == 1
+        and scale.shape[1]
+        and columns % scale.shape[1] == 0
     )
     if math.prod(scale.shape) != 1 and not (
         len(weight.shape) == 2 and (scale.shape in ((rows,), (rows, 1)) or by_blocks)

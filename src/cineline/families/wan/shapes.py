@@ -88,7 +88,7 @@ class WanShapes:
     def model_options(self) -> str:
         """What a command line calls the model."""
         alone = self.folder in self.files.values()
-        words = [] if alone else [f"--model {self.folder}"]
+        words = [] if alone else [f"--model {quote(str(self.folder))}"]
         return " ".join([*words, *(f"{OPTIONS[name]} {quote(str(path))}" for name, path in self.files.items())])
 
     @property
