@@ -7,15 +7,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+import json
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from faulty_family import Plan
 from forked_ranks import start_forked
 from oracle import Checkpoint, Oracle
 
+from cineline.core.faults import VARIABLE
 from cineline.engine import launch
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 
@@ -77,3 +81,13 @@ def fast_ranks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Fork ranks from a process that has the libraries, but where a test is about their processes."""
     if request.node.get_closest_marker("real_start") is None:
         monkeypatch.setattr(launch, "start_ranks", start_forked)
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """Has the next engine do these faults."""
+
+    def to_environment(*faults: dict[str, Any]) -> None:
+        monkeypatch.setenv(VARIABLE, json.dumps(faults))
+
+    return to_environment

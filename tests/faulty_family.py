@@ -7,6 +7,7 @@ import pickle
 import struct
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from toy_family import ToySpec, ToyStages, ToyState
 from cineline.core.control import Timeline
 from cineline.families.pipeline_parallel import StagePart
 from cineline.rank.engine_link import EngineLink
+
+Plan = Callable[..., None]
+"""The fixture of that name: has the next engine do faults on purpose, each given as a dict of `Fault`'s fields."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, cast, get_args
 import psutil
 import pytest
 import torch
-from faulty_family import InexactSpec
+from faulty_family import InexactSpec, Plan
 from oracle import Checkpoint, Oracle, assert_equal
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -46,18 +46,6 @@ REQUESTS = [
     VideoRequest(prompt="abc", num_inference_steps=5, guidance_scale=3.0, num_frames=3, seed=seed) for seed in range(3)
 ]
 SEEDS = range(3)
-
-Plan = Callable[..., None]
-
-
-@pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """Has the next engine do these faults."""
-
-    def to_environment(*faults: dict[str, Any]) -> None:
-        monkeypatch.setenv(VARIABLE, json.dumps(faults))
-
-    return to_environment
 
 
 def engine(stages: int) -> Engine:

@@ -9,12 +9,11 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 import psutil
 import pytest
-from faulty_family import FaultySpec
+from faulty_family import FaultySpec, Plan
 from forked_ranks import processes_of
 from test_engine import assert_right, own_ranks, request
 
@@ -28,22 +27,9 @@ from cineline import (
     RequestCancelled,
     RequestTimedOut,
 )
-from cineline.core.faults import VARIABLE
 from cineline.engine import blueprint, launch
 
 LIMIT_S = 40.0
-
-Plan = Callable[..., None]
-
-
-@pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """Has the next engine do these faults."""
-
-    def to_environment(*faults: dict[str, Any]) -> None:
-        monkeypatch.setenv(VARIABLE, json.dumps(faults))
-
-    return to_environment
 
 
 def engine(stages: int = 2, **options: Any) -> Engine:

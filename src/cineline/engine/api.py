@@ -169,7 +169,6 @@ class Engine:
             WrongProcess: this is a child that was forked from the engine's process.
         """
         check_process(self._process)
-        check_process(self._process)
         self._line.check_open()
         if not self._takes_snapshots:
             raise InvalidConfig("An engine with restarts=0 takes no snapshots without a folder: give a snapshot_dir.")
