@@ -133,14 +133,37 @@ def generate(
         fetch_weights(spec)  # which takes long, and what is kept then cannot be resumed
         store(folder, spec, tasks)
     options = {**order.devices, **recovery, "in_flight": order.in_flight, "trace": trace, "launcher": launch}
+    _make(spec, parallel, options, tasks, again, quiet, screen)
+
+
+def _make(
+    spec: FamilySpec,
+    parallel: ParallelConfig,
+    options: Mapping[str, Any],
+    tasks: Sequence[Task],
+    again: bool,
+    quiet: bool,
+    screen: Console,
+) -> None:
+    """All that is asked for.
+
+    Args:
+        options: of the engine. again: torchrun has started the world anew, so that the folder has what is left.
+
+    Raises:
+        CinelineError: the first cause, with the names of all that could not be made, after the others are.
+    """
+    folder, trace = options.get("snapshot_dir"), options["trace"]
     unmade: dict[Path, CinelineError] = {}
     try:
         with Engine(spec, parallel, **options) as engine:
             handles = [] if folder is None else engine.resume(folder)
             kept = {path for handle in handles for path in handle.outputs.values()}
             others = [task for task in tasks if not kept.issuperset(task.absolute)]
-            unmade |= _lacking(others) if again else {}
-            handles += [] if again else _submit(engine, others, unmade)
+            if again:
+                unmade |= _lacking(others)
+            else:
+                handles += _submit(engine, others, unmade)
             unmade |= _run(handles, quiet, screen)
     except OutputError as error:
         if trace is None or not unmade:
