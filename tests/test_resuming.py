@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -384,7 +385,8 @@ def test_torchrun_goes_on_from_the_folder(model: Path, tmp_path: Path, oracle: O
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "goes on at step 6" in done.stderr
+    # A loss costs at most one step: the snapshot after step 5 may still have been on its way when rank 1 was killed.
+    assert re.search(r"goes on at step [56]\b", done.stderr), done.stderr
     one = VideoRequest(prompt="a cat", **SIZE)
     assert load_file(latents)["latents"].equal(oracle.run(model, "float32", one)[0])
     assert entries(snapshots) == []
