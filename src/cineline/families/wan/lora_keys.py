@@ -16,10 +16,11 @@ from cineline.weights.lora import Adapter, Delta, Multiplier, role_of
 from cineline.weights.sources import Source, open_source
 
 PREFIX = re.compile(
-    r"(?:base_model\.model\.)?(?:model\.)?(?:diffusion_model\.|transformer\.|unet\.)?(?:transformer_(?P<expert>[12])\.)?"
-    r"(?:lora_(?:unet|transformer)_+)?"
+    r"(?:base_model\.model\.)?(?:model\.)?(?:diffusion_model\.|(?P<first>transformer\.)|unet\.)?"
+    r"(?:transformer_(?P<expert>[12])\.)?(?:lora_(?:unet|transformer)_+)?"
 )
-"""Before the names of modules. ai-toolkit has both experts in one file, numbered from 1."""
+"""Before the names of modules. ai-toolkit has both experts in one file, numbered from 1; by diffusers' names the first
+one has no number."""
 
 LEVELS: Mapping[str, Level] = {"1": "high", "2": "low"}
 EXPERTS: Mapping[Level, str] = {"high": "transformer", "low": "transformer_2"}
@@ -55,23 +56,26 @@ def deltas_of(spec: WanShapes, source: Source, level: Level) -> dict[str, Delta]
     shapes = tensors(spec)
     targets = _targets(tuple(shapes))
     multiplier = Multiplier.of(source)
+    levels = levels_of(source)
     found: dict[str, dict[str, Any]] = {}
+    factors: dict[str, float] = {}
+    biases: dict[str, str] = {}
     for stored in source.stored:
         role = role_of(source, stored)
         prefix = PREFIX.match(stored)
         assert prefix is not None
-        if prefix["expert"] and LEVELS[prefix["expert"]] != level:
+        if levels[stored] not in (None, level):
             continue
         module = (role[0] if role else stored)[prefix.end() :]
         if IMAGE_ENCODER.search(module):
             continue
-        target = role and targets.get((module, "bias" if role[1] == "bias" else "weight"))
+        target = role and targets.get((module, "bias" if role[1] in ("bias", "up_bias") else "weight"))
         if role is None or target is None:
             raise CheckpointError(
                 f"{shown(source.path)}: {shown(stored)} belongs to nothing in {shown(spec.folder)}, which has "
                 f"{spec.layers} blocks of width {shapes['scale_shift_table'][-1]}: use a LoRA of this model."
             )
-        part = {"bias": "diff", "modulation": "diff"}.get(role[1], role[1])
+        part = {"bias": "diff", "up_bias": "diff", "modulation": "diff"}.get(role[1], role[1])
         parts = found.setdefault(target, {})
         if part in parts:
             raise CheckpointError(
@@ -80,11 +84,32 @@ def deltas_of(spec: WanShapes, source: Source, level: Level) -> dict[str, Delta]
             )
         parts[part] = stored
         if part == "down":
-            parts["factor"] = multiplier(module, source.stored[stored].shape[0])
+            rank = (*source.stored[stored].shape, 0)[0]
+            if rank < 1:
+                raise CheckpointError(f"{shown(source.path)}: {shown(stored)} has no rows: download it again.")
+            factors[module] = parts["factor"] = multiplier(module, rank)
+        if role[1] == "up_bias":
+            biases[module] = target
+    for module, target in biases.items():  # PEFT's factor is of all that B gives
+        found[target]["factor"] = factors.get(module, 1.0)
+    for parts in found.values():
+        if "alpha" in parts:
+            parts["factor"] = 1.0  # in the factors
     deltas = {target: Delta(**parts) for target, parts in found.items()}
     for target, delta in deltas.items():
         _check_shapes(source, target, delta, shapes[target])
     return deltas
+
+
+def levels_of(source: Source) -> dict[str, Level | None]:
+    """By stored name the expert that a tensor is for; None where the name does not say so."""
+    found = {name: match for name in source.stored if (match := PREFIX.match(name))}
+    second_alone = {match["expert"] for match in found.values() if match["expert"]} == {"2"}
+    unnumbered: Level | None = "high" if second_alone else None
+    return {
+        name: LEVELS[match["expert"]] if match["expert"] else unnumbered if match["first"] else None
+        for name, match in found.items()
+    }
 
 
 def tensors(spec: WanShapes) -> dict[str, tuple[int, ...]]:
@@ -144,13 +169,14 @@ def _check_shapes(source: Source, target: str, delta: Delta, shape: tuple[int, .
             f"{shown(source.path)}: {shown(delta.names[0])} lacks its other factor: download it again."
         )
     fits = delta.diff is None or math.prod(stored[delta.diff]) == math.prod(shape)
+    fits = fits and (delta.alpha is None or math.prod(stored[delta.alpha]) == 1)
     if delta.down is not None and delta.up is not None:
         down, up = stored[delta.down], stored[delta.up]
         fits = fits and min(len(down), len(up)) > 1 and down[0] == up[1]
         fits = fits and up[0] == shape[0] and math.prod(down[1:]) * math.prod(up[2:]) == math.prod(shape[1:])
         fits = fits and len(shape) > 1
     if not fits:
-        sizes = [list(stored[name]) for name in delta.names if name != delta.alpha]
+        sizes = [list(stored[name]) for name in delta.names]
         raise CheckpointError(
             f"{shown(source.path)}: {shown(delta.names[0])} has shapes {shown(sizes)} for {shown(target)} of "
             f"{shown(list(shape))}: use a LoRA of this model."
