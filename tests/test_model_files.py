@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,7 +16,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from foreign import (
     BLOCKS,
     State,
@@ -29,6 +31,7 @@ from foreign import (
 )
 from oracle import Checkpoint, Oracle, assert_equal
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from test_parity import mixed_requests
 from test_tokenizer import as_spiece
 
@@ -42,7 +45,7 @@ from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.recognise import look_into
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
-from cineline.families.wan.text import SPIECE_READERS, Tokenizer, _is_installed
+from cineline.families.wan.text import Tokenizer
 from cineline.weights.files import Shard, Weights
 from cineline.weights.sources import open_source
 
@@ -379,43 +382,84 @@ def with_spiece(folder: Path, file: Path, tmp_path: Path) -> None:
     home = tmp_path / "spiece"
     shutil.copytree(folder / "tokenizer", home)
     as_spiece(home)
-    told = torch.frombuffer(bytearray((home / "spiece.model").read_bytes()), dtype=torch.uint8)
+    put_spiece((home / "spiece.model").read_bytes(), file)
+
+
+def put_spiece(model: bytes, file: Path) -> None:
+    told = torch.frombuffer(bytearray(model), dtype=torch.uint8)
     save_file({**load_file(file), "spiece_model": told}, file)
 
 
-@pytest.mark.skipif(
-    not all(map(_is_installed, SPIECE_READERS.values())), reason="sentencepiece, protobuf not installed"
+def trained_spiece() -> bytes:
+    """A model as UMT5's: what it does not know is spelt in bytes, and unknown is number 3."""
+    words = "a cat runs over red roofs and sings of snow\nthe dog sees 3 birds; green, blue!\n" * 20
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(words.splitlines()),
+        model_writer=model,
+        vocab_size=300,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+RARE = (
+    "",
+    "a cat",
+    " the  dog\tsees 3 birds ",
+    "a \U0001f408\u200d\u2b1b cat \U0001f1e9\U0001f1ea!",
+    "\u6f22\u5b57 \u0e01 \U00012000",
+    "e\u0301 \ufb01 \u2163 \u2460",
+    "\u2581x",
+    "\x00\x7f",
 )
-def test_a_text_encoder_brings_its_tokenizer(
-    alone: Callable[[WanKind], ModelFiles], checkpoint: Checkpoint, tmp_path: Path, oracle: Oracle
+
+
+def test_the_tokens_are_sentencepieces_whatever_the_characters(
+    alone: Callable[[WanKind], ModelFiles], checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    folder, files = checkpoint(shapes("t2v")), alone("t2v")
+    """transformers' own T5Tokenizer makes others of bytes, and another unknown; a converted folder has them, too."""
+    model, files = trained_spiece(), alone("ti2v")
+    theirs = SentencePieceProcessor(model_proto=model)
+    assert theirs.unk_id() == 3 and theirs.is_byte(theirs.encode("\U0001f408")[-1])
     assert files.text_encoder_file is not None
-    with_spiece(folder, files.text_encoder_file, tmp_path)
+    tensors = load_file(files.text_encoder_file)
+    width = tensors["token_embedding.weight"].shape[1]
+    save_file(tensors | {"token_embedding.weight": torch.randn(theirs.vocab_size(), width)}, files.text_encoder_file)
+    put_spiece(model, files.text_encoder_file)
     shutil.rmtree(tmp_path / "google")
     spec = open_model(None, files=files)
     assert isinstance(spec, WanSpec)
-    assert spec.tokenizer_home == files.text_encoder_file
-    ours, theirs = Tokenizer(spec.tokenizer_home, spec.text), Tokenizer(folder / "tokenizer", spec.text)
-    for prompt in ("", "a cat", "Red, green; 3 of each!"):
-        assert all(map(torch.equal, ours(prompt), theirs(prompt)))
     convert(spec, tmp_path / "model")
-    request = mixed_requests("t2v")[1]
-    with Engine(spec, ParallelConfig(pp=2), device="cpu") as engine:
-        assert_equal(engine.submit(request).result(120), oracle.run(tmp_path / "model", "float32", request))
+    tokenizer = WanPipeline.from_pretrained(tmp_path / "model", transformer=None, vae=None, text_encoder=None).tokenizer
+    homes = (spec.tokenizer_home, tmp_path / "model" / "tokenizer")
+    for prompt in RARE:
+        expected = [*theirs.encode(prompt_clean(prompt)), 1]
+        for home in homes:
+            numbers, mask = Tokenizer(home, spec.text)(prompt)
+            assert numbers[0, : mask.sum()].tolist() == expected
+        assert tokenizer(prompt_clean(prompt)).input_ids == expected
 
 
-def test_without_what_reads_it_the_libraries_are_named(
-    alone: Callable[[WanKind], ModelFiles], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: b"x", lambda model: model[:-500], lambda model: model.replace(b"</s>", b"<s/>")],
+    ids=["no model", "cut off", "without an end"],
+)
+def test_a_spiece_model_that_is_none_is_refused(
+    change: Callable[[bytes], bytes], alone: Callable[[WanKind], ModelFiles], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cineline.families.wan.text._is_installed", lambda module: False)
     files = alone("ti2v")
     assert files.text_encoder_file is not None
-    with_spiece(checkpoint(shapes("ti2v")), files.text_encoder_file, tmp_path)
+    put_spiece(change(trained_spiece()), files.text_encoder_file)
     shutil.rmtree(tmp_path / "google")
-    refused(
-        files, f"'{files.text_encoder_file}' has a spiece.model", "run pip install sentencepiece protobuf, or put a"
-    )
+    refused(files, f"'{files.text_encoder_file}': its tensor 'spiece_model' is no SentencePiece model of UMT5's")
 
 
 # Commands.

@@ -20,6 +20,7 @@ from cineline.core.output import check_folder, unwritable
 from cineline.errors import OutputError, shown
 from cineline.families.wan.shapes import Component
 from cineline.families.wan.spec import DEFAULTS_FILE, WanSpec
+from cineline.families.wan.spiece import TOKENIZER_CLASS
 from cineline.families.wan.text import config_of, unpacked
 from cineline.families.wan.weights import weights_of
 from cineline.weights.files import Weights
@@ -99,7 +100,7 @@ def _index(spec: WanSpec) -> dict[str, Any]:
         "expand_timesteps": spec.kind == "ti2v",
         "scheduler": ["diffusers", spec.scheduler_class],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "tokenizer": ["transformers", TOKENIZER_CLASS if spec.tokenizer_home.is_file() else "T5TokenizerFast"],
         "transformer_2": [None, None],
         "vae": ["diffusers", CLASSES["vae"]],
         **experts,
