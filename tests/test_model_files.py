@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,43 @@ def test_a_truncated_gguf_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> 
     for size in (0, 3, 30, 2000, len(whole) // 2, len(whole) - 4000):
         file.write_bytes(whole[:size])
         refused(ModelFiles(file), f"'{file}' is no GGUF file, or it is truncated", "download it again")
+
+
+TOKENIZER_ARRAYS: dict[str, list[Any]] = {
+    "tokenizer.ggml.tokens": [f"piece {number}" for number in range(20_000)],
+    "tokenizer.ggml.scores": [-0.5 * number for number in range(20_000)],
+    "tokenizer.ggml.token_type": list(range(20_000)),
+    "tokenizer.ggml.flags": [True] * 65,
+    "tokenizer.ggml.few": ["a", "b"],
+}
+
+
+def test_a_tokenizer_in_a_gguf_costs_nothing(tmp_path: Path) -> None:
+    """The package makes objects of each element, 100 MB of these and half a minute's of UMT5's."""
+    file = tmp_path / "a.gguf"
+    told = np.arange(512, dtype=np.float32).reshape(2, 256)
+    write_gguf(file, {"a": (told, gguf.GGMLQuantizationType.F32, (4, 128))}, TOKENIZER_ARRAYS)
+    open_source(file)  # imports what it takes
+    tracemalloc.start()
+    source = open_source(file)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**20
+    assert source.stored["a"].shape == (4, 128)
+    assert source.read("a")[0].flatten().tolist() == told.flatten().tolist()
+    whole = file.read_bytes()
+    for size in (1_000, 200_000, 400_000, 500_000):  # within the texts, the scores, the types
+        file.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="is no GGUF file, or it is truncated"):
+            open_source(file)
+
+
+def test_a_gguf_of_other_machines_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    told = (np.zeros((2, 256), np.float32), gguf.GGMLQuantizationType.F32, None)
+    write_gguf(file, {"a": told}, endianess=gguf.GGUFEndian.BIG)
+    with pytest.raises(CheckpointError, match=r"is no GGUF file.*its bytes are in the order of other machines"):
+        open_source(file)
 
 
 def test_without_gguf_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,10 +152,11 @@ class GgufFile(Source):
 
     def __init__(self, path: Path) -> None:
         need("gguf")
-        from gguf import GGUFReader
+
+        from cineline.weights.gguf_reader import HeaderReader
 
         try:
-            reader = GGUFReader(path)
+            reader = HeaderReader(path)
             self._tensors = {one.name: one for one in reader.tensors}
             shapes = {name: _gguf_shape(reader, one) for name, one in self._tensors.items()}
         except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
