@@ -105,13 +105,30 @@ def test_the_shipped_configs_are_those_of_diffusers_classes() -> None:
             assert all(config[name] == value for name, value in plain.items() if not name.startswith("_"))
 
 
+ORIGINAL = {"dim": 128, "num_heads": 4, "num_layers": 3, "ffn_dim": 96, "in_dim": 48}
+DIFFUSERS = {"attention_head_dim": 64, "num_attention_heads": 2, "num_layers": 3, "ffn_dim": 96, "in_channels": 48}
+BESIDE: list[tuple[dict[str, Any], int]] = [
+    (ORIGINAL, 4),
+    (DIFFUSERS, 2),
+    ({"dim": "?"}, 1),
+    ({**ORIGINAL, "num_heads": 0}, 1),
+    ({**DIFFUSERS, "attention_head_dim": -64, "num_attention_heads": -2}, 1),
+    # another model's
+    *(({**ORIGINAL, name: value}, 1) for name, value in (("dim", 256), ("num_layers", 4), ("ffn_dim", 64))),
+    *(({**DIFFUSERS, name: 4}, 1) for name in ("num_attention_heads", "num_layers", "ffn_dim", "in_channels")),
+    ({"dim": 128, "num_heads": 4}, 1),
+    ({"model_type": "umt5", "num_heads": 4, "d_model": 128, "num_layers": 3}, 1),
+]
+
+
 def test_the_size_of_a_head_is_read_beside_the_weights(alone: Callable[[WanKind], ModelFiles], tmp_path: Path) -> None:
+    """Where the config is theirs: else it is 128."""
     files = alone("ti2v")
-    for told, heads in (({"dim": 128, "num_heads": 4}, 4), ({"attention_head_dim": 64}, 2), ({"dim": "?"}, 1)):
+    for told, heads in BESIDE:
         (tmp_path / "config.json").write_text(json.dumps(told))
         spec = open_model(None, files=files)
         assert isinstance(spec, WanSpec)
-        assert spec.transformer["num_attention_heads"] == heads
+        assert spec.transformer["num_attention_heads"] == heads, told
 
 
 Change = Callable[[State], Any]

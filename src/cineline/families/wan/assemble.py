@@ -174,13 +174,22 @@ def _transformers(spec: WanSpec, found: Mapping[str, Found], beside: bool) -> Ma
 
 
 def _head_size(found: Found) -> int:
-    """As a config beside the weights says, in diffusers' words or the original ones, else that of all real models."""
-    path = found.source.path
+    """As a config beside the weights says, in diffusers' words or the original ones, else that of all real models.
+
+    Files of several models may lie in one folder: a config is this transformer's where it says its tensors' sizes.
+    """
+    path, own = found.source.path, transformer_config(found, 1)
+    sizes = [own[name] for name in ("num_attention_heads", "num_layers", "ffn_dim", "in_channels")]
     try:
         told = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text(encoding="utf-8-sig"))
         if "attention_head_dim" in told:
-            return int(told["attention_head_dim"])
-        return int(told["dim"]) // int(told["num_heads"])
+            size, channels = told["attention_head_dim"], told["in_channels"]
+            width = size * told["num_attention_heads"]
+        else:
+            width, channels = told["dim"], told["in_dim"]
+            size = width // told["num_heads"]
+        is_own = [width, told["num_layers"], told["ffn_dim"], channels] == sizes
+        return int(size) if is_own and size > 0 and width % size == 0 else HEAD_SIZE
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
         return HEAD_SIZE
 
