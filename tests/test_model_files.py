@@ -10,6 +10,7 @@ import shutil
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,13 @@ from cineline import CheckpointError, Engine, ModelFiles, ParallelConfig
 from cineline.cli import main
 from cineline.engine.hub import open_model
 from cineline.errors import OutputError
-from cineline.families.wan.convert import convert
+from cineline.families.wan.convert import convert, module_of
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.recognise import look_into
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.tensors import TENSORS, TIED
 from cineline.families.wan.text import Tokenizer
 from cineline.weights.files import Shard, Weights
 from cineline.weights.sources import open_source
@@ -190,9 +192,33 @@ STRANGE: list[tuple[Change, list[str]]] = [
     (put("blocks.0.self_attn.q.scale_weight", 3), ["has shape [3] for a weight of [128, 128]"]),
     (put("blocks.0.self_attn.q.scale_weight", 4, 4), ["has shape [4, 4]"]),
     (put("blocks.0.self_attn.q.weight_scale_2", 1), ["blocks.0.self_attn.q.weight_scale_2", "does not know"]),
-    (put("blocks.0.odd.weight", 3), ["a tensor 'blocks.0.odd.weight' that its config does not know"]),
-    (put("model.diffusion_model.head.modulation", 1, 2, 128), ["a tensor 'model.diffusion_model.head.modulation'"]),
+    (put("blocks.0.odd.weight", 3), ["tensor 'blocks.0.odd.weight' that its config does not know"]),
+    (put("model.diffusion_model.head.modulation", 1, 2, 128), ["tensor 'model.diffusion_model.head.modulation'"]),
     (lambda tensors: tensors.pop("blocks.1.ffn.0.bias"), ["lacks tensor 'blocks.1.ffn.net.0.proj.bias'"]),
+    (
+        lambda tensors: [tensors.pop(f"blocks.{number}.ffn.2.bias") for number in range(3)],
+        ["lacks 3 tensors ('blocks.0.ffn.net.2.bias', 'blocks.1.ffn.net.2.bias', 'blocks.2.ffn.net.2.bias'): download"],
+    ),
+    (
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("blocks.1.self_attn.")],
+        ["lacks 10 tensors ('blocks.1.attn1.norm_k.weight', ", " and 7 more): download it again"],
+    ),
+    (
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("blocks.1.")],
+        ["tensors ('blocks.1.", " more): download it again"],
+    ),
+    (
+        all_of(*(put(f"blocks.0.odd{number}", 3) for number in range(4))),
+        ["has 4 tensors ('blocks.0.odd0', 'blocks.0.odd1', 'blocks.0.odd2' and 1 more) that its config does not know"],
+    ),
+    (
+        put("blocks.2.ffn.0.weight", 95, 128),
+        ["tensor 'blocks.2.ffn.0.weight' has shape [95, 128], but the others say [96, 128]: download it again"],
+    ),
+    (
+        all_of(put("blocks.1.ffn.0.bias", 97), put("blocks.2.ffn.0.bias", 97)),
+        ["2 tensors ('blocks.1.ffn.0.bias', 'blocks.2.ffn.0.bias') have shapes such as [97], but the others say [96]"],
+    ),
     (lambda tensors: tensors.pop("patch_embedding.weight"), ["lacks tensor 'patch_embedding.weight'"]),
     (
         put("patch_embedding.weight", 128, 52, 1, 2, 2),
@@ -216,11 +242,56 @@ def test_a_transformers_file_that_is_not_read_is_refused(
     refused(files, *words)
 
 
+@pytest.mark.parametrize(
+    ("component", "change", "words"),
+    [
+        (
+            "vae",
+            lambda tensors: tensors.pop("decoder.middle.0.residual.2.bias"),
+            "lacks tensor 'decoder.mid_block.resnets",
+        ),
+        ("vae", put("decoder.head.3.bias", 3), "has tensor 'decoder.head.3.bias'"),
+        ("vae", put("encoder.middle.1.proj.bias", 7), "tensor 'encoder.middle.1.proj.bias' has shape [7]"),
+        (
+            "text_encoder",
+            lambda tensors: tensors.pop("blocks.1.attn.q.weight"),
+            "lacks tensor 'encoder.block.1.layer.0",
+        ),
+        ("text_encoder", put("blocks.0.cross_attn.q.weight", 3), "has tensor 'blocks.0.cross_attn.q.weight'"),
+        ("text_encoder", put("blocks.1.norm2.weight", 3), "tensor 'blocks.1.norm2.weight' has shape [3]"),
+    ],
+)
+def test_other_components_lack_nothing_either(
+    component: str, change: Change, words: str, alone: Callable[[WanKind], ModelFiles]
+) -> None:
+    for kind in KINDS:
+        files = alone(kind)
+        file = files.given[component]
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+        refused(files, f"'{file}'", words)
+
+
+def test_the_shapes_are_those_of_diffusers_and_transformers_classes(checkpoint: Checkpoint) -> None:
+    specs = [*KNOWN.values(), *(WanSpec.open(checkpoint(RandomConfig(kind, seed=3))) for kind in KINDS)]
+    few = {"cross_attn_norm": False, "num_layers": 2}
+    specs += [replace(spec, transformer={**spec.transformer, **few}) for spec in specs[:1]]
+    specs += [replace(spec, text={**spec.text, "feed_forward_proj": "relu"}) for spec in specs[:1]]
+    longer = {"num_res_blocks": 3, "dim_mult": [1, 2, 2], "temperal_downsample": [True, True]}
+    specs += [replace(spec, vae={**spec.vae, **longer}) for spec in specs[:2]]
+    for spec in specs:
+        for name in ("transformer", "vae", "text_encoder"):
+            component = spec.component(name)
+            theirs = {key: tuple(one.shape) for key, one in module_of(component).state_dict().items()}
+            theirs.pop(TIED, None)
+            assert TENSORS[name](component.config) == theirs
+
+
 def refused(files: ModelFiles, *words: str, model: Path | None = None) -> None:
-    """In one sentence, when it is opened or at the latest by the ranks."""
+    """In one sentence, when it is opened: before any rank starts."""
     with pytest.raises(CheckpointError) as error:
-        spec = open_model(model, files=files)
-        Engine(spec, device="cpu").close()
+        open_model(model, files=files)
     sentence = str(error.value)
     assert "\n" not in sentence
     assert sentence.endswith(".")
@@ -514,7 +585,50 @@ def test_a_spiece_model_that_is_none_is_refused(
     assert files.text_encoder_file is not None
     put_spiece(change(trained_spiece()), files.text_encoder_file)
     shutil.rmtree(tmp_path / "google")
-    refused(files, f"'{files.text_encoder_file}': its tensor 'spiece_model' is no SentencePiece model of UMT5's")
+    spec = open_model(None, files=files)
+    assert isinstance(spec, WanSpec)
+    with pytest.raises(CheckpointError) as error:
+        Tokenizer(spec.tokenizer_home, spec.text)
+    words = f"'{files.text_encoder_file}': its tensor 'spiece_model' is no SentencePiece model of UMT5's"
+    assert str(error.value).startswith(words) and str(error.value).endswith("beside it.")
+
+
+def test_a_text_encoder_brings_its_tokenizer(
+    alone: Callable[[WanKind], ModelFiles], checkpoint: Checkpoint, tmp_path: Path, oracle: Oracle
+) -> None:
+    folder, files = checkpoint(shapes("t2v")), alone("t2v")
+    assert files.text_encoder_file is not None
+    with_spiece(folder, files.text_encoder_file, tmp_path)
+    shutil.rmtree(tmp_path / "google")
+    spec = open_model(None, files=files)
+    assert isinstance(spec, WanSpec)
+    assert spec.tokenizer_home == files.text_encoder_file
+    ours, theirs = Tokenizer(spec.tokenizer_home, spec.text), Tokenizer(folder / "tokenizer", spec.text)
+    for prompt in ("", "a cat", "Red, green; 3 of each!"):
+        assert all(map(torch.equal, ours(prompt), theirs(prompt)))
+    convert(spec, tmp_path / "model")
+    request = mixed_requests("t2v")[1]
+    with Engine(spec, ParallelConfig(pp=2), device="cpu") as engine:
+        assert_equal(engine.submit(request).result(120), oracle.run(tmp_path / "model", "float32", request))
+
+
+def test_without_what_reads_it_the_libraries_are_named(
+    alone: Callable[[WanKind], ModelFiles], checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cineline.families.wan.spiece._is_installed", lambda module: False)
+    files = alone("ti2v")
+    assert files.text_encoder_file is not None
+    with_spiece(checkpoint(shapes("ti2v")), files.text_encoder_file, tmp_path)
+    shutil.rmtree(tmp_path / "google")
+    spec = open_model(None, files=files)
+    assert isinstance(spec, WanSpec)
+    with pytest.raises(CheckpointError) as error:
+        Tokenizer(spec.tokenizer_home, spec.text)
+    assert str(error.value) == (
+        f"'{files.text_encoder_file}' has a spiece.model and no tokenizer.json, which takes libraries that are not "
+        'installed: run pip install "cineline[spiece]" (it brings sentencepiece and protobuf), or put a folder '
+        "'tokenizer' with a tokenizer.json beside it."
+    )
 
 
 # Commands.
@@ -582,8 +696,14 @@ def test_a_folder_is_converted_whole_or_not_at_all(
     before = sorted(path.name for path in tmp_path.iterdir())
     tensors = load_file(files.text_encoder_file)
     save_file({**tensors, "odd": torch.zeros(1)}, files.text_encoder_file)  # the last component
-    with pytest.raises(CheckpointError, match="a tensor 'odd'"):
-        convert(spec, tmp_path / "model")
+    told: list[str] = []
+    with pytest.raises(CheckpointError, match="tensor 'odd'"):
+        convert(spec, tmp_path / "model", tell=told.append)
+    assert not told  # before anything was written
+    save_file({**tensors, "norm.weight": torch.zeros(1, 3)}, files.text_encoder_file)
+    with pytest.raises(CheckpointError, match=r"'norm.weight' has shape"):
+        convert(spec, tmp_path / "model", tell=told.append)
+    assert not told
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     save_file(tensors, files.text_encoder_file)
 

@@ -31,6 +31,10 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Before the name of a tensor that ComfyUI's converter has reshaped to rows of 256."""
 
 
+NAMED = 3
+"""Tensors that a message names."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies and what it is, from the file's header.
@@ -188,6 +192,21 @@ class GgufFile(Source):
 def unreadable(file: Path, name: str, error: Exception) -> CheckpointError:
     """What is said of a tensor that cannot be read."""
     return CheckpointError(f"{shown(file)}: tensor {shown(name)} cannot be read ({reason(error)}): download it again.")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Tensors' names as a message repeats them: the first ones, and how many there are."""
+    if len(names) == 1:
+        return f"tensor {shown(names[0])}"
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} tensors ({', '.join(map(shown, names[:NAMED]))}{more})"
+
+
+def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """GGUF's writers leave them out."""
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def _gguf_shape(reader: Any, tensor: Any) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from cineline.families.wan.recognise import (
 )
 from cineline.families.wan.shapes import OPTIONS, WanKind
 from cineline.families.wan.spec import WanSpec, check_alike
+from cineline.families.wan.tensors import check_tensors
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def assembled(files: ModelFiles, base: WanSpec | None) -> WanSpec:
             f"{shown(made.folder)}: the transformer takes text of width {shown(made.transformer['text_dim'])}, and the "
             f"text encoder makes {shown(made.text['d_model'])}: use those of one model."
         )
+    for name, one in found.items():
+        check_tensors(one, made.component(name).config)
     return made
 
 
