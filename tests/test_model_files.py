@@ -288,7 +288,7 @@ def test_the_shapes_are_those_of_diffusers_and_transformers_classes(checkpoint: 
             assert TENSORS[name](component.config) == theirs
 
 
-def refused(files: ModelFiles, *words: str, model: Path | None = None) -> None:
+def refused(files: ModelFiles, *words: str, model: Path | WanSpec | None = None) -> None:
     """In one sentence, when it is opened: before any rank starts."""
     with pytest.raises(CheckpointError) as error:
         open_model(model, files=files)
@@ -373,6 +373,38 @@ def test_a_name_that_says_the_other_expert_warns(
         open_model(None, files=ModelFiles(paths[0], paths[1], files.vae, files.text_encoder_file))
     assert len(caplog.records) == warned
     assert all("nothing in it tells them apart" in record.getMessage() for record in caplog.records)
+
+
+def test_further_files_leave_the_first_ones(
+    alone: Callable[[WanKind], ModelFiles], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Beside a folder and without one; also the tokenizer stays, and what the model is called."""
+    files, folder = alone("t2v"), checkpoint(shapes("t2v"))
+    given = files.given
+    assert files.transformer is not None and files.text_encoder_file is not None
+    first = open_model(folder, files=ModelFiles(files.transformer, files.transformer_2))
+    both = open_model(first, files=ModelFiles(vae=files.vae))
+    assert isinstance(both, WanSpec)
+    assert both.files == {name: path for name, path in given.items() if name != "text_encoder"}
+    assert both == open_model(folder, files=ModelFiles(files.transformer, files.transformer_2, files.vae))
+    refused(ModelFiles(transformer_2=files.transformer), "--transformer and --transformer-2 are both", model=both)
+
+    whole = open_model(None, files=files)
+    assert isinstance(whole, WanSpec) and whole.tokenizer == tmp_path / "google" / "umt5-xxl"
+    (tmp_path / "other").mkdir()
+    vae, high, text = (
+        Path(shutil.copy(given[name], tmp_path / "other")) for name in ("vae", "transformer", "text_encoder")
+    )
+    assert open_model(whole, files=ModelFiles(vae=vae)) == replace(whole, files={**given, "vae": vae})
+    assert open_model(whole, files=ModelFiles(text_encoder_file=text)) == replace(
+        whole, files={**given, "text_encoder": text}
+    )
+    assert open_model(whole, files=ModelFiles(high)) == replace(
+        whole, folder=high, files={**given, "transformer": high}
+    )
+    (tmp_path / "other" / "tokenizer").mkdir()
+    made = open_model(whole, files=ModelFiles(text_encoder_file=text))
+    assert isinstance(made, WanSpec) and made.tokenizer == tmp_path / "other" / "tokenizer"
 
 
 # Files that are broken.
