@@ -742,7 +742,7 @@ def test_a_folder_is_converted_whole_or_not_at_all(
     def full(*arguments: Any, **named: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cineline.weights.sharded.save_file", full)
+    monkeypatch.setattr("cineline.weights.sharded._write", full)
     with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\): check the disk"):
         convert(spec, tmp_path / "model")
     with pytest.raises(OutputError, match="does not exist: make it first"):

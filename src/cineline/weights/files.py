@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -142,6 +143,30 @@ class Weights:
             tensor = tensor if cut is None else tensor[cut]
         target = dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=target, copy=True)
+
+    def pieces(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, limit: int) -> Iterator[torch.Tensor]:
+        """The same numbers as `read` gives without LoRAs, on the CPU, some rows after others.
+
+        Args:
+            limit: bytes of a piece's numbers in float32, that of one row at least.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        self.check_shape(name, shape)
+        stored, place = self._names[name], self.stored(name)
+        count = max(1, limit // max(1, 4 * math.prod(shape[1:])))
+        if place.shape != shape or not shape or count >= shape[0]:
+            yield self.read(name, shape, dtype, torch.device("cpu"))
+            return
+        scale = self._scales.of.get(stored)
+        factor = None if scale is None else self._take(scale)
+        for start in range(0, shape[0], count):
+            rows = slice(start, start + count)
+            tensor = self._take(stored, (rows,))
+            if factor is not None:
+                tensor = product(tensor, factor if factor.numel() == 1 else factor[rows], dtype)
+            yield tensor.to(dtype)
 
     def _take(self, stored: str, cut: tuple[slice, ...] | None = None) -> torch.Tensor:
         tensor, taken = self._source.read(stored, cut)

@@ -180,13 +180,17 @@ class GgufFile(Source):
         from gguf import dequantize
 
         one, stored = self._tensors[name], self.stored[name]
+        data, shape = one.data, stored.shape
+        if cut and len(data) == shape[0]:  # its rows lie one behind the other
+            data = data[cut[0]]
+            shape, cut = (len(data), *shape[1:]), (slice(None), *cut[1:])
         try:
-            values = dequantize(one.data, one.tensor_type)
+            values = dequantize(data, one.tensor_type)
         except NotImplementedError as error:
             raise unreadable(stored.file, name, error) from None
         owned = values if values.flags.writeable else values.copy()  # a memory map is read-only, and torch warns
-        tensor = torch.from_numpy(owned).reshape(stored.shape)
-        return tensor if cut is None else tensor[cut], stored.nbytes
+        tensor = torch.from_numpy(owned).reshape(shape)
+        return tensor if cut is None else tensor[cut], int(data.nbytes)
 
 
 def unreadable(file: Path, name: str, error: Exception) -> CheckpointError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,10 +26,13 @@ from cineline.families.wan.tensors import EMBEDDING, TIED
 from cineline.families.wan.text import config_of, unpacked
 from cineline.families.wan.weights import weights_of
 from cineline.weights.files import Weights
-from cineline.weights.sharded import write_sharded
+from cineline.weights.sharded import Planned, write_sharded
 
 SHARD_BYTES = 2 * 10**9
-"""Of a file, and so of the tensors that are in memory at once."""
+"""Of a file."""
+
+PIECE_BYTES = 2**26
+"""Of the numbers that are in memory at once, in float32; reading and dequantising holds a few such pieces."""
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 PLAIN |= {str(dtype).removeprefix("torch."): dtype for dtype in PLAIN.values()}
@@ -155,16 +158,12 @@ class Part:
         Raises:
             CheckpointError: a tensor cannot be read. OutputError: a file cannot be written.
         """
-        sizes = {
-            name: torch.empty(shape, dtype=self.dtypes[name], device="meta").nbytes
-            for name, shape in self.shapes.items()
-        }
+        planned = {name: Planned(shape, self.dtypes[name]) for name, shape in self.shapes.items()}
         stem = "model" if self.component.name == "text_encoder" else "diffusion_pytorch_model"
-        write_sharded(folder, stem, sizes, self._make, limit)
+        write_sharded(folder, stem, planned, self._pieces, limit)
 
-    def _make(self, name: str) -> Tensor:
-        stored = _stored(self.weights, name)
-        return self.weights.read(stored, self.shapes[name], self.dtypes[name], torch.device("cpu"))
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        return self.weights.pieces(_stored(self.weights, name), self.shapes[name], self.dtypes[name], PIECE_BYTES)
 
 
 def _stored(weights: Weights, name: str) -> str:
