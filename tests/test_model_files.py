@@ -706,6 +706,11 @@ def test_every_command_takes_the_files(
     assert "--text-encoder-file" in " ".join(capsys.readouterr().out.split("Run it: ")[1].split())
     assert run(monkeypatch, "plan", "--devices", "2xL40S") == 2
     assert "There is no model" in capsys.readouterr().err
+    assert run(monkeypatch, "convert", "--to", str(tmp_path / "other")) == 2
+    assert "There is nothing to convert: give files with --transformer and the like, or --model." in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not (tmp_path / "other").exists()
     assert run(monkeypatch, "convert", *options(files), "--to", str(folder)) == 2
     assert "is there already" in capsys.readouterr().err
 
@@ -717,6 +722,21 @@ def test_bench_exact_takes_the_files(
     assert run(monkeypatch, "bench", "exact", *options(alone("ti2v")), *arguments) == 0
     (row,) = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert row["latents"] == row["frames"] == row["requests"] == 6
+
+
+def test_what_stands_where_a_folder_is_made_is_left_alone(
+    alone: Callable[[WanKind], ModelFiles], tmp_path: Path
+) -> None:
+    """A process of the same number may have left it, or another host's be writing to it."""
+    spec = open_model(None, files=alone("ti2v"))
+    assert isinstance(spec, WanSpec)
+    theirs = tmp_path / f".model.{os.getpid()}"
+    theirs.mkdir()
+    (theirs / "theirs").touch()
+    convert(spec, tmp_path / "model")
+    assert (theirs / "theirs").exists()
+    assert (tmp_path / "model").stat().st_mode == theirs.stat().st_mode
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == [theirs]
 
 
 def test_a_folder_is_converted_whole_or_not_at_all(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import diffusers
@@ -64,20 +64,19 @@ def convert(
     if to.exists():
         raise OutputError(f"{shown(to)} is there already: give a folder that is not.")
     parts = [Part.of(spec.component(name), getattr(torch, dtype)) for name in (*spec.experts, "vae", "text_encoder")]
-    temporary = to.with_name(f".{to.name}.{os.getpid()}")
     try:
-        temporary.mkdir()
-        _write_configs(spec, temporary)
-        for part in parts:
-            tell(f"{part.component.name} from {part.component.path}")
-            part.write(temporary / part.component.name, limit)
-        temporary.rename(to)
+        with TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent, ignore_cleanup_errors=True) as temporary:
+            made = Path(temporary) / "model"  # with the permissions that folders have
+            made.mkdir()
+            _write_configs(spec, made)
+            for part in parts:
+                tell(f"{part.component.name} from {part.component.path}")
+                part.write(made / part.component.name, limit)
+            made.rename(to)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(unwritable(to, error)) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_configs(spec: WanSpec, to: Path) -> None:
