@@ -274,7 +274,11 @@ def test_other_components_lack_nothing_either(
 
 
 def test_the_shapes_are_those_of_diffusers_and_transformers_classes(checkpoint: Checkpoint) -> None:
-    specs = [*KNOWN.values(), *(WanSpec.open(checkpoint(RandomConfig(kind, seed=3))) for kind in KINDS)]
+    specs = [
+        replace(spec, transformer={**spec.transformer, "num_layers": 2}, text={**spec.text, "num_layers": 2})
+        for spec in KNOWN.values()
+    ]
+    specs = [*specs, *(WanSpec.open(checkpoint(RandomConfig(kind, seed=3))) for kind in KINDS)]
     few = {"cross_attn_norm": False, "num_layers": 2}
     specs += [replace(spec, transformer={**spec.transformer, **few}) for spec in specs[:1]]
     specs += [replace(spec, text={**spec.text, "feed_forward_proj": "relu"}) for spec in specs[:1]]
@@ -433,6 +437,75 @@ def test_a_pickle_that_is_none_or_runs_code_is_refused(alone: Callable[[WanKind]
             torch.save(content, vae)
         refused(ModelFiles(vae=vae), f"'{vae}' {words}")
     assert not ran.exists()
+
+
+def with_header(file: Path, header: object, length: int | None = None) -> None:
+    text = json.dumps(header).encode()
+    file.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + bytes(64))
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *(5, None, "text", [], {}, {**ENTRY, "data_offsets": 5}, {**ENTRY, "data_offsets": [0]}),
+        *({**ENTRY, "data_offsets": [8, 0]}, {**ENTRY, "data_offsets": [-8, 0]}, {**ENTRY, "data_offsets": ["0", "8"]}),
+        *({**ENTRY, "data_offsets": [0.0, 8.0]}, {**ENTRY, "shape": 2}, {**ENTRY, "shape": ["2"]}),
+        *({**ENTRY, "shape": [-2]}, {**ENTRY, "dtype": 5}, {"data_offsets": [0, 8]}),
+    ],
+)
+def test_a_header_that_names_no_place_is_refused(entry: object, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    with_header(file, {"a": ENTRY, "b": entry})
+    refused(ModelFiles(file), f"'{file}' is no safetensors file: its header says", "of tensor 'b'", "download it again")
+
+
+def test_a_header_that_is_none_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    for header in ([], 5, [["a", 5]], {"a": ENTRY, "__metadata__": 5}, {"a": ENTRY, "__metadata__": ["a"]}):
+        with_header(file, header)
+        refused(ModelFiles(file), f"'{file}' is no safetensors file, or its header is truncated: download it again")
+    with_header(file, {}, 100_000_001)
+    with file.open("r+b") as stream:
+        stream.truncate(200_000_000)  # a hole, which takes no room
+    refused(ModelFiles(file), f"'{file}' is no safetensors file: its header would have 100000001 bytes", "100000000")
+
+
+def test_a_shape_that_a_gguf_says_beside_a_tensor_must_be_of_its_size(tmp_path: Path) -> None:
+    file, told = tmp_path / "a.gguf", np.zeros((2, 256), np.float32)
+    for shape in ((4, 129), (-4, -128)):
+        write_gguf(file, {"a": (told, gguf.GGMLQuantizationType.F32, shape)})
+        refused(
+            ModelFiles(file), f"'{file}' is no GGUF file", f"'a' has shape [2, 256], and is said to be {list(shape)}"
+        )
+
+
+def test_a_pickle_in_the_old_format_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    file = tmp_path / "vae.pth"
+    torch.save({"a": torch.zeros(3)}, file, _use_new_zipfile_serialization=False)
+    refused(
+        ModelFiles(vae=file), f"'{file}' is in torch's old format", "save it anew: torch.save(torch.load(file, weigh"
+    )
+
+
+@pytest.mark.parametrize("text", ["text_encoders.umt5xxl.transformer.", "cond_stage_model.", ""])
+def test_a_file_of_several_components_is_refused(
+    text: str, alone: Callable[[WanKind], ModelFiles], tmp_path: Path
+) -> None:
+    prefixes = {"transformer": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": text}
+    file, files = tmp_path / "all.safetensors", alone("ti2v").given
+    tensors = {
+        name: {f"{prefix}{key}": one for key, one in load_file(files[name]).items()}
+        for name, prefix in prefixes.items()
+    }
+    remedy = "in one file, and a file is one component here: use files of one each"
+    save_file({key: one for state in tensors.values() for key, one in state.items()}, file)
+    for given in (ModelFiles(file), ModelFiles(vae=file), ModelFiles(file, vae=file, text_encoder_file=file)):
+        refused(given, f"'{file}' holds a UMT5 text encoder and a Wan transformer and a Wan VAE {remedy}")
+    save_file(tensors["transformer"] | tensors["vae"], file)
+    refused(ModelFiles(file), f"'{file}' holds a Wan transformer and a Wan VAE {remedy}")
 
 
 def test_a_truncated_gguf_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
