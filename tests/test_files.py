@@ -174,18 +174,18 @@ def test_each_stage_reads_its_own_tensors_alone_out_of_one_file(
         )
 
 
-RUNS = [
-    (list(LAYOUTS)[number % len(LAYOUTS)], kind, dtype, stages)
-    for number, (kind, dtype, stages) in enumerate(product(KINDS, DTYPES, (1, 2, 3)))
-]
+COMBINATIONS = list(product(KINDS, DTYPES, (1, 2, 3)))
+RUNS = [(list(LAYOUTS)[number % len(LAYOUTS)], *one, 2) for number, one in enumerate(COMBINATIONS)]
+RUNS += [(name, *COMBINATIONS[(number + 10) % len(COMBINATIONS)], 1) for number, name in enumerate(LAYOUTS)]
+"""Each combination, and each layout with two kinds, both dtypes and two numbers of stages; requests at once."""
 
 
-@pytest.mark.parametrize(("name", "kind", "dtype", "stages"), RUNS)
+@pytest.mark.parametrize(("name", "kind", "dtype", "stages", "count"), RUNS)
 def test_latents_and_frames_equal_diffusers(
-    name: str, kind: WanKind, dtype: Dtype, stages: int, layout: Layout, same: Same, oracle: Oracle
+    name: str, kind: WanKind, dtype: Dtype, stages: int, count: int, layout: Layout, same: Same, oracle: Oracle
 ) -> None:
     written, folder = layout(name, kind), same(name, kind, dtype)
-    requests = mixed_requests(kind)[:2]
+    requests = mixed_requests(kind)[:count]
     with Engine(written.folder, ParallelConfig(pp=stages), files=written.files, dtype=dtype, device="cpu") as engine:
         handles = [engine.submit(request) for request in requests]
         expected = [oracle.run(folder, dtype, request) for request in requests]  # while the ranks are at work
