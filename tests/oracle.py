@@ -15,6 +15,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from cineline import Video, VideoRequest
+from cineline.core.request import drawn
 from cineline.families.wan.random_checkpoint import RandomConfig
 
 Checkpoint = Callable[[RandomConfig], Path]
@@ -53,7 +54,7 @@ def by_pipeline(folder: Path, dtype: str, request: VideoRequest, vae_dtype: str,
     """What a pipeline gives: latents [1, C, F', H', W'] ("latent"), or a list of pictures for each video ("pil")."""
     pipeline = _pipeline(folder, dtype, request.image is not None, vae_dtype)
     arguments = {name: getattr(request, name) for name in FIELDS if getattr(request, name) is not None}
-    generator = torch.Generator("cpu").manual_seed(request.seed)
+    generator = torch.Generator("cpu").manual_seed(drawn(request.seed))
     return pipeline(generator=generator, output_type=output_type, **arguments).frames
 
 

@@ -241,6 +241,7 @@ FIELDS: dict[str, Any] = {
     "decode": False,
     "loras": ("style",),
     "timeout_s": 60.0,
+    "num_videos": 2,
 }
 
 

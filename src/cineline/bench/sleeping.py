@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, stages_alone
-from cineline.core.request import Job, Kind, VideoRequest, WorkItem
+from cineline.core.request import Job, Kind, VideoRequest, WorkItem, drawn
 from cineline.errors import InvalidRequest
 from cineline.families import snapshot
 from cineline.families.guidance import combine
@@ -68,7 +68,7 @@ class SleepingSpec:
             texts=0,
             chunks=0,
             guidance_scale=request.guidance_scale,
-            seed=request.seed,
+            seed=drawn(request.seed),
             fps=1,
             has_image=False,
         )

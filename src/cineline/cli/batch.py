@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
 from cineline.core.output import LATENT_SUFFIXES, VIDEO_SUFFIXES, check_folder, check_output, check_rate
-from cineline.core.request import VideoRequest
+from cineline.core.request import RANDOM, VideoRequest, videos_of
 from cineline.errors import InvalidRequest, OutputError, reason, shown
 
 DEFAULT_OUTPUT = Path("out.mp4")
@@ -20,11 +21,16 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @dataclass(frozen=True)
 class Task:
-    """One request and where its result goes; at least one of the two files is set."""
+    """One request and where its result goes; at least one of the two files is set.
+
+    Attributes:
+        line: of the file of requests, from 1.
+    """
 
     request: VideoRequest
     video: Path | None
     latents: Path | None
+    line: int = 1
 
     @property
     def outputs(self) -> dict[str, Path]:
@@ -115,7 +121,41 @@ def _task_of_line(path: Path, number: int, line: str, fields: Mapping[str, Any],
         raise OutputError(f"{where}: decode=false leaves only the latents: give --save-latents.")
     video = outputs.output_dir / f"{number:04}.mp4" if outputs.output_dir and request.decode else None
     latents = outputs.save_latents / f"{number:04}.safetensors" if outputs.save_latents else None
-    return Task(request, video, latents)
+    return Task(request, video, latents, number)
+
+
+def split_tasks(spec: FamilySpec, tasks: Iterable[Task], file: Path | None) -> list[Task]:
+    """A task for each video, with its own seed and files: 1, 2 and so on stand behind the names of a request's several.
+
+    Raises:
+        InvalidRequest: as `check_tasks`.
+    """
+    return [video for task in tasks for video in _videos_of(spec, task, file)]
+
+
+def _videos_of(spec: FamilySpec, task: Task, file: Path | None) -> Iterator[Task]:
+    if task.request.num_videos == 1 and task.request.seed != RANDOM:
+        yield task
+        return
+    with _in_line(file, task):
+        seed = spec.resolve(task.request, 0).seed
+    videos = videos_of(task.request, seed)
+    for number, request in enumerate(videos, 1):
+        mark = f"-{number}" if len(videos) > 1 else ""
+        yield replace(task, request=request, video=_marked(task.video, mark), latents=_marked(task.latents, mark))
+
+
+def _marked(path: Path | None, mark: str) -> Path | None:
+    return path and path.with_name(f"{path.stem}{mark}{path.suffix}")
+
+
+@contextmanager
+def _in_line(file: Path | None, task: Task) -> Iterator[None]:
+    """Names the line of what is refused."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{shown(file)}, line {task.line}: {error}" if file else str(error)) from None
 
 
 def check_tasks(spec: FamilySpec, tasks: list[Task], file: Path | None) -> None:
@@ -126,12 +166,9 @@ def check_tasks(spec: FamilySpec, tasks: list[Task], file: Path | None) -> None:
         OutputError: a rate that the video's file cannot hold.
     """
     for number, task in enumerate(tasks):
-        try:
+        with _in_line(file, task):
             if task.request.image is not None:
                 load_image(task.request.image)
             job = spec.resolve(task.request, number)
             if task.video is not None:
                 check_rate(task.video, job.fps)
-        except InvalidRequest as error:
-            line = (task.video or task.latents or Path()).stem.lstrip("0")
-            raise InvalidRequest(f"{shown(file)}, line {line}: {error}" if file else str(error)) from None

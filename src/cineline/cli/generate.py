@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
+from cineline.cli.batch import Outputs, Task, check_tasks, single_task, split_tasks, tasks_of_file
 from cineline.cli.options import Fields, Given, one_of, spread
 from cineline.cli.progress import RequestProgress, make_view
 from cineline.cli.resume import Order, is_begun, refuse_beside_resume, store, tell_how_to_resume
@@ -43,8 +43,8 @@ NAMED = 5
 """Files that an error names at most, of those that are not there."""
 
 _REQUEST, _PARALLEL, _RUN, _FILES = "The request", "The line", "The run", "Files of the model"
-_OF_THE_MODEL = {"negative_prompt": "", "seed": "0", "skip_guidance_at_one": ""}
-"""What a checkpoint may have a default for, which an option that is not there must not hide."""
+_OF_THE_MODEL = {"negative_prompt": "", "seed": "0", "skip_guidance_at_one": "", "num_videos": "1"}
+"""What a checkpoint or a line may say, which an option that is not there must not hide."""
 
 _UNLESS_TORCHRUN = {"restarts": "3, under torchrun 0"}
 
@@ -119,6 +119,7 @@ def generate(
         os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
     spec = open_model(order.model, order.variant, ModelFiles(**order.files))
     spec = add_loras(spec, order.loras, one_of("lora_mode", order.lora_mode, LoraMode))
+    tasks = split_tasks(spec, tasks, requests)
     check_tasks(spec, tasks, requests)
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
     folder = recovery.get("snapshot_dir")

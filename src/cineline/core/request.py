@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import random
 import struct
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -46,9 +47,33 @@ def _row(value: Any) -> Any:
         raise ValueError("it is no row of numbers: give one such as 1,0.75,0.5,0.25") from None
 
 
+def _seed(value: Any) -> Any:
+    if isinstance(value, str) and value != RANDOM:
+        raise ValueError(f"it is no whole number: give one, or {RANDOM}")
+    return value if isinstance(value, str) else _number(value)
+
+
+def _count(value: int) -> int:
+    if not 1 <= value <= MOST_VIDEOS:
+        raise ValueError(f"it is not from 1 to {MOST_VIDEOS}: give so many, or a line for each")
+    return value
+
+
+RANDOM: Literal["random"] = "random"
+
+MOST_SEED = 2**64 - 1
+"""What torch's generators take."""
+
+DRAWN_BELOW = 2**32
+"""Of seeds that are drawn: whatever reads JSON keeps them exact, and a person can copy them."""
+
+MOST_VIDEOS = 10_000
+"""Of a request."""
+
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number)]
 Reals = Annotated[tuple[Real, ...], BeforeValidator(_row)]
+Seed = Annotated[int | Literal["random"], BeforeValidator(_seed)]
 
 Solver = Literal["unipc", "euler", "dpm++", "lcm"]
 Preset = Literal["lightning"]
@@ -75,11 +100,12 @@ class VideoRequest(BaseModel):
             Euler, flow shift 5, no guidance, the second expert from the middle on.
         skip_guidance_at_one: where an expert's guidance scale is exactly 1, its steps have no second forward.
             Diffusers computes it, and rounding then gives other bits.
-        seed: of the CPU generator that draws it, 0 <= seed < 2**63.
+        seed: of the CPU generator that draws it, 0 <= seed < 2**64; "random" is drawn when the request is submitted.
         decode: False stops at the latents.
         loras: of an engine with lora_mode="runtime" those that it is to have, each as NAME or NAME@SCALE (times the
             engine's own scale). Left out, all of them.
         timeout_s: checked twice a second; whoever is late is cancelled, and its handle raises `RequestTimedOut`.
+        num_videos: each is a request of its own (`Engine.submit_all`), with the seeds from `seed` on.
 
     Raises:
         InvalidRequest: an unknown field or a value of the wrong type.
@@ -105,13 +131,14 @@ class VideoRequest(BaseModel):
         None
     )
     skip_guidance_at_one: Annotated[StrictBool, "No second forward where an expert's guidance is exactly 1"] = False
-    seed: Annotated[Whole, "Of the noise"] = 0
+    seed: Annotated[Seed, "Of the noise, below 2**64, or random"] = 0
     fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
     loras: tuple[str, ...] | None = None
     timeout_s: Annotated[Real | None, AfterValidator(_seconds), "Seconds from submission in which it must be done"] = (
         None
     )
+    num_videos: Annotated[Whole, AfterValidator(_count), "Videos, with seeds counted up"] = 1
 
     def __init__(self, /, **fields: Any) -> None:
         try:
@@ -126,6 +153,21 @@ class VideoRequest(BaseModel):
         if not isinstance(given, dict):
             return given
         return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
+
+
+def drawn(seed: int | Literal["random"]) -> int:
+    """The seed, drawn by the operating system where it is to be random."""
+    return random.SystemRandom().randrange(DRAWN_BELOW) if seed == RANDOM else seed
+
+
+def with_seed(request: VideoRequest) -> VideoRequest:
+    """The request, a random seed drawn: from here on it gives the same bits however often it runs."""
+    return request.model_copy(update={"seed": drawn(RANDOM)}) if request.seed == RANDOM else request
+
+
+def videos_of(request: VideoRequest, seed: int) -> list[VideoRequest]:
+    """A request for each of its videos, with seeds from `seed` on."""
+    return [request.model_copy(update={"seed": seed + number, "num_videos": 1}) for number in range(request.num_videos)]
 
 
 def _first_sentence(error: ValidationError) -> str:

@@ -21,7 +21,7 @@ from cineline.core.image import load_image
 from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
 from cineline.core.recovery import Recovery
-from cineline.core.request import VideoRequest
+from cineline.core.request import VideoRequest, videos_of, with_seed
 from cineline.core.trace import write_trace
 from cineline.engine.blueprint import Blueprint, check_launcher, default_device
 from cineline.engine.folder import Kept
@@ -156,6 +156,18 @@ class Engine:
         """
         return self._submit(request, outputs or {})
 
+    def submit_all(self, request: VideoRequest) -> list[RequestHandle]:
+        """Queue each of a request's `num_videos`, with seeds from its own on, in that order.
+
+        Raises:
+            As `submit`. One that breaks a rule is found before any is queued.
+        """
+        request = with_seed(request)
+        videos = videos_of(request, self.spec.resolve(request, 0).seed)
+        for video in videos:  # before any is queued
+            self.spec.resolve(video, 0)
+        return [self.submit(video) for video in videos]
+
     def resume(self, directory: str | Path) -> list[RequestHandle]:
         """Go on with the requests of a snapshot folder that are not done, each from its last snapshot, in the order in
         which they were submitted. The folder is the engine's from now on. What is too large for this engine's devices
@@ -185,6 +197,12 @@ class Engine:
 
     def _submit(self, request: VideoRequest, outputs: Mapping[str, Path], kept: Kept | None = None) -> RequestHandle:
         check_process(self._process)
+        if request.num_videos > 1:
+            raise InvalidRequest(
+                f"num_videos={shown(request.num_videos)} are as many requests: use Engine.submit_all, which gives a "
+                "handle for each."
+            )
+        request = with_seed(request)
         image = None if request.image is None else load_image(request.image)
         if image is not None:
             request = request.model_copy(update={"image": image})

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cineline.core.image import called, load_image
 from cineline.core.lora import choice
-from cineline.core.request import VideoRequest
+from cineline.core.request import MOST_SEED, VideoRequest, drawn
 from cineline.errors import InvalidRequest, shown
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.schedules import Schedule, is_given, with_preset
@@ -52,9 +52,9 @@ class Rules:
                 f"{shown(below + self._wan.vae_frames)}."
             )
         self._check_length("num_frames", frames, (frames - 1) // self._wan.vae_frames + 1)
-        seed = self._default(request, "seed")
-        if not 0 <= seed < 2**63:
-            raise InvalidRequest(f"seed={shown(seed)} is out of range: use 0 to 2**63 - 1.")
+        seed = drawn(self._default(request, "seed"))
+        if not 0 <= seed <= MOST_SEED:
+            raise InvalidRequest(f"seed={shown(seed)} is out of range: use 0 to 2**64 - 1, or random.")
         scale = self._scale(request, "guidance_scale")
         assert scale is not None
         schedule = Schedule.of(self._wan, request, partial(self._default, request))

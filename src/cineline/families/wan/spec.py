@@ -11,7 +11,7 @@ from PIL import Image
 
 from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
 from cineline.core.hardware import Device, Link
-from cineline.core.request import Job, VideoRequest
+from cineline.core.request import RANDOM, Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest, shown
 from cineline.families.configs import read_json
 from cineline.families.wan.costs.line import PlannedLine
@@ -81,7 +81,7 @@ NULLABLE = ("out_channels", "cross_attn_norm", "qk_norm", "image_dim", "added_kv
 """Keys whose null means something there. Of null for another one it builds no model, or none that runs; `ffn_dim` alone
 it takes for 4 times the width then, which no Wan 2.2 has."""
 
-NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras")
+NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras", "num_videos")
 """Request fields that a checkpoint cannot have defaults for."""
 
 
@@ -298,7 +298,7 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
         checked = VideoRequest(**{"prompt": "checked"} | own)
     except InvalidRequest as error:
         raise CheckpointError(f"{shown(path)}: {error}") from None
-    useless = [name for name in own if name in NO_DEFAULTS or own[name] is None]
+    useless = [name for name in own if name in NO_DEFAULTS or own[name] in (None, RANDOM)]
     if useless:
         raise CheckpointError(
             f"{shown(path)}: {shown(useless[0])} cannot have the default {shown(own[useless[0]])}: remove it."
