@@ -1,21 +1,29 @@
-"""Seeds, several videos of a request: what people do every day."""
+"""What people do every day: seeds, pictures, batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from instant_line import InstantEngine
 from oracle import Checkpoint, Oracle, assert_equal
+from PIL import Image
 from toy_family import ToySpec
 
-from cineline import Engine, InvalidRequest, ParallelConfig, VideoRequest
-from cineline.cli.batch import Task, check_tasks, split_tasks
+from cineline import Engine, InvalidRequest, OutputError, ParallelConfig, Video, VideoRequest
+from cineline.cli import main
+from cineline.cli.batch import Outputs, Task, check_tasks
+from cineline.cli.files import settle_files
 from cineline.core.request import DRAWN_BELOW
 from cineline.engine.folder import SnapshotFolder
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.spec import WanSpec
+from cineline.media.video import frames_writer
 
 SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
 
@@ -93,24 +101,102 @@ def test_a_task_becomes_one_for_each_video(folder: Path) -> None:
         Task(small(seed="random"), Path("b.mp4"), None, 2),
         Task(small(), Path("c.mp4"), None, 3),
     ]
-    made = split_tasks(spec, tasks, None)
+    made = settle_files(spec, tasks, None, Outputs(None, None, None), True)[0]
     assert [task.video and task.video.name for task in made] == ["a-1.mp4", "a-2.mp4", "b.mp4", "c.mp4"]
     assert [task.latents and task.latents.name for task in made[:2]] == ["a-1.safetensors", "a-2.safetensors"]
     assert [task.request.seed for task in made[:2]] == [5, 6]
     assert isinstance(made[2].request.seed, int)
-    assert made[3] is tasks[2]
+    assert made[3] == tasks[2]
 
 
 def test_several_videos_count_from_the_models_own_seed(tmp_path: Path, folder: Path) -> None:
     for entry in folder.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "cineline.json").write_text('{"seed": 40}')
-    made = split_tasks(WanSpec.open(tmp_path), [Task(small(num_videos=2), Path("a.mp4"), None)], None)
+    tasks = [Task(small(num_videos=2), Path("a.mp4"), None)]
+    made, _ = settle_files(WanSpec.open(tmp_path), tasks, None, Outputs(None, None, None), True)
     assert [task.request.seed for task in made] == [40, 41]
 
 
 def test_a_line_whose_seeds_are_too_large_is_named(folder: Path) -> None:
     spec, file = WanSpec.open(folder), Path("lines.jsonl")
-    tasks = split_tasks(spec, [Task(small(seed=2**64 - 1, num_videos=2), Path("a.mp4"), None, 4)], file)
+    wanted = [Task(small(seed=2**64 - 1, num_videos=2), Path("a.mp4"), None, 4)]
+    tasks, _ = settle_files(spec, wanted, file, Outputs(None, None, None), True)
     with pytest.raises(InvalidRequest, match=r"'lines.jsonl', line 4: seed=18446744073709551616 is out of range"):
         check_tasks(spec, tasks, file)
+
+
+@pytest.fixture
+def cineline(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, str]]:
+    """Runs `cineline generate` in an empty folder, with an engine that is done at once."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.modules["cineline.cli.generate"], "Engine", InstantEngine)
+    monkeypatch.setattr(sys.modules["cineline.cli.generate"], "POLL_S", 0.0)
+    monkeypatch.setattr("cineline.engine.sink.save_latents", lambda latents, path: path.write_text("latents"))
+    sizes = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+
+    def run(*words: str) -> tuple[str, str]:
+        """What it prints: the files, and what it says."""
+        monkeypatch.setattr(sys, "argv", ["cineline", "generate", "--model", str(folder), *sizes, *words])
+        with pytest.raises(SystemExit):
+            main()
+        said = capsys.readouterr()
+        return said.out, said.err
+
+    return run
+
+
+Cineline = Callable[..., tuple[str, str]]
+
+
+def test_one_frame_becomes_a_picture(cineline: Cineline, tmp_path: Path) -> None:
+    for suffix in ("png", "jpg", "JPEG", "webp"):
+        out, _ = cineline("a cat", "--num-frames", "1", "--output", f"a.{suffix}")
+        assert out == f"a.{suffix}\n"
+        with Image.open(tmp_path / f"a.{suffix}") as picture:
+            assert picture.size == (32, 32)
+            assert np.abs(np.asarray(picture.convert("RGB")).astype(int) - 90).max() <= (suffix in ("jpg", "JPEG"))
+            assert not getattr(picture, "is_animated", False)
+
+
+def test_several_frames_are_no_picture(cineline: Cineline, tmp_path: Path) -> None:
+    out, said = cineline("a cat", "--output", "a.png")
+    assert out == ""
+    assert "'a.png' is a picture, and num_frames=5: use num_frames=1, a video's suffix" in said
+    with pytest.raises(OutputError, match="is a picture, and num_frames=2"):
+        Video(torch.zeros(1), np.zeros((2, 8, 8, 3), np.uint8), 8).save(tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_become_a_folder_of_pngs(cineline: Cineline, tmp_path: Path) -> None:
+    assert cineline("a cat", "--output", "shots/")[0] == "shots\n"
+    assert sorted(path.name for path in (tmp_path / "shots").iterdir()) == [
+        f"000{number}.png" for number in range(1, 6)
+    ]
+    frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    Video(torch.zeros(1), frames, 8).save(f"{tmp_path}/shots/")  # in their place
+    read = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "shots").iterdir())]
+    assert np.array_equal(np.stack(read), frames)
+    assert [path.name for path in tmp_path.iterdir()] == ["shots"]
+
+
+def test_a_folder_with_anything_else_is_left_alone(cineline: Cineline, tmp_path: Path) -> None:
+    (tmp_path / "shots").mkdir()
+    (tmp_path / "shots" / "notes.txt").write_text("mine")
+    out, said = cineline("a cat", "--output", "shots/", "--overwrite")
+    assert (out, "'shots' holds more than frames ('notes.txt')" in said) == ("", True)
+    (tmp_path / "a").write_text("a file")
+    assert "'a' is a file, not a folder of frames" in cineline("a cat", "--output", "a/")[1]
+    assert [path.name for path in (tmp_path / "shots").iterdir()] == ["notes.txt"]
+
+
+def test_frames_that_cannot_all_be_written_leave_the_folder_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "shots").mkdir()
+    (tmp_path / "shots" / "0001.png").write_text("old")
+    with pytest.raises(OutputError, match="No space left"), frames_writer(tmp_path / "shots") as write:
+        write(np.zeros((1, 8, 8, 3), np.uint8))
+        raise OSError(28, "No space left on device")
+    assert [path.read_text() for path in (tmp_path / "shots").iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["shots"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +11,17 @@ from typing import Any
 
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
-from cineline.core.output import LATENT_SUFFIXES, VIDEO_SUFFIXES, check_folder, check_output, check_rate
-from cineline.core.request import RANDOM, VideoRequest, videos_of
+from cineline.core.output import (
+    LATENT_SUFFIXES,
+    STILL_SUFFIXES,
+    VIDEO_SUFFIXES,
+    check_folder,
+    check_frames_folder,
+    check_output,
+    check_rate,
+    check_still,
+)
+from cineline.core.request import VideoRequest
 from cineline.errors import InvalidRequest, OutputError, reason, shown
 
 DEFAULT_OUTPUT = Path("out.mp4")
@@ -21,21 +30,23 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @dataclass(frozen=True)
 class Task:
-    """One request and where its result goes; at least one of the two files is set.
+    """One request and where its result goes; at least one of the files is set.
 
     Attributes:
         line: of the file of requests, from 1.
+        frames: a folder of pictures, instead of a video.
     """
 
     request: VideoRequest
     video: Path | None
     latents: Path | None
     line: int = 1
+    frames: Path | None = None
 
     @property
     def outputs(self) -> dict[str, Path]:
         """The files, by what they are."""
-        files = {"video": self.video, "latents": self.latents}
+        files = {"video": self.video, "frames": self.frames, "latents": self.latents}
         return {what: path for what, path in files.items() if path is not None}
 
     @property
@@ -46,11 +57,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The options that say where results go."""
+    """The options that say where results go; what is not given is None."""
 
-    output: Path | None
+    output: str | None
     output_dir: Path | None
     save_latents: Path | None
+    name: str | None = None
+    skip_existing: bool | None = None
+    overwrite: bool | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether `output` is one of frames."""
+        return self.output is not None and self.output.endswith("/")
 
 
 def single_task(prompt: str, fields: Mapping[str, Any], outputs: Outputs) -> Task:
@@ -59,18 +78,21 @@ def single_task(prompt: str, fields: Mapping[str, Any], outputs: Outputs) -> Tas
     Raises:
         InvalidRequest, OutputError: a field or an output cannot be used.
     """
-    if outputs.output and outputs.output_dir:
-        raise OutputError(
-            f"Both --output {shown(outputs.output)} and --output-dir {shown(outputs.output_dir)} are given: use one."
-        )
-    latents_only = outputs.save_latents and not (outputs.output or outputs.output_dir)
-    video = None
-    if not latents_only:
-        video = outputs.output_dir / "0001.mp4" if outputs.output_dir else outputs.output or DEFAULT_OUTPUT
-        check_output(video, VIDEO_SUFFIXES)
+    output = None if outputs.output is None else Path(outputs.output)
+    if output and outputs.output_dir:
+        raise OutputError(f"Both --output {shown(output)} and --output-dir {shown(outputs.output_dir)}: use one.")
     if outputs.save_latents:
         check_output(outputs.save_latents, LATENT_SUFFIXES)
-    return Task(VideoRequest(prompt=prompt, decode=video is not None, **fields), video, outputs.save_latents)
+    decode = not outputs.save_latents or outputs.output_dir is not None or output is not None
+    task = Task(VideoRequest(prompt=prompt, decode=decode, **fields), None, outputs.save_latents)
+    if not decode:
+        return task
+    if output is not None and outputs.is_folder:
+        check_frames_folder(output)
+        return replace(task, frames=output)
+    video = outputs.output_dir / "0001.mp4" if outputs.output_dir else output or DEFAULT_OUTPUT
+    check_output(video, (*VIDEO_SUFFIXES, *STILL_SUFFIXES))
+    return replace(task, video=video)
 
 
 def tasks_of_file(path: Path, fields: Mapping[str, Any], outputs: Outputs) -> list[Task]:
@@ -124,33 +146,8 @@ def _task_of_line(path: Path, number: int, line: str, fields: Mapping[str, Any],
     return Task(request, video, latents, number)
 
 
-def split_tasks(spec: FamilySpec, tasks: Iterable[Task], file: Path | None) -> list[Task]:
-    """A task for each video, with its own seed and files: 1, 2 and so on stand behind the names of a request's several.
-
-    Raises:
-        InvalidRequest: as `check_tasks`.
-    """
-    return [video for task in tasks for video in _videos_of(spec, task, file)]
-
-
-def _videos_of(spec: FamilySpec, task: Task, file: Path | None) -> Iterator[Task]:
-    if task.request.num_videos == 1 and task.request.seed != RANDOM:
-        yield task
-        return
-    with _in_line(file, task):
-        seed = spec.resolve(task.request, 0).seed
-    videos = videos_of(task.request, seed)
-    for number, request in enumerate(videos, 1):
-        mark = f"-{number}" if len(videos) > 1 else ""
-        yield replace(task, request=request, video=_marked(task.video, mark), latents=_marked(task.latents, mark))
-
-
-def _marked(path: Path | None, mark: str) -> Path | None:
-    return path and path.with_name(f"{path.stem}{mark}{path.suffix}")
-
-
 @contextmanager
-def _in_line(file: Path | None, task: Task) -> Iterator[None]:
+def in_line(file: Path | None, task: Task) -> Iterator[None]:
     """Names the line of what is refused."""
     try:
         yield
@@ -163,12 +160,13 @@ def check_tasks(spec: FamilySpec, tasks: list[Task], file: Path | None) -> None:
 
     Raises:
         InvalidRequest: with the line's number where the requests come from a file.
-        OutputError: a rate that the video's file cannot hold.
+        OutputError: a rate, or a number of frames, that the video's file cannot hold.
     """
     for number, task in enumerate(tasks):
-        with _in_line(file, task):
+        with in_line(file, task):
             if task.request.image is not None:
                 load_image(task.request.image)
             job = spec.resolve(task.request, number)
             if task.video is not None:
                 check_rate(task.video, job.fps)
+                check_still(task.video, job.num_frames)

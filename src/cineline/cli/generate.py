@@ -12,10 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cineline.cli.batch import Outputs, Task, check_tasks, single_task, split_tasks, tasks_of_file
+from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
+from cineline.cli.files import check_name, settle_files
 from cineline.cli.options import Fields, Given, one_of, spread
 from cineline.cli.progress import RequestProgress, make_view
-from cineline.cli.resume import Order, is_begun, refuse_beside_resume, store, tell_how_to_resume
+from cineline.cli.resume import (
+    Order,
+    files_begun,
+    is_restart,
+    refuse_beside_resume,
+    refuse_unfinished,
+    store,
+    tell_how_to_resume,
+)
 from cineline.core.config import AXES, DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.lora import LoraMode
@@ -73,8 +82,16 @@ def generate(
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
     ] = None,
-    output: Annotated[Path | None, _option(_RUN, "The video's file, .mp4, .mov, .mkv, .webp or .gif; out.mp4.")] = None,
+    output: Annotated[
+        str | None,
+        _option(_RUN, ".mp4, .mov, .mkv, .webp, .gif; of one frame .png, .jpg; NAME/ for a PNG a frame; out.mp4."),
+    ] = None,
     output_dir: Annotated[Path | None, _option(_RUN, "Folder for 0001.mp4 and so on, by line.")] = None,
+    name: Annotated[
+        str | None, _option(_RUN, "Names in it, of {line}, {seed}, {video}, with .webp or / at their end; {line:04}.")
+    ] = None,
+    skip_existing: Annotated[bool, _option(_RUN, "Make only files that are not there.", "--skip-existing")] = False,
+    overwrite: Annotated[bool, _option(_RUN, "Replace a batch's files that are there.", "--overwrite")] = False,
     save_latents: Annotated[
         Path | None, _option(_RUN, "Latents' .safetensors file (with --requests a folder); alone, no video is made.")
     ] = None,
@@ -99,7 +116,7 @@ def generate(
     launch = _launcher(launcher)
     screen = console(stderr=True)
     order = Order(model, variant, files, line, devices, in_flight, lora or [], lora_mode)
-    outputs = Outputs(output, output_dir, save_latents)
+    outputs = Outputs(output, output_dir, save_latents, name, skip_existing or None, overwrite or None)
     if resume is not None:
         refuse_beside_resume(prompt, requests, fields, outputs, recovery)
         recovery["snapshot_dir"] = resume
@@ -109,32 +126,38 @@ def generate(
         config = DeviceConfig(**{"device": default_device(), **order.devices})
         sys.exit(serve_torchrun_rank(config.rank_environment(torchrun_world()[1])))
 
-    tasks = [] if resume is not None else _tasks(prompt, requests, fields, outputs)
+    asked = [] if resume is not None else _tasks(prompt, requests, fields, outputs)
     if resume is not None and not entries_in(resume):
         screen.print(f"{resume} has no request that is not done.", highlight=False, soft_wrap=True)
         return
+    folder = recovery.get("snapshot_dir")
+    begun = files_begun(folder, asked, launch)
+    if folder is not None and resume is None and begun is None:
+        refuse_unfinished(folder)
     if trace is not None:
         check_output(trace, (".json",))
     if quiet:
         os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
     spec = open_model(order.model, order.variant, ModelFiles(**order.files))
     spec = add_loras(spec, order.loras, one_of("lora_mode", order.lora_mode, LoraMode))
-    tasks = split_tasks(spec, tasks, requests)
+    tasks, kept = settle_files(spec, asked if begun is None else [], requests, outputs, is_restart(launch))
     check_tasks(spec, tasks, requests)
+    for path in [] if quiet else kept:
+        screen.print(f"{path.name}: is there already", highlight=False, soft_wrap=True)
+    if kept and not tasks:
+        return
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
-    folder = recovery.get("snapshot_dir")
-    again = is_begun(folder, tasks, launch)
     _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
         name = _name_of(order.model, order.files, order.loras)
         screen.print(f"Loading {name} on {ranks}", highlight=False, soft_wrap=True)
 
-    if folder is not None and resume is None and not again:
+    if folder is not None and resume is None and begun is None:
         fetch_weights(spec)  # which takes long, and what is kept then cannot be resumed
-        store(folder, spec, tasks)
+        store(folder, spec, asked, tasks)
     options = {**order.devices, **recovery, "in_flight": order.in_flight, "trace": trace, "launcher": launch}
-    _make(spec, parallel, options, tasks, again, quiet, screen)
+    _make(spec, parallel, options, tasks, begun, quiet, screen)
 
 
 def _make(
@@ -142,14 +165,15 @@ def _make(
     parallel: ParallelConfig,
     options: Mapping[str, Any],
     tasks: Sequence[Task],
-    again: bool,
+    begun: Sequence[Path] | None,
     quiet: bool,
     screen: Console,
 ) -> None:
     """All that is asked for.
 
     Args:
-        options: of the engine. again: torchrun has started the world anew, so that the folder has what is left.
+        options: of the engine.
+        begun: files of a world that torchrun has started anew, of which the folder has what is left.
 
     Raises:
         CinelineError: the first cause, with the names of all that could not be made, after the others are.
@@ -160,11 +184,8 @@ def _make(
         with Engine(spec, parallel, **options) as engine:
             handles = [] if folder is None else engine.resume(folder)
             kept = {path for handle in handles for path in handle.outputs.values()}
-            others = [task for task in tasks if not kept.issuperset(task.absolute)]
-            if again:
-                unmade |= _lacking(others)
-            else:
-                handles += _submit(engine, others, unmade)
+            handles += _submit(engine, [task for task in tasks if not kept.issuperset(task.absolute)], unmade)
+            unmade |= _lacking([path for path in begun or () if path not in kept])
             unmade |= _run(handles, quiet, screen)
     except OutputError as error:
         if trace is None or not unmade:
@@ -204,6 +225,7 @@ def _tell_of_download(spec: FamilySpec, quiet: bool, screen: Console) -> None:
 
 
 def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Outputs) -> list[Task]:
+    check_name(outputs)
     if requests is None:
         if prompt is None:
             raise InvalidRequest("There is no prompt: give one, or --requests FILE.jsonl.")
@@ -213,10 +235,10 @@ def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Ou
     return tasks_of_file(requests, fields, outputs)
 
 
-def _lacking(tasks: Sequence[Task]) -> dict[Path, CinelineError]:
-    """Files of tasks that were done with before torchrun started the world anew, and are not there."""
+def _lacking(files: Sequence[Path]) -> dict[Path, CinelineError]:
+    """Those of requests that were done with before torchrun started the world anew, and are not there."""
     error = OutputError("A request failed before torchrun's restart, and is not made again: see what was said then.")
-    return {path: error for task in tasks for path in task.outputs.values() if not path.exists()}
+    return {path: error for path in files if not path.exists()}
 
 
 def _submit(engine: Engine, tasks: Sequence[Task], unmade: dict[Path, CinelineError]) -> list[RequestHandle]:
@@ -242,7 +264,7 @@ def _run(handles: list[RequestHandle], quiet: bool, screen: Console) -> dict[Pat
     view = make_view(labels, quiet, screen)
     states = [RequestProgress.of(handle) for handle in handles]
     sinks = {
-        number: Sink(handle, handle.outputs.get("video"), handle.outputs.get("latents"))
+        number: Sink(handle, *map(handle.outputs.get, ("video", "latents", "frames")))
         for number, handle in enumerate(handles)
     }
     handles.clear()  # a sink that is done goes, and its video with it: that is large

@@ -80,22 +80,27 @@ class Order:
         )
 
 
-def is_begun(folder: Path | None, tasks: Sequence[Task], launcher: Launcher) -> bool:
-    """Whether torchrun has started the world anew, and the folder is of these tasks."""
-    if folder is None or launcher != "torchrun" or os.environ.get(RESTARTS, "0") == "0":
-        return False
+def is_restart(launcher: Launcher) -> bool:
+    """Whether torchrun has started the world anew."""
+    return launcher == "torchrun" and os.environ.get(RESTARTS, "0") != "0"
+
+
+def files_begun(folder: Path | None, asked: Sequence[Task], launcher: Launcher) -> list[Path] | None:
+    """The files of these tasks where torchrun has started the world anew, and the folder is of them; else None."""
+    if folder is None or not is_restart(launcher):
+        return None
     try:
-        return bool(json.loads((folder / BATCH).read_text()) == _named(tasks))
-    except (OSError, ValueError):
-        return False
+        batch = json.loads((folder / BATCH).read_text())
+        return [Path(path) for path in batch["files"]] if batch["asked"] == _named(asked) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
-def store(folder: Path, spec: FamilySpec, tasks: Sequence[Task]) -> None:
-    """Keep all tasks before anything runs, so that a run that ends at any moment can be resumed.
+def refuse_unfinished(folder: Path) -> None:
+    """Refuse to begin where something else is not done.
 
     Raises:
-        InvalidConfig: the folder has requests that are not done, or another process has it.
-        OutputError: it cannot be used.
+        InvalidConfig: the folder has such requests.
     """
     count = len(entries_in(folder)) if (folder / RUN).exists() else 0
     if count:
@@ -103,6 +108,19 @@ def store(folder: Path, spec: FamilySpec, tasks: Sequence[Task]) -> None:
             f"--snapshot-dir {shown(folder)} has {count} requests that are not done: go on with them by --resume, or "
             "give another folder."
         )
+
+
+def store(folder: Path, spec: FamilySpec, asked: Sequence[Task], tasks: Sequence[Task]) -> None:
+    """Keep all tasks before anything runs, so that a run that ends at any moment can be resumed.
+
+    Args:
+        asked: what `tasks` were made of, in which seeds may be still to draw.
+
+    Raises:
+        InvalidConfig: the folder has requests that are not done, or another process has it.
+        OutputError: it cannot be used.
+    """
+    refuse_unfinished(folder)
     kept = SnapshotFolder(folder)
     try:
         kept.clear()
@@ -110,8 +128,9 @@ def store(folder: Path, spec: FamilySpec, tasks: Sequence[Task]) -> None:
             image = task.request.image
             request = task.request.model_copy(update={"image": None if image is None else load_image(image)})
             kept.add(spec.resolve(request, number), request, task.outputs)
+        files = [str(path) for task in tasks for path in task.absolute]
         with whole_file(folder / BATCH) as temporary:
-            temporary.write_text(json.dumps(_named(tasks)))
+            temporary.write_text(json.dumps({"asked": _named(asked), "files": files}))
     finally:
         kept.close(STORE_LIMIT_S)
 

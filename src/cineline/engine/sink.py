@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from cineline.core.output import unwritable
 from cineline.engine.handle import RequestHandle
 from cineline.errors import CinelineError, OutputError
 from cineline.media.result import save_latents
-from cineline.media.video import video_writer
+from cineline.media.video import frames_writer, video_writer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,7 @@ class Sink:
     Frames are written as they are decoded, so that a video is never in memory as a whole.
 
     Args:
-        video, latents: the files; None where one is not wanted.
+        video, latents: the files; None where one is not wanted. frames: instead of a video's, a folder of pictures.
 
     Attributes:
         handle: of the request.
@@ -31,8 +31,12 @@ class Sink:
         failed: why one of them will never be, if so; the other one is written all the same.
     """
 
-    def __init__(self, handle: RequestHandle, video: Path | None, latents: Path | None) -> None:
+    def __init__(
+        self, handle: RequestHandle, video: Path | None, latents: Path | None, frames: Path | None = None
+    ) -> None:
         self.handle = handle
+        self._as_folder = video is None
+        video = video or frames
         self.missing = [path for path in (latents, video) if path is not None]
         self.failed: OutputError | None = None
         self._video = video
@@ -77,11 +81,14 @@ class Sink:
             return
         with self._noting(self._video):
             if self._write is None:
-                self._write = self._opened.enter_context(video_writer(self._video, self.handle.job.fps))
+                self._write = self._opened.enter_context(self._writer(self._video))
             self._write(frames)
         if self.failed is not None:
             self.give_up(self.failed)  # at once: the space may be what the others lack
             self._video = None
+
+    def _writer(self, path: Path) -> AbstractContextManager[Callable[[np.ndarray], None]]:
+        return frames_writer(path) if self._as_folder else video_writer(path, self.handle.job.fps)
 
     @contextmanager
     def _noting(self, path: Path) -> Iterator[None]:

@@ -28,14 +28,15 @@ class Video:
     fps: int
 
     def save(self, path: str | Path) -> None:
-        """Write the frames as H.264, yuv420p, or (.webp, .gif) as an endless animation.
+        """Write the frames as H.264, yuv420p, or (.webp, .gif) as an endless animation; one alone as a picture, too
+        (.png, .jpg). With "/" at its end the path is a folder's, of a PNG a frame.
 
         Raises:
             OutputError: there are no frames, or the file cannot be written.
         """
         from cineline.media.video import write_video
 
-        write_video(self.frames, self.fps, Path(path))
+        write_video(self.frames, self.fps, Path(path), as_folder=str(path).endswith("/"))
 
 
 def save_latents(latents: torch.Tensor, path: Path) -> None:

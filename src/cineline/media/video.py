@@ -1,10 +1,10 @@
-"""Frames to a video file that plays everywhere (H.264, yuv420p, BT.709), or to an animated picture."""
+"""Frames to a video file that plays everywhere (H.264, yuv420p, BT.709), to an animated picture, or to pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import av
@@ -12,28 +12,62 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 
-from cineline.core.output import ANIMATION_SUFFIXES, VIDEO_SUFFIXES, check_output, check_rate, whole_file
+from cineline.core.output import (
+    ANIMATION_SUFFIXES,
+    STILL_SUFFIXES,
+    VIDEO_SUFFIXES,
+    check_output,
+    check_rate,
+    check_still,
+    whole_file,
+    whole_folder,
+)
 from cineline.errors import OutputError, shown
+
+JPEG_QUALITY = 95
+"""Above it Pillow's documentation advises against."""
 
 
 @contextmanager
 def video_writer(path: Path, fps: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """Writes a video as its frames come: call what it gives with frames uint8 [F, H, W, 3], one or more at a time.
+    """Writes a video, or a picture of its one frame, as its frames come: call what it gives with frames uint8
+    [F, H, W, 3], one or more at a time.
 
     The file is whole at the end, or is not there at all.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    check_output(path, VIDEO_SUFFIXES)
+    check_output(path, (*VIDEO_SUFFIXES, *STILL_SUFFIXES))
     check_rate(path, fps)
-    opened = _animation if path.suffix.lower() in ANIMATION_SUFFIXES else _h264
+    suffix = path.suffix.lower()
+    opened = _still if suffix in STILL_SUFFIXES else _animation if suffix in ANIMATION_SUFFIXES else _h264
     with whole_file(path) as temporary, opened(temporary, fps) as write:
         yield write
 
 
-def write_video(frames: np.ndarray | None, fps: int, path: Path) -> None:
+@contextmanager
+def frames_writer(path: Path) -> Iterator[Callable[[np.ndarray], None]]:
+    """As `video_writer`, for a folder of 0001.png and so on; the folder is whole at the end, or is as it was.
+
+    Raises:
+        OutputError: the folder cannot be written, or holds something else than frames.
+    """
+    with whole_folder(path) as temporary:
+        numbers = count(1)
+
+        def write(frames: np.ndarray) -> None:
+            for frame, number in zip(frames, numbers, strict=False):  # a number is taken for a frame only
+                Image.fromarray(frame).save(temporary / f"{number:04}.png")
+
+        yield write
+
+
+def write_video(frames: np.ndarray | None, fps: int, path: Path, as_folder: bool = False) -> None:
     """Write frames uint8 [F, H, W, 3] to `path`, whole or not at all.
+
+    Args:
+        as_folder: a picture a frame.
 
     Raises:
         OutputError: there are no frames, or the file cannot be written.
@@ -43,8 +77,19 @@ def write_video(frames: np.ndarray | None, fps: int, path: Path) -> None:
             f"{shown(path)} cannot be written: the request stopped at its latents (decode=False), or its frames were "
             "taken."
         )
-    with video_writer(path, fps) as write:
+    if not as_folder:
+        check_still(path, len(frames))
+    with frames_writer(path) if as_folder else video_writer(path, fps) as write:
         write(frames)
+
+
+@contextmanager
+def _still(path: Path, fps: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """A picture: PNG without loss, JPEG at its best."""
+    pictures: list[Image.Image] = []
+    yield lambda frames: pictures.extend(Image.fromarray(frame) for frame in frames)
+    (picture,) = pictures
+    picture.save(path, quality=JPEG_QUALITY, subsampling=0)
 
 
 @contextmanager
