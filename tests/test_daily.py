@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from cineline.core.request import DRAWN_BELOW
 from cineline.engine.folder import SnapshotFolder
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.spec import WanSpec
+from cineline.media.about import read_about
 from cineline.media.video import frames_writer
 
 SMALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
@@ -200,3 +202,26 @@ def test_frames_that_cannot_all_be_written_leave_the_folder_as_it_was(tmp_path: 
         raise OSError(28, "No space left on device")
     assert [path.read_text() for path in (tmp_path / "shots").iterdir()] == ["old"]
     assert [path.name for path in tmp_path.iterdir()] == ["shots"]
+
+
+def test_the_line_that_show_prints_gives_the_same_bits(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    request = VideoRequest(
+        prompt="a cat\u2028", image=picture, height=32, width=64, num_frames=5, num_inference_steps=2, seed="random"
+    )
+    made = engine.submit(request).result(60)
+    made.save(tmp_path / "a.mp4")
+    monkeypatch.setattr(sys, "argv", ["cineline", "show", str(tmp_path / "a.mp4")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code is None
+    printed = capsys.readouterr()
+    line = json.loads(printed.out)
+    assert "It needs --image, whose pixels are not in the file: size and SHA-256 32x32 " in printed.err
+    assert "a model without a public name" in printed.err
+    assert made.frames is not None
+    assert_equal(engine.submit(VideoRequest(**line, image=picture)).result(60), (made.latents, made.frames))
+    for private in (str(engine.spec.folder), engine.spec.folder.name, str(tmp_path), "/"):  # type: ignore[attr-defined]
+        assert private not in json.dumps(read_about(tmp_path / "a.mp4"))

@@ -100,6 +100,9 @@ def generate(
     devices: Annotated[Given, Fields(DeviceConfig, panel=_PARALLEL, unset=_CHOSEN, given=True)],
     launcher: Annotated[str | None, _option(_PARALLEL, "local or torchrun; torchrun inside its world.")] = None,
     quiet: Annotated[bool, _option(_RUN, "No progress, no settings.", "--quiet")] = False,
+    no_metadata: Annotated[
+        bool, _option(_RUN, "Files do not say what made them (cineline show).", "--no-metadata")
+    ] = False,
     trace: Annotated[Path | None, _option(_RUN, "Write a timeline for ui.perfetto.dev, .json.")] = None,
     recovery: Annotated[Given, Fields(Recovery, panel=_RUN, unset=_UNLESS_TORCHRUN)],
     resume: Annotated[
@@ -157,7 +160,7 @@ def generate(
         fetch_weights(spec)  # which takes long, and what is kept then cannot be resumed
         store(folder, spec, asked, tasks)
     options = {**order.devices, **recovery, "in_flight": order.in_flight, "trace": trace, "launcher": launch}
-    _make(spec, parallel, options, tasks, begun, quiet, screen)
+    _make(spec, parallel, options, tasks, begun, quiet, screen, not no_metadata)
 
 
 def _make(
@@ -168,12 +171,14 @@ def _make(
     begun: Sequence[Path] | None,
     quiet: bool,
     screen: Console,
+    metadata: bool,
 ) -> None:
     """All that is asked for.
 
     Args:
         options: of the engine.
         begun: files of a world that torchrun has started anew, of which the folder has what is left.
+        metadata: whether files say what made them.
 
     Raises:
         CinelineError: the first cause, with the names of all that could not be made, after the others are.
@@ -186,7 +191,7 @@ def _make(
             kept = {path for handle in handles for path in handle.outputs.values()}
             handles += _submit(engine, [task for task in tasks if not kept.issuperset(task.absolute)], unmade)
             unmade |= _lacking([path for path in begun or () if path not in kept])
-            unmade |= _run(handles, quiet, screen)
+            unmade |= _run(handles, quiet, screen, metadata)
     except OutputError as error:
         if trace is None or not unmade:
             raise
@@ -252,7 +257,9 @@ def _submit(engine: Engine, tasks: Sequence[Task], unmade: dict[Path, CinelineEr
     return handles
 
 
-def _run(handles: list[RequestHandle], quiet: bool, screen: Console) -> dict[Path, CinelineError]:
+def _run(
+    handles: list[RequestHandle], quiet: bool, screen: Console, metadata: bool = True
+) -> dict[Path, CinelineError]:
     """Write each result as it comes; the files that could not be made, after the others are done."""
     unmade: dict[Path, CinelineError] = {}
     labels = [next(iter(handle.outputs.values()), Path()).name for handle in handles]
@@ -264,7 +271,7 @@ def _run(handles: list[RequestHandle], quiet: bool, screen: Console) -> dict[Pat
     view = make_view(labels, quiet, screen)
     states = [RequestProgress.of(handle) for handle in handles]
     sinks = {
-        number: Sink(handle, *map(handle.outputs.get, ("video", "latents", "frames")))
+        number: Sink(handle, *map(handle.outputs.get, ("video", "latents", "frames")), metadata=metadata)
         for number, handle in enumerate(handles)
     }
     handles.clear()  # a sink that is done goes, and its video with it: that is large

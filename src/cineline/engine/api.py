@@ -23,6 +23,7 @@ from cineline.core.output import check_output
 from cineline.core.recovery import Recovery
 from cineline.core.request import VideoRequest, videos_of, with_seed
 from cineline.core.trace import write_trace
+from cineline.engine.about import About
 from cineline.engine.blueprint import Blueprint, check_launcher, default_device
 from cineline.engine.folder import Kept
 from cineline.engine.handle import RequestHandle, Ticket
@@ -107,6 +108,7 @@ class Engine:
         config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb)
         self.spec = add_loras(open_model(model, variant, files), loras, lora_mode)
         blueprint = Blueprint.draw(self.spec, parallel, config, in_flight, launcher)
+        self._about = About(blueprint)
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:
             check_output(self._trace, (".json",))
@@ -207,7 +209,8 @@ class Engine:
         if image is not None:
             request = request.model_copy(update={"image": image})
         ticket = self._line.submit(request, image, outputs, kept)
-        return RequestHandle(ticket, self._line.cancel, self._record.delivered, self)
+        describe = self._about.describer(request, ticket.job)
+        return RequestHandle(ticket, self._line.cancel, self._record.delivered, self, describe)
 
     def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
         """End the ranks; requests that are not done raise `EngineClosed`.

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +105,12 @@ class RequestHandle:
 
     Args:
         cancel: of the engine's line; whether what the snapshot folder has is kept. deliver: of its record.
-        engine: itself.
+        engine: itself. describe: see there.
 
     Attributes:
         job: the request as it runs, with nothing left open.
         outputs: files that whoever submitted it wants, by what they are.
+        describe: says what is made and of which model, as JSON (see `engine.about`); None for no words.
     """
 
     def __init__(
@@ -117,7 +119,9 @@ class RequestHandle:
         cancel: Callable[[Ticket, bool], bool],
         deliver: Callable[[int], None] = lambda _: None,
         engine: object = None,
+        describe: Callable[[], str] | None = None,
     ) -> None:
+        self.describe = describe
         self.job = ticket.job
         self.outputs = ticket.outputs
         self._ticket = ticket
@@ -188,7 +192,7 @@ class RequestHandle:
             ) from None
         if isinstance(error, CinelineError):
             raise anew(error)
-        return self._ticket.future.result()
+        return replace(self._ticket.future.result(), describe=self.describe)
 
     def take_frames(self) -> list[np.ndarray]:
         """Frames decoded since the last call, each uint8 [F, H, W, 3]; the result has those that were not taken."""

@@ -24,6 +24,7 @@ class Sink:
 
     Args:
         video, latents: the files; None where one is not wanted. frames: instead of a video's, a folder of pictures.
+        metadata: whether the files say what made them.
 
     Attributes:
         handle: of the request.
@@ -32,10 +33,17 @@ class Sink:
     """
 
     def __init__(
-        self, handle: RequestHandle, video: Path | None, latents: Path | None, frames: Path | None = None
+        self,
+        handle: RequestHandle,
+        video: Path | None,
+        latents: Path | None,
+        frames: Path | None = None,
+        *,
+        metadata: bool = True,
     ) -> None:
         self.handle = handle
         self._as_folder = video is None
+        self._metadata = metadata
         video = video or frames
         self.missing = [path for path in (latents, video) if path is not None]
         self.failed: OutputError | None = None
@@ -71,7 +79,7 @@ class Sink:
                 there.append(self._video)
         if self._latents is not None:
             with self._noting(self._latents):
-                save_latents(result.latents, self._latents)
+                save_latents(result.latents, self._latents, self._about)
                 there.insert(0, self._latents)
         self.missing = [path for path in self.missing if path not in there]
         return there
@@ -88,7 +96,13 @@ class Sink:
             self._video = None
 
     def _writer(self, path: Path) -> AbstractContextManager[Callable[[np.ndarray], None]]:
-        return frames_writer(path) if self._as_folder else video_writer(path, self.handle.job.fps)
+        if self._as_folder:
+            return frames_writer(path, self._about)
+        return video_writer(path, self.handle.job.fps, self._about)
+
+    @property
+    def _about(self) -> str | None:
+        return self.handle.describe() if self._metadata and self.handle.describe else None
 
     @contextmanager
     def _noting(self, path: Path) -> Iterator[None]:
