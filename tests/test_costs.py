@@ -90,6 +90,8 @@ def check_text(config: dict[str, Any]) -> None:
     model, costs = on_meta(UMT5EncoderModel, UMT5Config(**config)), TextCosts.of(config)
     assert costs.whole == counted(model.encoder)
     assert costs.layer == counted(model.encoder.block[0])
+    half = TextCosts.of(config, "float16")
+    assert half.whole == counted(model.encoder, tuple(UMT5EncoderModel._keep_in_fp32_modules))
 
 
 @pytest.mark.parametrize("spec", KNOWN.values(), ids=["ti2v", "t2v", "i2v"])

@@ -225,3 +225,43 @@ def test_the_line_that_show_prints_gives_the_same_bits(
     assert_equal(engine.submit(VideoRequest(**line, image=picture)).result(60), (made.latents, made.frames))
     for private in (str(engine.spec.folder), engine.spec.folder.name, str(tmp_path), "/"):  # type: ignore[attr-defined]
         assert private not in json.dumps(read_about(tmp_path / "a.mp4"))
+
+
+@pytest.fixture(scope="module")
+def i2v(checkpoint: Checkpoint) -> Path:
+    return checkpoint(RandomConfig("i2v", seed=3))
+
+
+@pytest.fixture(scope="module")
+def image_engine(i2v: Path) -> Iterator[Engine]:
+    with Engine(i2v, ParallelConfig(pp=2), device="cpu") as opened:
+        yield opened
+
+
+def picture(seed: int, width: int = 32, height: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def pictured(**fields: Any) -> VideoRequest:
+    """With scales, which diffusers has other defaults for."""
+    return small(**{"image": picture(1), "guidance_scale": 3.0, "guidance_scale_2": 2.0, **fields})
+
+
+def test_beside_an_image_the_prompt_may_be_empty(image_engine: Engine, i2v: Path, oracle: Oracle) -> None:
+    request = pictured(prompt="")
+    assert_equal(image_engine.submit(request).result(60), oracle.run(i2v, "float32", request))
+
+
+def test_an_empty_prompt_alone_is_refused(cineline: Cineline) -> None:
+    words = "is empty: describe the video in at least one word, or give an image"
+    assert words in cineline(" ")[1]
+    assert "There is no prompt: give one, an --image" in cineline()[1]
+    picture(1).save("a.png")
+    assert cineline("--image", "a.png", "--output", "a.mp4")[0] == "a.mp4\n"
+
+
+def test_float16_has_diffusers_bits(checkpoint: Checkpoint, oracle: Oracle) -> None:
+    folder = checkpoint(RandomConfig("t2v", seed=3))
+    request = small(guidance_scale=4.0, guidance_scale_2=3.0)
+    with Engine(folder, ParallelConfig(pp=2), device="cpu", dtype="float16", vae_dtype="float16") as engine:
+        assert_equal(engine.submit(request).result(60), oracle.run(folder, "float16", request, "float16"))

@@ -232,9 +232,9 @@ def _tell_of_download(spec: FamilySpec, quiet: bool, screen: Console) -> None:
 def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Outputs) -> list[Task]:
     check_name(outputs)
     if requests is None:
-        if prompt is None:
-            raise InvalidRequest("There is no prompt: give one, or --requests FILE.jsonl.")
-        return [single_task(prompt, fields, outputs)]
+        if prompt is None and "image" not in fields:
+            raise InvalidRequest("There is no prompt: give one, an --image, or --requests FILE.jsonl.")
+        return [single_task(prompt or "", fields, outputs)]
     if prompt is not None:
         raise InvalidRequest(f"Both a prompt ({shown(prompt)}) and --requests {shown(requests)} are given: use one.")
     return tasks_of_file(requests, fields, outputs)

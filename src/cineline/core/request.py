@@ -83,7 +83,7 @@ class VideoRequest(BaseModel):
     """One video to generate. A field left out (None) takes the model's default.
 
     Attributes, beyond what the options' texts say:
-        prompt: what the video shows; not empty.
+        prompt: what the video shows; may be empty beside an image.
         negative_prompt: used only with guidance on.
         image: a file's path or a PIL image.
         height, width: the grid is VAE scale x patch. With an image, one left out is the other in the image's shape, to

@@ -40,8 +40,10 @@ class Rules:
             InvalidRequest: a field breaks one of the rules.
         """
         request = with_preset(self._wan, request)
-        if not request.prompt.strip():
-            raise InvalidRequest(f"prompt={shown(request.prompt)} is empty: describe the video in at least one word.")
+        if not request.prompt.strip() and request.image is None:
+            raise InvalidRequest(
+                f"prompt={shown(request.prompt)} is empty: describe the video in at least one word, or give an image."
+            )
         self._check_image(request)
         height, width = self._size(request)
         fps, frames = self._fps(request), self._default(request, "num_frames")

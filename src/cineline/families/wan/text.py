@@ -194,7 +194,8 @@ class TextSlice:
             stack.final_layer_norm = nn.Identity()
         stored = {name: f"encoder.{self._stored_name(name)}" for name in stack.state_dict()}
         stored = {name: aliases.get(whole_name, whole_name) for name, whole_name in stored.items()}
-        weights.load(stack, self._dtype, self.device, aliases=stored)
+        fp32 = UMT5EncoderModel._keep_in_fp32_modules if self._dtype == torch.float16 else ()  # as transformers does
+        weights.load(stack, self._dtype, self.device, fp32, aliases=stored)
         self.bytes_read += weights.bytes_read
         self._stack = stack
 

@@ -84,7 +84,7 @@ class ModelCosts:
             shapes.kind,
             len(shapes.experts),
             TransformerCosts.of(shapes.transformer),
-            TextCosts.of(shapes.text),
+            TextCosts.of(shapes.text, dtype),
             VaeCosts.of(shapes.vae),
             dtype,
             vae_dtype,
