@@ -20,6 +20,7 @@ from cineline import Engine, InvalidRequest, OutputError, ParallelConfig, Video,
 from cineline.cli import main
 from cineline.cli.batch import Outputs, Task, check_tasks
 from cineline.cli.files import settle_files
+from cineline.core.image import Fit, fitted, fitting
 from cineline.core.request import DRAWN_BELOW
 from cineline.engine.folder import SnapshotFolder
 from cineline.families.wan.random_checkpoint import RandomConfig
@@ -265,3 +266,47 @@ def test_float16_has_diffusers_bits(checkpoint: Checkpoint, oracle: Oracle) -> N
     request = small(guidance_scale=4.0, guidance_scale_2=3.0)
     with Engine(folder, ParallelConfig(pp=2), device="cpu", dtype="float16", vae_dtype="float16") as engine:
         assert_equal(engine.submit(request).result(60), oracle.run(folder, "float16", request, "float16"))
+
+
+@pytest.mark.parametrize(
+    ("fit", "width", "height"), [("crop", 50, 32), ("crop", 20, 48), ("pad", 50, 32), ("pad", 20, 48)]
+)
+def test_an_image_in_another_shape_is_cropped_or_padded(
+    fit: Fit, width: int, height: int, image_engine: Engine, i2v: Path, oracle: Oracle
+) -> None:
+    given = picture(1, width, height)
+    ready = fitted(given, 32, 32, fit)
+    assert ready.size == (32, 32)
+    handle = image_engine.submit(pictured(image=given, fit=fit))
+    assert_equal(handle.result(60), oracle.run(i2v, "float32", pictured(image=ready)))
+    bits = oracle.run(i2v, "float32", pictured(image=given))
+    assert_equal(image_engine.submit(pictured(image=given)).result(60), bits)  # stretched, as diffusers does
+    assert not handle.result().latents.equal(bits[0])
+
+
+def test_what_becomes_of_an_image_is_said() -> None:
+    def said(width: int, height: int, fit: Fit) -> str:
+        return fitting(Image.new("RGB", (width, height)), 64, 32, fit)
+
+    assert said(64, 32, "pad") == "image 64x32"
+    assert said(128, 64, "crop") == "image 128x64 scaled"
+    assert said(100, 100, "crop") == "image 100x100 cropped to 100x50"
+    assert said(300, 100, "crop") == "image 300x100 cropped to 200x100"
+    assert said(100, 100, "pad") == "image 100x100 scaled to 32x32 and padded"
+    assert said(256, 64, "pad") == "image 256x64 scaled to 64x16 and padded"
+    assert said(100, 100, "stretch") == "image 100x100 stretched to 2.00 of its width"
+    assert said(400, 100, "stretch") == "image 400x100 stretched to 2.00 of its height"
+
+
+def test_padding_is_black_and_cropping_keeps_the_middle() -> None:
+    white = Image.new("RGB", (10, 10), "white")
+    padded = np.asarray(fitted(white, 40, 20, "pad"))
+    assert padded[:, :10].max() == 0 and padded[:, 30:].max() == 0 and padded[:, 10:30].min() == 255
+    bars = np.zeros((10, 40, 3), np.uint8)
+    bars[:, 15:25] = 255
+    assert np.asarray(fitted(Image.fromarray(bars), 10, 10, "crop")).min() == 255
+
+
+def test_another_fit_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="fit='fill' is not known: use 'stretch', 'crop' or 'pad'"):
+        small(fit="fill")

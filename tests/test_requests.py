@@ -242,6 +242,7 @@ FIELDS: dict[str, Any] = {
     "loras": ("style",),
     "timeout_s": 60.0,
     "num_videos": 2,
+    "fit": "crop",
 }
 
 

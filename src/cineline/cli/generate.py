@@ -52,7 +52,7 @@ NAMED = 5
 """Files that an error names at most, of those that are not there."""
 
 _REQUEST, _PARALLEL, _RUN, _FILES = "The request", "The line", "The run", "Files of the model"
-_OF_THE_MODEL = {"negative_prompt": "", "seed": "0", "skip_guidance_at_one": "", "num_videos": "1"}
+_OF_THE_MODEL = {"negative_prompt": "", "seed": "0", "skip_guidance_at_one": "", "num_videos": "1", "fit": "stretch"}
 """What a checkpoint or a line may say, which an option that is not there must not hide."""
 
 _UNLESS_TORCHRUN = {"restarts": "3, under torchrun 0"}
@@ -267,7 +267,7 @@ def _run(
         for label, handle in zip(labels, handles, strict=True):
             step = handle.progress[0]
             where = f", goes on at step {step}" if step else ""
-            screen.print(f"{label}: {_describe(handle.job)}{where}", highlight=False, soft_wrap=True)
+            screen.print(f"{label}: {_describe(handle.job)}{handle.fitting}{where}", highlight=False, soft_wrap=True)
     view = make_view(labels, quiet, screen)
     states = [RequestProgress.of(handle) for handle in handles]
     sinks = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image, ImageOps
 
@@ -14,6 +15,9 @@ DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 
 WHITELESS = ("I", "F")
 """Modes whose values say nothing of where white is: 255, 65535, 1.0 or another; but see `_is_deep`."""
+
+Fit = Literal["stretch", "crop", "pad"]
+"""What becomes of an image in another shape than the video's."""
 
 ADDRESS = re.compile(r"(https?|ftp|s3|gs|data|file):", re.IGNORECASE)
 """How a path begins that is none."""
@@ -50,6 +54,37 @@ def load_image(image: Path | Image.Image) -> Image.Image:
     if not (loaded.width and loaded.height):
         raise InvalidRequest(f"{named} has {loaded.width}x{loaded.height} pixels: give one that is not empty.")
     return loaded
+
+
+def fitted(image: Image.Image, width: int, height: int, fit: Fit) -> Image.Image:
+    """The image as the family is to take it, which resizes it to the video's size, as diffusers does, by Lanczos.
+
+    crop: its middle, in the video's shape. pad: the whole, with black beside it. stretch: as it is.
+    """
+    if fit == "stretch" or image.width * height == image.height * width:
+        return image
+    resample = Image.Resampling.LANCZOS
+    if fit == "crop":
+        return ImageOps.fit(image, (width, height), resample)
+    return ImageOps.pad(image, (width, height), resample, color="black")
+
+
+def fitting(image: Image.Image, width: int, height: int, fit: Fit) -> str:
+    """What `fitted`, and whoever resizes, make of it, in words."""
+    own = f"image {image.width}x{image.height}"
+    shape = width * image.height / (height * image.width)
+    if image.width * height == image.height * width:
+        return own if (image.width, image.height) == (width, height) else f"{own} scaled"
+    if fit == "crop":
+        taken = round(image.width * min(1, shape)), round(image.height * min(1, 1 / shape))
+        return f"{own} cropped to {taken[0]}x{taken[1]}"
+    if fit == "pad":
+        return f"{own} scaled to {round(width * min(1, 1 / shape))}x{round(height * min(1, shape))} and padded"
+    return (
+        f"{own} stretched to {shape:.2f} of its width"
+        if shape > 1
+        else f"{own} stretched to {1 / shape:.2f} of its height"
+    )
 
 
 def called(image: Path | Image.Image) -> str:

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from cineline.core.image import Fit
 from cineline.errors import InvalidRequest, shown
 
 
@@ -105,6 +106,7 @@ class VideoRequest(BaseModel):
         loras: of an engine with lora_mode="runtime" those that it is to have, each as NAME or NAME@SCALE (times the
             engine's own scale). Left out, all of them.
         timeout_s: checked twice a second; whoever is late is cancelled, and its handle raises `RequestTimedOut`.
+        fit: see `core.image.fitted`.
         num_videos: each is a request of its own (`Engine.submit_all`), with the seeds from `seed` on.
 
     Raises:
@@ -139,6 +141,7 @@ class VideoRequest(BaseModel):
         None
     )
     num_videos: Annotated[Whole, AfterValidator(_count), "Videos, with seeds counted up"] = 1
+    fit: Annotated[Fit, "Of an image in another shape than the video: stretch, crop or pad"] = "stretch"
 
     def __init__(self, /, **fields: Any) -> None:
         try:

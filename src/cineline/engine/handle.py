@@ -28,6 +28,7 @@ class Ticket:
         job: the request as it runs, with nothing left open.
         outputs: files that its caller will write.
         timeout_s, deadline: seconds that it has, and when they are over (`time.monotonic`).
+        fitting: what becomes of the request's images, in words.
         spoiled: the first group that the end of the line has heard of as not finite.
         future: its end.
         steps_done, chunks_done: so far.
@@ -37,6 +38,7 @@ class Ticket:
     def __init__(self, job: Job, timeout_s: float | None = None, outputs: Mapping[str, Path] | None = None) -> None:
         self.job = job
         self.outputs = outputs or {}
+        self.fitting = ""
         self.timeout_s = math.inf if timeout_s is None else timeout_s
         self._timed_out_at = self.deadline = time.monotonic() + self.timeout_s
         self.spoiled: Group | None = None
@@ -140,6 +142,11 @@ class RequestHandle:
         """Solver steps done, and of how many."""
         check_process(self._process)
         return self._ticket.steps_done, self.job.steps
+
+    @property
+    def fitting(self) -> str:
+        """What becomes of its images, in words; empty where it has none."""
+        return self._ticket.fitting
 
     @property
     def decoded(self) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from cineline.core import control
 from cineline.core.config import Place
+from cineline.core.image import fitted, fitting
 from cineline.core.request import Group, Job, VideoRequest
 from cineline.engine.blueprint import Blueprint
 from cineline.engine.folder import Kept
@@ -136,6 +137,9 @@ class Line:
             ticket = self._tickets[job.id] = Ticket(job, request.timeout_s, outputs)
             ticket.steps_done = 0 if snapshot is None else snapshot.step
             self._earliest = min(self._earliest, ticket.deadline)
+            if image is not None:
+                ticket.fitting = f", {fitting(image, job.width, job.height, request.fit)}"
+                image = fitted(image, job.width, job.height, request.fit)
             self._record.begin(job, request, outputs, None if kept is None else kept.name)
         self._ranks.do(partial(self._queue, _Open(job, image, snapshot)))
         return ticket
