@@ -22,7 +22,7 @@ Checkpoint = Callable[[RandomConfig], Path]
 """The fixture of that name: where a random checkpoint of a config is."""
 
 FIELDS = (
-    *("prompt", "negative_prompt", "image", "height", "width", "num_frames"),
+    *("prompt", "negative_prompt", "image", "last_image", "height", "width", "num_frames"),
     *("num_inference_steps", "guidance_scale", "guidance_scale_2"),
 )
 

@@ -21,7 +21,7 @@ from cineline.cli import main
 from cineline.cli.batch import Outputs, Task, check_tasks
 from cineline.cli.files import settle_files
 from cineline.core.image import Fit, fitted, fitting
-from cineline.core.request import DRAWN_BELOW
+from cineline.core.request import DRAWN_BELOW, IMAGES
 from cineline.engine.folder import SnapshotFolder
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.spec import WanSpec
@@ -294,8 +294,8 @@ def test_what_becomes_of_an_image_is_said() -> None:
     assert said(300, 100, "crop") == "image 300x100 cropped to 200x100"
     assert said(100, 100, "pad") == "image 100x100 scaled to 32x32 and padded"
     assert said(256, 64, "pad") == "image 256x64 scaled to 64x16 and padded"
-    assert said(100, 100, "stretch") == "image 100x100 stretched to 2.00 of its width"
-    assert said(400, 100, "stretch") == "image 400x100 stretched to 2.00 of its height"
+    assert said(100, 100, "stretch") == "image 100x100 stretched 2.00 times as wide"
+    assert said(400, 100, "stretch") == "image 400x100 stretched 2.00 times as high"
 
 
 def test_padding_is_black_and_cropping_keeps_the_middle() -> None:
@@ -310,3 +310,51 @@ def test_padding_is_black_and_cropping_keeps_the_middle() -> None:
 def test_another_fit_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="fit='fill' is not known: use 'stretch', 'crop' or 'pad'"):
         small(fit="fill")
+
+
+@pytest.mark.parametrize("frames", [5, 9])
+def test_a_video_between_two_images_has_diffusers_bits(
+    frames: int, image_engine: Engine, i2v: Path, oracle: Oracle
+) -> None:
+    request = pictured(last_image=picture(2, 40, 20), num_frames=frames)
+    made = image_engine.submit(request).result(60)
+    assert_equal(made, oracle.run(i2v, "float32", request))
+    assert not made.latents.equal(oracle.run(i2v, "float32", pictured(num_frames=frames))[0])
+
+
+def test_a_last_image_is_fitted_as_the_first(image_engine: Engine, i2v: Path, oracle: Oracle) -> None:
+    given = picture(2, 50, 32)
+    handle = image_engine.submit(pictured(last_image=given, fit="crop"))
+    ready = pictured(last_image=fitted(given, 32, 32, "crop"))
+    assert handle.fitting == ", image 32x32, image 50x32 cropped to 32x32"
+    assert_equal(handle.result(60), oracle.run(i2v, "float32", ready))
+
+
+def test_a_last_image_stands_in_for_split_experts_too(i2v: Path, oracle: Oracle) -> None:
+    request = pictured(last_image=picture(2))
+    with Engine(i2v, ParallelConfig(pp=2, expert_placement="split"), device="cpu") as engine:
+        assert_equal(engine.submit(request).result(60), oracle.run(i2v, "float32", request))
+
+
+def test_a_last_image_where_there_can_be_none_is_refused(engine: Engine, image_engine: Engine) -> None:
+    for request, words in (
+        (pictured(last_image=picture(2), num_frames=1), "has no room for a last_image behind the first one: use 5"),
+        (pictured(image=None, last_image=picture(2)), "needs an image"),
+        (pictured(last_image=Path("no.png")), "last_image='no.png' cannot be read"),
+    ):
+        with pytest.raises(InvalidRequest, match=words):
+            image_engine.submit(request)
+    with pytest.raises(InvalidRequest, match="takes no last_image: leave it out"):
+        engine.submit(small(image=picture(1), last_image=picture(2)))
+
+
+def test_both_images_are_kept_with_a_request(tmp_path: Path) -> None:
+    folder = SnapshotFolder(tmp_path / "kept")
+    request = VideoRequest(prompt="x", image=picture(1), last_image=picture(2))
+    folder.add(ToySpec().resolve(request, 0), request, {})
+    folder.close(10)
+    again = SnapshotFolder(tmp_path / "kept")
+    (kept,) = again.unfinished()
+    again.close(10)
+    for name in IMAGES:
+        assert getattr(kept.request, name).tobytes() == getattr(request, name).tobytes()

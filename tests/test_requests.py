@@ -243,6 +243,7 @@ FIELDS: dict[str, Any] = {
     "timeout_s": 60.0,
     "num_videos": 2,
     "fit": "crop",
+    "last_image": "dog.png",
 }
 
 

@@ -21,7 +21,7 @@ from cineline.core.output import (
     check_rate,
     check_still,
 )
-from cineline.core.request import VideoRequest
+from cineline.core.request import IMAGES, VideoRequest
 from cineline.errors import InvalidRequest, OutputError, reason, shown
 
 DEFAULT_OUTPUT = Path("out.mp4")
@@ -164,8 +164,9 @@ def check_tasks(spec: FamilySpec, tasks: list[Task], file: Path | None) -> None:
     """
     for number, task in enumerate(tasks):
         with in_line(file, task):
-            if task.request.image is not None:
-                load_image(task.request.image)
+            for name in IMAGES:
+                if (image := getattr(task.request, name)) is not None:
+                    load_image(image, name)
             job = spec.resolve(task.request, number)
             if task.video is not None:
                 check_rate(task.video, job.fps)

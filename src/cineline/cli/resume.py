@@ -14,6 +14,7 @@ from cineline.cli.options import Given
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
 from cineline.core.output import whole_file
+from cineline.core.request import IMAGES
 from cineline.engine.blueprint import THREADS
 from cineline.engine.folder import RUN, SnapshotFolder, entries_in, run_of
 from cineline.engine.launch import Launcher
@@ -125,8 +126,9 @@ def store(folder: Path, spec: FamilySpec, asked: Sequence[Task], tasks: Sequence
     try:
         kept.clear()
         for number, task in enumerate(tasks):
-            image = task.request.image
-            request = task.request.model_copy(update={"image": None if image is None else load_image(image)})
+            given = {name: getattr(task.request, name) for name in IMAGES}
+            loaded = {name: load_image(image, name) for name, image in given.items() if image is not None}
+            request = task.request.model_copy(update=loaded)
             kept.add(spec.resolve(request, number), request, task.outputs)
         files = [str(path) for task in tasks for path in task.absolute]
         with whole_file(folder / BATCH) as temporary:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import numpy as np
-from PIL import Image
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.faults import Fault
+from cineline.core.image import KeyFrames
 from cineline.core.request import Group, Job, WorkItem
 from cineline.core.trace import Slice
 from cineline.errors import CinelineError, reason, shown
@@ -77,12 +77,12 @@ class Admit:
     """Engine to rank: a request whose items follow.
 
     Attributes:
-        image: goes to the head alone.
+        image: goes to the heads alone.
         resume: `Snapshot.state`, where the job does not begin at its first step.
     """
 
     job: Job
-    image: Image.Image | None = None
+    image: KeyFrames | None = None
     resume: bytes | None = None
 
 

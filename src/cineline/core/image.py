@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from PIL import Image, ImageOps
 
@@ -23,8 +23,22 @@ ADDRESS = re.compile(r"(https?|ftp|s3|gs|data|file):", re.IGNORECASE)
 """How a path begins that is none."""
 
 
-def load_image(image: Path | Image.Image) -> Image.Image:
+class KeyFrames(NamedTuple):
+    """Frames that are given: RGB, upright.
+
+    Attributes:
+        first, last: of the video.
+    """
+
+    first: Image.Image
+    last: Image.Image | None = None
+
+
+def load_image(image: Path | Image.Image, name: str = "image") -> Image.Image:
     """The image in RGB and upright, as diffusers' `load_image` makes it.
+
+    Args:
+        name: of the request's field.
 
     16-bit grey keeps its upper 8 bits, as Pillow has it with 16-bit colour; in diffusers nearly all of it is white.
 
@@ -32,8 +46,8 @@ def load_image(image: Path | Image.Image) -> Image.Image:
         InvalidRequest: the file is missing or no image, it has no pixels, or no white that is known.
     """
     if isinstance(image, Path) and ADDRESS.match(str(image)):
-        raise InvalidRequest(f"image={shown(image)} is an address, and nothing is downloaded: give a file.")
-    named = called(image)
+        raise InvalidRequest(f"{name}={shown(image)} is an address, and nothing is downloaded: give a file.")
+    named = called(image, name)
     try:
         opened = Image.open(image) if isinstance(image, Path) else image
         upright = ImageOps.exif_transpose(opened)
@@ -80,16 +94,20 @@ def fitting(image: Image.Image, width: int, height: int, fit: Fit) -> str:
         return f"{own} cropped to {taken[0]}x{taken[1]}"
     if fit == "pad":
         return f"{own} scaled to {round(width * min(1, 1 / shape))}x{round(height * min(1, shape))} and padded"
-    return (
-        f"{own} stretched to {shape:.2f} of its width"
-        if shape > 1
-        else f"{own} stretched to {1 / shape:.2f} of its height"
-    )
+    times, side = (shape, "wide") if shape > 1 else (1 / shape, "high")
+    return f"{own} stretched {times:.2f} times as {side}"
 
 
-def called(image: Path | Image.Image) -> str:
+def fitted_frames(frames: KeyFrames, width: int, height: int, fit: Fit) -> tuple[KeyFrames, str]:
+    """Each of them `fitted`, and in words, each behind a comma, what became of it."""
+    there = [frame for frame in frames if frame is not None]
+    words = "".join(f", {fitting(frame, width, height, fit)}" for frame in there)
+    return KeyFrames(*(fitted(frame, width, height, fit) for frame in there)), words
+
+
+def called(image: Path | Image.Image, name: str = "image") -> str:
     """What a sentence about it begins with: its path, where it has one."""
-    return f"image={shown(image)}" if isinstance(image, Path) else "The image"
+    return f"{name}={shown(image)}" if isinstance(image, Path) else f"The {name.replace('_', ' ')}"
 
 
 def _is_deep(opened: Image.Image) -> bool:

@@ -68,6 +68,9 @@ MOST_SEED = 2**64 - 1
 DRAWN_BELOW = 2**32
 """Of seeds that are drawn: whatever reads JSON keeps them exact, and a person can copy them."""
 
+IMAGES = ("image", "last_image")
+"""Fields of a request that hold one."""
+
 MOST_VIDEOS = 10_000
 """Of a request."""
 
@@ -106,6 +109,7 @@ class VideoRequest(BaseModel):
         loras: of an engine with lora_mode="runtime" those that it is to have, each as NAME or NAME@SCALE (times the
             engine's own scale). Left out, all of them.
         timeout_s: checked twice a second; whoever is late is cancelled, and its handle raises `RequestTimedOut`.
+        last_image: as `image`, beside it.
         fit: see `core.image.fitted`.
         num_videos: each is a request of its own (`Engine.submit_all`), with the seeds from `seed` on.
 
@@ -141,6 +145,7 @@ class VideoRequest(BaseModel):
         None
     )
     num_videos: Annotated[Whole, AfterValidator(_count), "Videos, with seeds counted up"] = 1
+    last_image: Annotated[Path | Image.Image | None, "Last frame, for I2V models, beside the first one"] = None
     fit: Annotated[Fit, "Of an image in another shape than the video: stretch, crop or pad"] = "stretch"
 
     def __init__(self, /, **fields: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from cineline.core.family import FamilySpec, StoredFamily
-from cineline.core.request import Job, VideoRequest
+from cineline.core.request import IMAGES, Job, VideoRequest
 from cineline.engine.blueprint import OPTION_OF, Blueprint
 from cineline.engine.hub import public_name, public_path
 from cineline.engine.identity import identity_of
@@ -20,11 +20,9 @@ from cineline.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-IMAGES = ("image",)
-"""Request fields that a file has no room for: their pixels' hash stands for them."""
-
 NOT_KEPT = (*IMAGES, "preset", "decode", "num_videos", "timeout_s")
-"""Of a request: what changes no bits of one video whose other fields are filled in."""
+"""Of a request: what changes no bits of one video whose other fields are filled in, and the images, of which a hash is
+kept instead."""
 
 
 class About:

@@ -17,11 +17,11 @@ from typing import Literal
 
 from cineline.core.config import DeviceConfig, Dtype, ModelFiles, ParallelConfig, TextEncoder
 from cineline.core.family import FamilySpec
-from cineline.core.image import load_image
+from cineline.core.image import KeyFrames, load_image
 from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
 from cineline.core.recovery import Recovery
-from cineline.core.request import VideoRequest, videos_of, with_seed
+from cineline.core.request import IMAGES, VideoRequest, videos_of, with_seed
 from cineline.core.trace import write_trace
 from cineline.engine.about import About
 from cineline.engine.blueprint import Blueprint, check_launcher, default_device
@@ -205,9 +205,10 @@ class Engine:
                 "handle for each."
             )
         request = with_seed(request)
-        image = None if request.image is None else load_image(request.image)
-        if image is not None:
-            request = request.model_copy(update={"image": image})
+        given = {name: getattr(request, name) for name in IMAGES}
+        loaded = {name: load_image(image, name) for name, image in given.items() if image is not None}
+        request = request.model_copy(update=loaded)
+        image = KeyFrames(loaded["image"], loaded.get("last_image")) if "image" in loaded else None
         ticket = self._line.submit(request, image, outputs, kept)
         describe = self._about.describer(request, ticket.job)
         return RequestHandle(ticket, self._line.cancel, self._record.delivered, self, describe)

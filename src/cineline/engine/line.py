@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cineline.core import control
 from cineline.core.config import Place
-from cineline.core.image import fitted, fitting
+from cineline.core.image import KeyFrames, fitted_frames
 from cineline.core.request import Group, Job, VideoRequest
 from cineline.engine.blueprint import Blueprint
 from cineline.engine.folder import Kept
@@ -37,9 +36,6 @@ from cineline.errors import (
 )
 from cineline.schedule.scheduler import Scheduler
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 log = logging.getLogger(__name__)
 
 MOST_BLAMED = 2
@@ -55,7 +51,7 @@ class _Open:
     """
 
     job: Job
-    image: Image.Image | None
+    image: KeyFrames | None
     snapshot: control.Snapshot | None
 
     @property
@@ -114,7 +110,7 @@ class Line:
     def submit(
         self,
         request: VideoRequest,
-        image: Image.Image | None,
+        image: KeyFrames | None,
         outputs: Mapping[str, Path],
         kept: Kept | None = None,
     ) -> Ticket:
@@ -138,8 +134,7 @@ class Line:
             ticket.steps_done = 0 if snapshot is None else snapshot.step
             self._earliest = min(self._earliest, ticket.deadline)
             if image is not None:
-                ticket.fitting = f", {fitting(image, job.width, job.height, request.fit)}"
-                image = fitted(image, job.width, job.height, request.fit)
+                image, ticket.fitting = fitted_frames(image, job.width, job.height, request.fit)
             self._record.begin(job, request, outputs, None if kept is None else kept.name)
         self._ranks.do(partial(self._queue, _Open(job, image, snapshot)))
         return ticket

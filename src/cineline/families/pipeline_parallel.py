@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from PIL import Image
 from torch.distributed.device_mesh import DeviceMesh
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, Place
+from cineline.core.image import KeyFrames
 from cineline.core.request import Branch, Job, Kind, WorkItem
 from cineline.families import snapshot
 from cineline.schedule.words import Value
@@ -143,7 +143,7 @@ class PipelineParallelMixin(ABC, Generic[State]):
         """
 
     @abstractmethod
-    def admit(self, job: Job, image: Image.Image | None) -> State:
+    def admit(self, job: Job, image: KeyFrames | None) -> State:
         """A new request; `image` on the head alone."""
 
     @abstractmethod
@@ -175,7 +175,7 @@ class PipelineParallelMixin(ABC, Generic[State]):
     def end_denoising(self, state: State) -> None:
         """Every stage that decodes, after the last step that it has to do with: free what decoding does not need."""
 
-    def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
+    def rehearsals(self) -> Iterable[tuple[Job, KeyFrames | None]]:
         """Small jobs, one of each class of shapes, with the head's image: an accelerator's ranks run them when they are
         loaded, so that no kernel is used for the first time while the line waits."""
         return ()

@@ -90,7 +90,7 @@ class Conditioner:
         if state.keeps_first_frame:
             made[FIRST_FRAME] = self._encoded(state, 1)
         elif state.job.has_image:
-            made["condition"] = state.beside = self._with_mask(self._encoded(state, state.job.num_frames))
+            made["condition"] = state.beside = self._with_mask(state, self._encoded(state, state.job.num_frames))
         state.texts.clear()
         return tuple(made[name] for name in state.names)
 
@@ -107,21 +107,23 @@ class Conditioner:
         return tensor
 
     def _encoded(self, state: WanState, frames: int) -> Tensor:
-        """The image as latents of a clip of so many frames that begins with it."""
+        """The image as latents of a clip of so many frames that begins with it, and may end with another."""
         job = state.job
         if self._images is not None:
             assert state.image is not None
-            latents = self._images.encode(state.image, job.height, job.width, frames).contiguous()
+            latents = self._images.encode(*state.image, job.height, job.width, frames).contiguous()
             state.image = None
         else:
             batch, channels, all_frames, height, width = state.latent_shape
             latents = torch.empty(batch, channels, min(frames, all_frames), height, width, device=self._device)
         return self._hand_out(latents)
 
-    def _with_mask(self, latents: Tensor) -> Tensor:
+    def _with_mask(self, state: WanState, latents: Tensor) -> Tensor:
         """I2V's channels beside the latents: which frames are given, and the clip."""
         given = torch.zeros(1, self._spec.vae_frames, *latents.shape[2:], device=self._device)
         given[:, :, 0] = 1
+        if state.job.has_last_image:
+            given[:, -1, -1] = 1
         return torch.cat([given, latents], dim=1)
 
     def _embed_time(self, state: WanState, expert: int, step: Step) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,6 +54,11 @@ class Rules:
                 f"{shown(below + self._wan.vae_frames)}."
             )
         self._check_length("num_frames", frames, (frames - 1) // self._wan.vae_frames + 1)
+        if request.last_image is not None and frames == 1:
+            raise InvalidRequest(
+                f"num_frames={shown(frames)} has no room for a last_image behind the first one: use "
+                f"{1 + self._wan.vae_frames} or more."
+            )
         seed = drawn(self._default(request, "seed"))
         if not 0 <= seed <= MOST_SEED:
             raise InvalidRequest(f"seed={shown(seed)} is out of range: use 0 to 2**64 - 1, or random.")
@@ -85,6 +90,7 @@ class Rules:
             has_image=request.image is not None,
             loras=loras,
             lora_scales=lora_scales,
+            has_last_image=request.last_image is not None,
         )
 
     def _default(self, request: VideoRequest, name: str) -> Any:
@@ -106,6 +112,12 @@ class Rules:
             )
         if self._wan.kind == "i2v" and request.image is None:
             raise InvalidRequest(f"{shown(self._wan.folder)} is an image-to-video model and needs an image: give one.")
+
+        if request.last_image is not None and self._wan.kind != "i2v":
+            raise InvalidRequest(
+                f"{shown(self._wan.folder)} is no image-to-video model with two experts (I2V-A14B) and takes no "
+                "last_image: leave it out."
+            )
 
     def _size(self, request: VideoRequest) -> tuple[int, int]:
         given = request.height, request.width

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from cineline.core.image import KeyFrames
 from cineline.core.request import Job, Kind, VideoRequest, WorkItem
 from cineline.families import snapshot
 from cineline.families.guidance import combine
@@ -69,7 +70,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         }
         return sum(each.bytes_read for each in self._parts.values())
 
-    def admit(self, job: Job, image: Image.Image | None) -> WanState:
+    def admit(self, job: Job, image: KeyFrames | None) -> WanState:
         assert isinstance(job, WanJob)  # `WanSpec.resolve` makes no others
         solver, shape = self._solver(job), self.spec.latent_shape(job)
         state = WanState(job, image=image, steps=make_steps(solver, job), latent_shape=shape)
@@ -91,7 +92,7 @@ class WanStages(PipelineParallelMixin[WanState]):
     def _solver(self, job: WanJob) -> Any:
         return make_solver(*solver_of(self.spec, job.solver), job, self._device)
 
-    def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
+    def rehearsals(self) -> Iterable[tuple[Job, KeyFrames | None]]:
         """A few tokens, as many steps as solvers have orders, both experts, three chunks, and an image."""
         spec, (height, width) = self.spec, self.spec.grid
         fields: dict[str, Any] = {
@@ -104,7 +105,8 @@ class WanStages(PipelineParallelMixin[WanState]):
             fields |= {"boundary_ratio": 0.5, "flow_shift": 1.0}
         image = Image.new("RGB", (fields["width"], fields["height"]))
         given = None if spec.kind == "t2v" else image
-        yield spec.resolve(VideoRequest(prompt="a rehearsal", image=given, **fields), 0), given
+        request = VideoRequest(prompt="a rehearsal", image=given, **fields)
+        yield spec.resolve(request, 0), None if given is None else KeyFrames(given)
 
     def expert(self, state: WanState, step: int) -> int:
         return state.steps[step].expert

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 
+from cineline.core.image import KeyFrames
 from cineline.core.request import Branch, Kind, WorkItem
 from cineline.families.pipeline_parallel import Hidden, RequestState
 from cineline.families.wan.denoise import Step
@@ -21,7 +21,7 @@ class WanState(RequestState):
     """One Wan request on one stage.
 
     Attributes:
-        job: a Wan model's. image: the first frame, on the head alone and until it is encoded.
+        job: a Wan model's. image: the given frames, on the head alone and until it is encoded.
         steps: timestep, expert and guidance of every step.
         latent_shape: [1, C, F', H', W'].
         tokens: S.
@@ -37,7 +37,7 @@ class WanState(RequestState):
     """
 
     job: WanJob
-    image: Image.Image | None = None
+    image: KeyFrames | None = None
     steps: list[Step] = field(default_factory=list)
     latent_shape: tuple[int, ...] = ()
     tokens: int = 0
