@@ -39,6 +39,7 @@ from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import MINIS, fetch_weights, missing_weights, open_model
 from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
 from cineline.engine.lora import add_loras
+from cineline.engine.prompts import PROMPT_CACHE
 from cineline.engine.sink import Sink
 from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
@@ -105,6 +106,9 @@ def generate(
     ] = False,
     trace: Annotated[Path | None, _option(_RUN, "Write a timeline for ui.perfetto.dev, .json.")] = None,
     recovery: Annotated[Given, Fields(Recovery, panel=_RUN, unset=_UNLESS_TORCHRUN)],
+    prompt_cache: Annotated[
+        str, _option(_RUN, f"Bytes of prompts' embeddings that are kept, so that none is made twice; {PROMPT_CACHE}.")
+    ] = PROMPT_CACHE,
     resume: Annotated[
         Path | None, _option(_RUN, "Go on with what a --snapshot-dir has; model, requests and outputs come from there.")
     ] = None,
@@ -160,6 +164,7 @@ def generate(
         fetch_weights(spec)  # which takes long, and what is kept then cannot be resumed
         store(folder, spec, asked, tasks)
     options = {**order.devices, **recovery, "in_flight": order.in_flight, "trace": trace, "launcher": launch}
+    options["prompt_cache"] = prompt_cache
     _make(spec, parallel, options, tasks, begun, quiet, screen, not no_metadata)
 
 

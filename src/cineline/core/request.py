@@ -198,15 +198,31 @@ class Shape(NamedTuple):
     """What the line must know of a job: jobs alike in this follow the same scripts.
 
     Attributes:
-        steps, branches, chunks, first_step, unguided: `Job`'s. texts: whether its prompts go through the stages.
+        steps, branches, chunks, first_step, unguided: `Job`'s. texts: branches whose prompts go through the stages.
     """
 
     steps: int
     branches: int
-    texts: bool
+    texts: tuple[int, ...]
     chunks: int
     first_step: int = 0
     unguided: tuple[int, ...] = ()
+
+
+PromptKey = tuple[int, str]
+"""A line's number, and a prompt."""
+
+
+class Remembered(NamedTuple):
+    """Prompts whose embeddings the heads keep.
+
+    Attributes:
+        found: branches whose embedding is there, so that nothing of it goes through the stages.
+        gone: those that are forgotten when this job is admitted.
+    """
+
+    found: tuple[int, ...] = ()
+    gone: tuple[PromptKey, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,6 +239,7 @@ class Job:
         first_step: where it begins, 0 <= first_step < steps; above 0 with a snapshot of so many steps.
         first_expert: of that step, as the snapshot says.
         unguided: experts whose steps have the first branch alone, where the others have two.
+        prompts: what is kept of prompts' embeddings; None where none are. As the scheduler settles it.
         The other fields are `VideoRequest`'s, resolved.
     """
 
@@ -243,10 +260,13 @@ class Job:
     first_step: int = field(default=0, kw_only=True)
     first_expert: int = field(default=0, kw_only=True)
     unguided: tuple[int, ...] = field(default=(), kw_only=True)
+    prompts: Remembered | None = field(default=None, kw_only=True)
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.steps, self.branches, self.texts > 0, self.chunks, self.first_step, self.unguided)
+        found = () if self.prompts is None else self.prompts.found
+        texts = tuple(branch for branch in range(self.branches) if branch not in found) if self.texts else ()
+        return Shape(self.steps, self.branches, texts, self.chunks, self.first_step, self.unguided)
 
     def ends_denoising(self, item: WorkItem) -> bool:
         """Whether the item belongs to the last step."""
@@ -298,7 +318,7 @@ class WorkItem(NamedTuple):
     Attributes:
         kind: what to do.
         request: the job's id.
-        number: the solver step (DENOISE) or the chunk (DECODE).
+        number: the solver step (DENOISE), the chunk (DECODE), or its group's (TEXT).
         branch: of a TEXT or DENOISE item.
     """
 
@@ -337,7 +357,7 @@ class Group(NamedTuple):
     The engine hears of a group's beginning and of its end, not of each item.
 
     Attributes:
-        kind, request, number: of all of its items.
+        kind, request, number: of all of its items; of TEXT the first branch, where one line runs them.
         size: how many there are in each line: the branches of a TEXT or DENOISE item that one line runs, else 1. Of a
             step that has the first branch alone it is as of the others: which those are, ranks know (`Rule.items`).
     """
@@ -352,7 +372,8 @@ class Group(NamedTuple):
         if self.kind not in (Kind.TEXT, Kind.DENOISE):
             branches = [Branch.COND]
         else:
-            branches = list(Branch) if self.size == len(Branch) else [Branch(line)]
+            alone = Branch(line + self.number) if self.kind is Kind.TEXT else Branch(line)
+            branches = list(Branch) if self.size == len(Branch) else [alone]
         return [WorkItem(self.kind, self.request, self.number, branch) for branch in branches]
 
     def pack(self) -> bytes:

@@ -31,6 +31,7 @@ from cineline.engine.hub import fetch_weights, open_model
 from cineline.engine.launch import Launcher
 from cineline.engine.line import CLOSED, UNDONE, Line
 from cineline.engine.lora import add_loras
+from cineline.engine.prompts import PROMPT_CACHE, prompts_in
 from cineline.engine.ranks import Ranks
 from cineline.engine.record import Record
 from cineline.engine.supervisor import serve
@@ -67,6 +68,8 @@ class Engine:
         launcher: start the ranks here, or be rank 0 of a torchrun world.
         snapshot_every, snapshot_dir, restarts: what is kept of requests, and how often lost ranks are started anew; see
             `Recovery`.
+        prompt_cache: bytes, or as in "256MB", of prompts' embeddings that are kept on the first stage's device (each
+            line's, with cfg), so that a prompt which comes again is not encoded again; 0 for none.
 
     Attributes:
         bytes_read: of weights, by rank.
@@ -100,6 +103,7 @@ class Engine:
         snapshot_every: int = Recovery.snapshot_every,
         snapshot_dir: str | Path | None = None,
         restarts: int | None = None,
+        prompt_cache: int | str = PROMPT_CACHE,
     ) -> None:
         check_launcher(launcher)
         recovery = _recovery(snapshot_every, snapshot_dir, restarts, launcher)
@@ -109,6 +113,7 @@ class Engine:
         self.spec = add_loras(open_model(model, variant, files), loras, lora_mode)
         blueprint = Blueprint.draw(self.spec, parallel, config, in_flight, launcher)
         self._about = About(blueprint)
+        prompts = prompts_in(self.spec, dtype, prompt_cache)
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:
             check_output(self._trace, (".json",))
@@ -122,7 +127,7 @@ class Engine:
         try:
             self.bytes_read = self._ranks.start()
             self._record.started()
-            self._line = Line(blueprint, self._ranks, self._record)
+            self._line = Line(blueprint, self._ranks, self._record, prompts)
             # None of them knows the engine: when the caller has dropped it, they end the ranks.
             ends = self._line, self._ranks, self._record, recovery.restarts
             self._server = threading.Thread(target=serve, args=ends, name="cineline-engine", daemon=True)

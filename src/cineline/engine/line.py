@@ -68,19 +68,20 @@ class Line:
         blueprint: the model, how it is divided, and what its devices have room for.
         ranks: told what to do.
         record: told what becomes of each request.
+        prompts: embeddings of prompts that each head keeps.
 
     Attributes:
         progress: grows with each step or chunk that was not done before, and with each request that fails alone.
     """
 
-    def __init__(self, blueprint: Blueprint, ranks: Ranks, record: Record) -> None:
+    def __init__(self, blueprint: Blueprint, ranks: Ranks, record: Record, prompts: int = 0) -> None:
         parallel = blueprint.parallel
         self.progress = 0
         self._spec = blueprint.spec
         self._ranks = ranks
         self._check = blueprint.room.check
         self._record = record
-        self._new_scheduler = partial(Scheduler, parallel, blueprint.in_flight, self._admit)
+        self._new_scheduler = partial(Scheduler, parallel, blueprint.in_flight, self._admit, prompts)
         self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._lock = threading.Lock()
         self._scheduler = self._new_scheduler()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cineline.core.request import Branch, WorkItem
 from cineline.families.pipeline_parallel import StagePart
+from cineline.families.prompts import Prompts
 from cineline.families.wan.constants import TEXT_TOKENS, TIME_ROWS
 from cineline.families.wan.denoise import Step
 from cineline.families.wan.experts import Experts
@@ -42,6 +43,7 @@ class Conditioner:
         if spec.kind != "t2v" and part.is_head and part.place.is_first_lane:
             self._images = ImageEncoder(spec.component("vae"), getattr(torch, part.config.vae_dtype), part.device)
         self.bytes_read = self._images.bytes_read if self._images else 0
+        self._prompts = Prompts(part.parallel.cfg)
         self._axes = [part.axis(name) for name in ("ring", "ulysses", "tp")]
 
     @property
@@ -70,6 +72,11 @@ class Conditioner:
             specs["condition"] = TensorSpec((1, beside, *state.latent_shape[2:]), torch.float32)
         return specs
 
+    def admit(self, state: WanState) -> None:
+        """A new request; on the first rank of the head it may find prompts of others."""
+        if self._part.is_head and self._part.place.is_first_lane:
+            state.prompts = self._prompts.admit(state.job, self._part.branches(state.job))
+
     def compute(self, state: WanState, item: WorkItem, starts: bool, ends: bool) -> None:
         """On the head it is made; the others only hand it on."""
         if starts:
@@ -92,12 +99,13 @@ class Conditioner:
         elif state.job.has_image:
             made["condition"] = state.beside = self._with_mask(state, self._encoded(state, state.job.num_frames))
         state.texts.clear()
+        state.prompts.clear()
         return tuple(made[name] for name in state.names)
 
     def _embedding(self, state: WanState, branch: Branch) -> Tensor:
         """A prompt's; the stage's first rank has it and hands it to the others."""
         if self._part.place.is_first_lane:
-            return self._hand_out(state.texts[branch])
+            return self._hand_out(Prompts.embedding(state.prompts, branch, state.texts))
         return self._hand_out(torch.empty(self.embedding.shape, dtype=self._dtype, device=self._device))
 
     def _hand_out(self, tensor: Tensor) -> Tensor:

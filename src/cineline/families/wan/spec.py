@@ -12,8 +12,10 @@ from PIL import Image
 from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
 from cineline.core.hardware import Device, Link
 from cineline.core.request import RANDOM, Job, VideoRequest
+from cineline.core.work import ITEMSIZE
 from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest, shown
 from cineline.families.configs import read_json
+from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.costs.line import PlannedLine
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.job import WanJob
@@ -193,6 +195,10 @@ class WanSpec(WanShapes):
     def costs(self, dtype: Dtype, vae_dtype: Dtype) -> ModelCosts:
         """See `PlannedFamily.costs`."""
         return ModelCosts.of(self, dtype, vae_dtype)
+
+    def prompt_bytes(self, dtype: Dtype) -> int:
+        """See `PromptedFamily`."""
+        return TEXT_TOKENS * int(self.text["d_model"]) * ITEMSIZE[dtype]
 
     def line(
         self,

@@ -80,6 +80,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         state.shards = TokenShards(state.tokens, self._part.axis("ring"), self._part.axis("ulysses"))
         state.rotary = state.shards.cut(cos), state.shards.cut(sin)
         state.names = tuple(self._conditioner.specs(state))
+        self._conditioner.admit(state)
         stage, groups = self._part.place.pp, self._experts.groups
         ends = {group.stop - 1 for group in groups}
         if stage in ends:

@@ -10,6 +10,7 @@ import torch
 from cineline.core.image import KeyFrames
 from cineline.core.request import Branch, Kind, WorkItem
 from cineline.families.pipeline_parallel import Hidden, RequestState
+from cineline.families.prompts import Slot
 from cineline.families.wan.denoise import Step
 from cineline.families.wan.job import WanJob
 
@@ -33,6 +34,7 @@ class WanState(RequestState):
         beside: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'];
             with split experts, whose second head needs them too, they are in the conditioning.
         decoding: the decode under way, as this stage's decoder keeps it.
+        prompts: on the head, where embeddings of its prompts are kept.
         uniform: by expert, for each of its steps whether all tokens have the same time embedding.
     """
 
@@ -49,6 +51,7 @@ class WanState(RequestState):
     fresh: dict[str, Any] = field(default_factory=dict)
     beside: torch.Tensor | None = None
     decoding: Any = None
+    prompts: dict[Branch, Slot] = field(default_factory=dict)
     uniform: dict[int, list[bool]] = field(default_factory=dict)
 
     def conditioned(self, name: str) -> torch.Tensor:

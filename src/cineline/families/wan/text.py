@@ -236,7 +236,7 @@ class TextPart:
         states, mask = self._tokens(state, item.branch) if starts else state.take_hidden()
         mask = mask.to(self._slice.device)  # once, for the slice and for those behind it
         states = self._slice.run(states, mask).to(self._part.device)
-        if item.branch is self._part.branches(state.job)[-1]:
+        if item.branch == [each for each in self._part.branches(state.job) if each in state.job.shape.texts][-1]:
             self._slice.release()
         state.hidden = (states,) if ends else (states, mask.to(self._part.device))
 
