@@ -244,6 +244,7 @@ FIELDS: dict[str, Any] = {
     "num_videos": 2,
     "fit": "crop",
     "last_image": "dog.png",
+    "preview": 2,
 }
 
 

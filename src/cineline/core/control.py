@@ -98,7 +98,8 @@ class Done:
     """Tail to engine: a group of items is done, or a cancelled request is gone.
 
     Attributes:
-        result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk.
+        result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk, a preview
+            uint8 [F', H', W', 3] with another step.
         moves: the next step is another group's of stages (split experts).
         spoiled: NaN or infinity came to the tail, so that there is no result; whose it is the rank says that made it.
     """

@@ -60,6 +60,12 @@ def _count(value: int) -> int:
     return value
 
 
+def _steps(value: int | None) -> int | None:
+    if value is not None and not 1 <= value <= MOST_STEPS:
+        raise ValueError(f"it is not from 1 to {MOST_STEPS}: give so many, or leave it out")
+    return value
+
+
 RANDOM: Literal["random"] = "random"
 
 MOST_SEED = 2**64 - 1
@@ -73,6 +79,9 @@ IMAGES = ("image", "last_image")
 
 MOST_VIDEOS = 10_000
 """Of a request."""
+
+MOST_STEPS = 10_000
+"""More are taken for a slip of the hand."""
 
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number)]
@@ -110,6 +119,7 @@ class VideoRequest(BaseModel):
             engine's own scale). Left out, all of them.
         timeout_s: checked twice a second; whoever is late is cancelled, and its handle raises `RequestTimedOut`.
         last_image: as `image`, beside it.
+        preview: see `RequestHandle.take_previews`.
         fit: see `core.image.fitted`.
         num_videos: each is a request of its own (`Engine.submit_all`), with the seeds from `seed` on.
 
@@ -146,6 +156,9 @@ class VideoRequest(BaseModel):
     )
     num_videos: Annotated[Whole, AfterValidator(_count), "Videos, with seeds counted up"] = 1
     last_image: Annotated[Path | Image.Image | None, "Last frame, for I2V models, beside the first one"] = None
+    preview: Annotated[
+        Whole | None, AfterValidator(_steps), "Solver steps from one small picture of what is coming to the next; none"
+    ] = None
     fit: Annotated[Fit, "Of an image in another shape than the video: stretch, crop or pad"] = "stretch"
 
     def __init__(self, /, **fields: Any) -> None:
@@ -239,6 +252,7 @@ class Job:
         first_step: where it begins, 0 <= first_step < steps; above 0 with a snapshot of so many steps.
         first_expert: of that step, as the snapshot says.
         unguided: experts whose steps have the first branch alone, where the others have two.
+        preview: steps from one preview to the next; None for none.
         prompts: what is kept of prompts' embeddings; None where none are. As the scheduler settles it.
         The other fields are `VideoRequest`'s, resolved.
     """
@@ -260,6 +274,7 @@ class Job:
     first_step: int = field(default=0, kw_only=True)
     first_expert: int = field(default=0, kw_only=True)
     unguided: tuple[int, ...] = field(default=(), kw_only=True)
+    preview: int | None = field(default=None, kw_only=True)
     prompts: Remembered | None = field(default=None, kw_only=True)
 
     @property
@@ -271,6 +286,11 @@ class Job:
     def ends_denoising(self, item: WorkItem) -> bool:
         """Whether the item belongs to the last step."""
         return item.kind is Kind.DENOISE and item.number + 1 == self.steps
+
+    def previews(self, item: WorkItem) -> bool:
+        """Whether a picture is to be made of what the item's step has come to; of the last one there are frames."""
+        due = item.kind is Kind.DENOISE and self.preview is not None and (item.number + 1) % self.preview == 0
+        return due and not self.ends_denoising(item)
 
     @property
     def own_settings(self) -> dict[str, str]:

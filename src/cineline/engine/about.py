@@ -20,7 +20,7 @@ from cineline.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-NOT_KEPT = (*IMAGES, "preset", "decode", "num_videos", "timeout_s")
+NOT_KEPT = (*IMAGES, "preset", "decode", "num_videos", "preview", "timeout_s")
 """Of a request: what changes no bits of one video whose other fields are filled in, and the images, of which a hash is
 kept instead."""
 

@@ -35,7 +35,7 @@ from cineline.errors import InvalidConfig, InvalidRequest, OutputError, check_pr
 
 LOCK, RUN = "lock", "run.json"
 
-NOT_SETTINGS = ("id", "first_step", "first_expert", "prompts")
+NOT_SETTINGS = ("id", "first_step", "first_expert", "prompts", "preview")
 """Fields of a job that say where it is, not what it makes."""
 
 

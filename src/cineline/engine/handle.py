@@ -7,6 +7,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -19,6 +20,9 @@ from cineline.core.control import Done
 from cineline.core.request import Group, Job, Kind
 from cineline.errors import CinelineError, ResultTimeout, anew, check_process
 from cineline.media.result import Video
+
+MOST_PREVIEWS = 8
+"""Of a request that wait to be taken; older ones go."""
 
 
 class Ticket:
@@ -50,6 +54,7 @@ class Ticket:
         self._latents: np.ndarray | None = None
         self._lock = threading.Lock()
         self._chunks: list[np.ndarray] = []
+        self._previews: deque[np.ndarray] = deque(maxlen=MOST_PREVIEWS)
 
     def take(self, done: Done) -> bool:
         """A step or a chunk is done; whether it was not before, as what is done once more after a restart was."""
@@ -57,7 +62,11 @@ class Ticket:
         if done.group.kind is Kind.DENOISE:
             # With split experts two ranks report, and the later step's word may come first.
             self.steps_done = max(self.steps_done, number + 1)
-            self._latents = self._latents if done.result is None else done.result
+            if done.result is not None and number + 1 == self.job.steps:
+                self._latents = done.result
+            elif done.result is not None:
+                with self._lock:
+                    self._previews.append(done.result)
         elif done.group.kind is Kind.DECODE and number == self.chunks_done:
             assert done.result is not None
             with self._lock:
@@ -74,6 +83,13 @@ class Ticket:
         """Frames that have come since the last call."""
         with self._lock:
             taken, self._chunks = self._chunks, []
+        return taken
+
+    def take_previews(self) -> list[np.ndarray]:
+        """Previews that have come since the last call."""
+        with self._lock:
+            taken = list(self._previews)
+            self._previews.clear()
         return taken
 
     def finish(self) -> None:
@@ -205,3 +221,9 @@ class RequestHandle:
         """Frames decoded since the last call, each uint8 [F, H, W, 3]; the result has those that were not taken."""
         check_process(self._process)
         return self._ticket.take_frames()
+
+    def take_previews(self) -> list[np.ndarray]:
+        """Small pictures of what is coming, made every `preview` steps since the last call (the newest 8), each uint8
+        [F', H', W', 3]: a pixel a latent, a picture a latent frame."""
+        check_process(self._process)
+        return self._ticket.take_previews()

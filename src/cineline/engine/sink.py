@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cineline.core.output import unwritable
 from cineline.engine.handle import RequestHandle
@@ -13,8 +14,11 @@ from cineline.errors import CinelineError, OutputError
 from cineline.media.result import save_latents
 from cineline.media.video import frames_writer, video_writer
 
-if TYPE_CHECKING:
-    import numpy as np
+PREVIEW_FPS = 4
+"""A latent frame is four frames of 16 a second."""
+
+PREVIEW_SCALE = 4
+"""Pixels of the file along a side of a preview's pixel."""
 
 
 class Sink:
@@ -60,6 +64,8 @@ class Sink:
         """
         for frames in self.handle.take_frames():
             self._take(frames)
+        for preview in self.handle.take_previews()[-1:]:
+            self._show(preview)
         if self.failed is not None and self._latents is None:
             raise self.failed
 
@@ -82,7 +88,25 @@ class Sink:
                 save_latents(result.latents, self._latents, self._about)
                 there.insert(0, self._latents)
         self.missing = [path for path in self.missing if path not in there]
+        self._forget_preview()
         return there
+
+    @property
+    def _preview(self) -> Path:
+        """Beside the file that is wanted, until that is there."""
+        beside = next(iter(self.handle.outputs.values()), self._latents or Path("preview"))
+        return beside.with_name(f"{beside.stem}.preview.webp")
+
+    def _forget_preview(self) -> None:
+        """Also what a process that has ended left; a file of that name beside a request without previews is others'."""
+        if self.handle.job.preview is not None:
+            with suppress(OSError):
+                self._preview.unlink(missing_ok=True)
+
+    def _show(self, preview: np.ndarray) -> None:
+        """A picture that cannot be written is no reason to stop."""
+        with suppress(OSError, OutputError), video_writer(self._preview, PREVIEW_FPS) as write:
+            write(np.repeat(np.repeat(preview, PREVIEW_SCALE, axis=1), PREVIEW_SCALE, axis=2))
 
     def _take(self, frames: np.ndarray) -> None:
         if self._video is None:
@@ -116,5 +140,6 @@ class Sink:
 
     def give_up(self, error: BaseException) -> None:
         """Leave no file that is not whole."""
+        self._forget_preview()
         with suppress(OSError, CinelineError):  # what led here tells more
             self._opened.__exit__(type(error), error, None)

@@ -170,7 +170,8 @@ class PipelineParallelMixin(ABC, Generic[State]):
     @abstractmethod
     def answer(self, state: State, item: WorkItem) -> torch.Tensor | None:
         """What the engine is told with the end of the item's group: a chunk's frames, uint8 [F, H, W, 3], with the last
-        step the final latents, float32 [C, F', H', W'], else nothing."""
+        step the final latents, float32 [C, F', H', W'], with a step that `Job.previews` a small picture of what comes,
+        uint8 [F', H', W', 3], where the family makes some, else nothing."""
 
     def end_denoising(self, state: State) -> None:
         """Every stage that decodes, after the last step that it has to do with: free what decoding does not need."""

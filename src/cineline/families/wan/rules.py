@@ -87,6 +87,7 @@ class Rules:
             seed=seed,
             fps=fps,
             unguided=self._unguided(request, scale, scale_2),
+            preview=request.preview,
             has_image=request.image is not None,
             loras=loras,
             lora_scales=lora_scales,

@@ -83,7 +83,7 @@ NULLABLE = ("out_channels", "cross_attn_norm", "qk_norm", "image_dim", "added_kv
 """Keys whose null means something there. Of null for another one it builds no model, or none that runs; `ffn_dim` alone
 it takes for 4 times the width then, which no Wan 2.2 has."""
 
-NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras", "last_image", "num_videos", "fit")
+NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras", "last_image", "num_videos", "fit", "preview")
 """Request fields that a checkpoint cannot have defaults for."""
 
 

@@ -25,6 +25,7 @@ from cineline.families.wan.conditioning import Conditioner
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.decoding import DecoderPart
 from cineline.families.wan.denoise import (
+    Step,
     contents,
     export_solver,
     history_bytes,
@@ -36,6 +37,7 @@ from cineline.families.wan.denoise import (
 )
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.job import WanJob
+from cineline.families.wan.preview import Previewer
 from cineline.families.wan.schedules import solver_of
 from cineline.families.wan.sequence_parallel import TokenShards
 from cineline.families.wan.spec import WanSpec
@@ -62,6 +64,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         self._experts = Experts(spec, part)
         self._conditioner = Conditioner(spec, part, self._experts)
         self._decoder = DecoderPart(spec, part)
+        self._previewer = Previewer(spec, part)
         self._parts: Mapping[Kind, Part[WanState]] = {
             Kind.TEXT: text,
             Kind.ENCODE: self._conditioner,
@@ -142,6 +145,8 @@ class WanStages(PipelineParallelMixin[WanState]):
         step = state.steps[item.number]
         prediction = combine(state.predictions, step.guidance)
         assert state.latents is not None
+        if state.job.previews(item):
+            state.preview = self._outcome(state, prediction, step)
         generator = noise_generator(state.job.seed, item.number)
         state.latents = take_step(state.solver, prediction, step.timestep, state.latents, generator)
         state.predictions.clear()
@@ -150,7 +155,16 @@ class WanStages(PipelineParallelMixin[WanState]):
         if item.kind is Kind.DECODE:
             (frames,) = state.take_hidden()
             return frames
+        if state.preview is not None:
+            picture, state.preview = self._previewer.picture(state.preview), None
+            return picture
         return state.final_latents()[0] if state.job.ends_denoising(item) else None
+
+    def _outcome(self, state: WanState, prediction: torch.Tensor, step: Step) -> torch.Tensor:
+        """Latents without noise, if the flow that the step predicts went on straight (x - sigma v)."""
+        assert state.latents is not None
+        sigma = step.timestep.float() / self.spec.scheduler.get("num_train_timesteps", 1000)
+        return state.with_first_frame(state.latents - sigma * prediction.float())
 
     def end_denoising(self, state: WanState) -> None:
         state.end_denoising()

@@ -35,6 +35,7 @@ class WanState(RequestState):
             with split experts, whose second head needs them too, they are in the conditioning.
         decoding: the decode under way, as this stage's decoder keeps it.
         prompts: on the head, where embeddings of its prompts are kept.
+        preview: where a picture is due, what the step says that the latents come to.
         uniform: by expert, for each of its steps whether all tokens have the same time embedding.
     """
 
@@ -52,6 +53,7 @@ class WanState(RequestState):
     beside: torch.Tensor | None = None
     decoding: Any = None
     prompts: dict[Branch, Slot] = field(default_factory=dict)
+    preview: torch.Tensor | None = None
     uniform: dict[int, list[bool]] = field(default_factory=dict)
 
     def conditioned(self, name: str) -> torch.Tensor:
