@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from cineline import InvalidRequest, OutputError, VideoRequest
 from cineline.cli.batch import Outputs, Task, tasks_of_file
 from cineline.cli.files import check_name, fields_of, name_of, settle_files
+from cineline.cli.resume import BATCH, RESTARTS, files_begun, store, tells_metadata
+from cineline.engine.folder import SnapshotFolder
 from cineline.families.wan.known import KNOWN
 
 TI2V = KNOWN["Wan-AI/Wan2.2-TI2V-5B-Diffusers"]
@@ -139,6 +141,26 @@ def test_a_file_that_output_names_alone_is_replaced(tmp_path: Path) -> None:
     several = Task(VideoRequest(prompt="x", num_videos=2), path, None)
     with pytest.raises(OutputError, match=r"a-1.mp4' is there already"):
         settle_files(TI2V, [several], None, outputs, False)
+
+
+def test_what_torchrun_starts_anew_has_the_seeds_and_files_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, outputs = tmp_path / "snapshots", Outputs(None, tmp_path, None, name="{seed}")
+    asked = [Task(VideoRequest(prompt="x", seed="random", num_videos=2), tmp_path / "0001.mp4", None)]
+    tasks, _ = settle_files(TI2V, asked, Path("lines.jsonl"), outputs, False)
+    store(folder, TI2V, asked, tasks, metadata=False)
+    kept = SnapshotFolder(folder)
+    assert [one.request for one in kept.unfinished()] == [task.request for task in tasks]
+    kept.close(10)
+    assert not tells_metadata(folder) and tells_metadata(tmp_path)
+    assert files_begun(folder, asked, "torchrun") is None
+    monkeypatch.setenv(RESTARTS, "1")
+    assert files_begun(folder, asked, "torchrun") == [task.video for task in tasks]
+    assert files_begun(folder, asked, "local") is None
+    assert files_begun(folder, asked * 2, "torchrun") is None
+    (folder / BATCH).write_text("[]")
+    assert files_begun(folder, asked, "torchrun") is None and tells_metadata(folder)
 
 
 def test_a_line_that_breaks_a_rule_is_named_before_files_are_looked_at(batch: Batch) -> None:

@@ -24,6 +24,7 @@ from cineline.cli.resume import (
     refuse_unfinished,
     store,
     tell_how_to_resume,
+    tells_metadata,
 )
 from cineline.core.config import AXES, DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.family import FamilySpec
@@ -137,6 +138,7 @@ def generate(
     if resume is not None and not entries_in(resume):
         screen.print(f"{resume} has no request that is not done.", highlight=False, soft_wrap=True)
         return
+    metadata = not no_metadata and (resume is None or tells_metadata(resume))
     folder = recovery.get("snapshot_dir")
     begun = files_begun(folder, asked, launch)
     if folder is not None and resume is None and begun is None:
@@ -157,15 +159,15 @@ def generate(
     _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
-        name = _name_of(order.model, order.files, order.loras)
-        screen.print(f"Loading {name} on {ranks}", highlight=False, soft_wrap=True)
+        called = _name_of(order.model, order.files, order.loras)
+        screen.print(f"Loading {called} on {ranks}", highlight=False, soft_wrap=True)
 
     if folder is not None and resume is None and begun is None:
         fetch_weights(spec)  # which takes long, and what is kept then cannot be resumed
-        store(folder, spec, asked, tasks)
+        store(folder, spec, asked, tasks, metadata)
     options = {**order.devices, **recovery, "in_flight": order.in_flight, "trace": trace, "launcher": launch}
     options["prompt_cache"] = prompt_cache
-    _make(spec, parallel, options, tasks, begun, quiet, screen, not no_metadata)
+    _make(spec, parallel, options, tasks, begun, quiet, screen, metadata)
 
 
 def _make(

@@ -111,11 +111,19 @@ def refuse_unfinished(folder: Path) -> None:
         )
 
 
-def store(folder: Path, spec: FamilySpec, asked: Sequence[Task], tasks: Sequence[Task]) -> None:
+def tells_metadata(folder: Path) -> bool:
+    """Whether files of the batch that was last run in a folder say what made them."""
+    try:
+        return bool(json.loads((folder / BATCH).read_text())["metadata"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
+
+
+def store(folder: Path, spec: FamilySpec, asked: Sequence[Task], tasks: Sequence[Task], metadata: bool) -> None:
     """Keep all tasks before anything runs, so that a run that ends at any moment can be resumed.
 
     Args:
-        asked: what `tasks` were made of, in which seeds may be still to draw.
+        asked: what `tasks` were made of, in which seeds may be still to draw. metadata: see `tells_metadata`.
 
     Raises:
         InvalidConfig: the folder has requests that are not done, or another process has it.
@@ -132,7 +140,7 @@ def store(folder: Path, spec: FamilySpec, asked: Sequence[Task], tasks: Sequence
             kept.add(spec.resolve(request, number), request, task.outputs)
         files = [str(path) for task in tasks for path in task.absolute]
         with whole_file(folder / BATCH) as temporary:
-            temporary.write_text(json.dumps({"asked": _named(asked), "files": files}))
+            temporary.write_text(json.dumps({"asked": _named(asked), "files": files, "metadata": metadata}))
     finally:
         kept.close(STORE_LIMIT_S)
 
