@@ -145,6 +145,7 @@ BAD_OPTIONS = [
     (["--device", "toaster"], ["toaster", "cpu"]),
     (["--launcher", "torchrun"], ["torchrun"]),
     (["--no-such-option"], ["--no-such-option"]),
+    (["--prompt-cache", "3XB"], ["prompt_cache='3XB'", "give bytes"]),
     (["--height", "tall"], ["--height", "'tall'", "integer"]),
 ]
 

@@ -40,7 +40,7 @@ from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import MINIS, fetch_weights, missing_weights, open_model
 from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
 from cineline.engine.lora import add_loras
-from cineline.engine.prompts import PROMPT_CACHE
+from cineline.engine.prompts import PROMPT_CACHE, bytes_of
 from cineline.engine.sink import Sink
 from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
@@ -129,6 +129,7 @@ def generate(
         refuse_beside_resume(prompt, requests, fields, outputs, recovery)
         recovery["snapshot_dir"] = resume
         order = order.resumed(resume)
+    bytes_of(prompt_cache)
     parallel = ParallelConfig(**{"pp": _stages(order.line, launch), **order.line})
     if launch == "torchrun" and torchrun_rank() != 0:
         config = DeviceConfig(**{"device": default_device(), **order.devices})
@@ -148,6 +149,7 @@ def generate(
     if quiet:
         os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
     spec = open_model(order.model, order.variant, ModelFiles(**order.files))
+    spec.place(parallel)  # whatever can be refused is, before anything is downloaded
     spec = add_loras(spec, order.loras, one_of("lora_mode", order.lora_mode, LoraMode))
     tasks, kept = settle_files(spec, asked if begun is None else [], requests, outputs, is_restart(launch))
     check_tasks(spec, tasks, requests)
@@ -155,7 +157,6 @@ def generate(
         screen.print(f"{path.name}: is there already", highlight=False, soft_wrap=True)
     if kept and not tasks:
         return
-    spec.place(parallel)  # whatever can be refused is, before anything is downloaded
     _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"

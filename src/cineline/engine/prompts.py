@@ -15,8 +15,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 SIZE = re.compile(r"([0-9]{1,15})\s*([KMG]I?B)?", re.ASCII | re.IGNORECASE)
 
 
-def prompts_in(spec: FamilySpec, dtype: Dtype, size: int | str) -> int:
-    """Embeddings of this model; 0 where its family keeps none.
+def bytes_of(size: int | str) -> int:
+    """A size in bytes.
 
     Raises:
         InvalidConfig: it is no size.
@@ -24,5 +24,14 @@ def prompts_in(spec: FamilySpec, dtype: Dtype, size: int | str) -> int:
     found = SIZE.fullmatch(str(size).strip()) if isinstance(size, (int, str)) and not isinstance(size, bool) else None
     if found is None:
         raise InvalidConfig(f"prompt_cache={shown(size)} is no size: give bytes, such as 256MB, or 0 for none.")
-    nbytes = int(found[1]) * UNITS[(found[2] or "").upper()]
+    return int(found[1]) * UNITS[(found[2] or "").upper()]
+
+
+def prompts_in(spec: FamilySpec, dtype: Dtype, size: int | str) -> int:
+    """Embeddings of this model; 0 where its family keeps none.
+
+    Raises:
+        InvalidConfig: it is no size.
+    """
+    nbytes = bytes_of(size)
     return nbytes // spec.prompt_bytes(dtype) if isinstance(spec, PromptedFamily) else 0
