@@ -27,7 +27,7 @@ EXPERTS: Mapping[Level, str] = {"high": "transformer", "low": "transformer_2"}
 IMAGE_ENCODER = re.compile(
     r"(?:^|[._])(?:norm_k_img|k_img|v_img|img_emb|add_k_proj|add_v_proj|image_embedder)(?:[._]|$)"
 )
-"""Modules of Wan 2.1's image-to-video models, which Wan 2.2's have not. Their LoRAs run here without them, as in
+"""Modules of Wan 2.1's image-to-video models, which the others have not. Their LoRAs run there without them, as in
 diffusers."""
 
 
@@ -63,7 +63,7 @@ def deltas_of(spec: WanShapes, source: Source, level: Level) -> dict[str, Delta]
         if prefix["expert"] and LEVELS[prefix["expert"]] != level:
             continue
         module = (role[0] if role else stored)[prefix.end() :]
-        if IMAGE_ENCODER.search(module):
+        if spec.image is None and IMAGE_ENCODER.search(module):
             continue
         target = role and targets.get((module, "bias" if role[1] == "bias" else "weight"))
         if role is None or target is None:
@@ -103,7 +103,15 @@ def tensors(spec: WanShapes) -> dict[str, tuple[int, ...]]:
         **_linear(f"{embedder}.text_embedder.linear_2", width, width),
         **_linear("proj_out", int(config["out_channels"]) * patch, width),
     }
+    if seen := config.get("image_dim"):
+        images = f"{embedder}.image_embedder"
+        shapes |= {**_linear(f"{images}.norm1", seen), **_linear(f"{images}.norm2", width)}
+        shapes |= {**_linear(f"{images}.ff.net.0.proj", seen, seen), **_linear(f"{images}.ff.net.2", width, seen)}
     for block in range(spec.layers):
+        if added := config.get("added_kv_proj_dim"):
+            for linear in ("add_k_proj", "add_v_proj"):
+                shapes |= _linear(f"blocks.{block}.attn2.{linear}", width, added)
+            shapes[f"blocks.{block}.attn2.norm_added_k.weight"] = (width,)
         for attention in ("attn1", "attn2"):
             for linear in ("to_q", "to_k", "to_v", "to_out.0"):
                 shapes |= _linear(f"blocks.{block}.{attention}.{linear}", width, width)

@@ -1,4 +1,4 @@
-"""Wan 2.2 cut over stages: which of its parts does what for an item.
+"""Wan cut over stages: which of its parts does what for an item.
 
 The head holds patch and condition embedders, tokenizer and VAE encoder, the tail the output projection; the blocks of
 all experts, the text encoder's layers and the VAE decoder's units are shared out.
@@ -48,7 +48,7 @@ REHEARSED_STEPS = 6
 
 
 class WanStages(PipelineParallelMixin[WanState]):
-    """One stage of a Wan 2.2 model: its parts of text encoder, experts, image encoder and decoder."""
+    """One stage of a Wan model: its parts of text encoder, experts, image encoder and decoder."""
 
     spec: WanSpec
 

@@ -25,6 +25,9 @@ ROWS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")
 NORMS = ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k")
 """RMS norms over all heads."""
 
+ADDED_COLUMNS, ADDED_NORMS = ("attn2.add_k_proj", "attn2.add_v_proj"), ("attn2.norm_added_k",)
+"""The same for the keys and values of images, in the blocks that have some (Wan 2.1)."""
+
 
 class RowLinear(nn.Linear):
     """A linear layer whose input is shared out over the ranks of an axis."""
@@ -58,7 +61,8 @@ class SharedRMSNorm(nn.Module):
 def shard_block(block: Any, axis: Axis) -> dict[str, Shard]:
     """Replace a block's layers by this rank's shares of them (on the meta device); what to read of each tensor."""
     shards: dict[str, Shard] = {}
-    for name in COLUMNS:
+    added = block.attn2.add_k_proj is not None
+    for name in COLUMNS + ADDED_COLUMNS * added:
         whole = block.get_submodule(name)
         block.set_submodule(name, nn.Linear(whole.in_features, whole.out_features // axis.size, device="meta"))
         shards |= {f"{name}.{tensor}": Shard(0, axis.index, axis.size) for tensor in ("weight", "bias")}
@@ -66,7 +70,7 @@ def shard_block(block: Any, axis: Axis) -> dict[str, Shard]:
         whole = block.get_submodule(name)
         block.set_submodule(name, RowLinear(whole.in_features // axis.size, whole.out_features, axis))
         shards[f"{name}.weight"] = Shard(1, axis.index, axis.size)
-    for name in NORMS:
+    for name in NORMS + ADDED_NORMS * added:
         whole = block.get_submodule(name)
         features = whole.weight.numel() // axis.size
         block.set_submodule(name, SharedRMSNorm(features, whole.eps, axis))

@@ -1,0 +1,152 @@
+"""Wan 2.1: one expert, and of image-to-video models an image encoder, whose rows stand before a prompt's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lora_files import Loaded, pipeline_with, shapes_of
+from oracle import FIELDS, Checkpoint, Oracle, assert_equal
+from PIL import Image
+from pretended_family import assert_in_good_order
+from safetensors.torch import save_file
+from test_pretended_device import Pretend
+
+from cineline import CheckpointError, Engine, ParallelConfig, RequestCancelled, VideoRequest
+from cineline.core.config import Dtype, Place
+from cineline.families.wan.convert import convert
+from cineline.families.wan.costs.model import ModelCosts
+from cineline.families.wan.known import KNOWN
+from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.spec import WanSpec
+from cineline.planning.cut import default_cut
+from cineline.planning.hardware import LINKS, devices_of
+from cineline.planning.planner import Task, plan, planned_job
+
+KINDS: tuple[WanKind, ...] = ("t2v", "i2v")
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+
+
+def config(kind: WanKind, **changes: Any) -> RandomConfig:
+    return RandomConfig(kind, generation="2.1", **{"seed": 3, **changes})
+
+
+def requests(kind: WanKind) -> list[VideoRequest]:
+    """Of different sizes, lengths and steps; with guidance and without."""
+    pixels = np.random.default_rng(1).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    common: dict[str, Any] = {"num_inference_steps": 3, "image": Image.fromarray(pixels) if kind == "i2v" else None}
+    own: list[dict[str, Any]] = [
+        {"height": 64, "width": 48, "num_frames": 9, "guidance_scale": 4.0, "negative_prompt": "blurry", "seed": 11},
+        {"height": 32, "width": 96, "num_frames": 5, "guidance_scale": 1.0, "seed": 7},
+    ]
+    return [VideoRequest(prompt=f"cat {number}", **common | fields) for number, fields in enumerate(own)]
+
+
+@pytest.mark.parametrize("parallel", [{}, {"pp": 2}, {"pp": 3, "split": (2, 1, 1)}, {"cfg": 2, "pp": 2}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_requests_in_flight_beside_a_cancel_equal_diffusers(
+    kind: WanKind, dtype: Dtype, parallel: dict[str, Any], checkpoint: Checkpoint, oracle: Oracle
+) -> None:
+    folder, wanted = checkpoint(config(kind)), requests(kind)
+    with Engine(folder, ParallelConfig(**parallel), dtype=dtype, device="cpu", in_flight=3) as engine:
+        cancelled, *kept = [engine.submit(one) for one in (wanted[0], *wanted)]
+        while cancelled.progress[0] < 1:
+            time.sleep(0.001)
+        cancelled.cancel()
+        expected = [oracle.run(folder, dtype, one) for one in wanted]  # while the ranks are at work
+        for handle, one in zip(kept, expected, strict=True):
+            assert_equal(handle.result(60), one)
+    with pytest.raises(RequestCancelled):
+        cancelled.result(0)
+
+
+@pytest.mark.parametrize(("axis", "kind"), [("ulysses", "i2v"), ("tp", "i2v"), ("ring", "t2v")])
+def test_ranks_that_share_a_stage_come_near_diffusers(
+    axis: str, kind: WanKind, checkpoint: Checkpoint, oracle: Oracle
+) -> None:
+    folder, request = checkpoint(config(kind)), requests(kind)[0]
+    sharing: dict[str, Any] = {axis: 2}
+    with Engine(folder, ParallelConfig(**sharing), device="cpu") as engine:
+        video = engine.submit(request).result(60)
+    latents, _ = oracle.run(folder, "float32", request)
+    assert torch.allclose(video.latents, latents, atol=1e-4)
+
+
+def test_a_stage_holds_what_the_planner_says_and_reads_no_more(checkpoint: Checkpoint) -> None:
+    folder = checkpoint(config("i2v"))
+    spec = WanSpec.open(folder)
+    with Engine(folder, ParallelConfig(pp=3), device="cpu") as engine:
+        read = engine.bytes_read
+    costs = ModelCosts.of(spec, "float32", "float32")
+    filled = default_cut(costs, ParallelConfig(pp=3))
+    assert read == [costs.held_bytes(filled, Place(pp=stage)) for stage in range(3)]
+
+
+def test_a_lora_reaches_what_is_made_of_images(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder, request = checkpoint(config("i2v")), requests("i2v")[0].model_copy(update={"decode": False})
+    shapes, draw = shapes_of(folder), torch.Generator().manual_seed(5)
+    names = {
+        "blocks.1.cross_attn.k_img": "blocks.1.attn2.add_k_proj",
+        "blocks.2.cross_attn.v_img": "blocks.2.attn2.add_v_proj",
+        "blocks.0.self_attn.q": "blocks.0.attn1.to_q",
+        "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+        "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    }
+    made = {}
+    for stored, module in names.items():
+        out, inner = shapes[f"{module}.weight"]
+        made[f"diffusion_model.{stored}.lora_A.weight"] = torch.randn(4, inner, generator=draw) * 0.2
+        made[f"diffusion_model.{stored}.lora_B.weight"] = torch.randn(out, 4, generator=draw) * 0.2
+    save_file(made, file := tmp_path / "lora.safetensors")
+    with Engine(folder, ParallelConfig(pp=2), loras=[str(file)], device="cpu") as engine:
+        found = engine.submit(request).result(60).latents
+    arguments = {name: getattr(request, name) for name in FIELDS if getattr(request, name) is not None}
+    pipeline = pipeline_with(folder, "float32", [Loaded(file)], image=True)
+    noise = torch.Generator("cpu").manual_seed(request.seed)
+    assert torch.equal(found, pipeline(generator=noise, output_type="latent", **arguments).frames[0])
+
+
+def test_a_converted_model_is_the_same(checkpoint: Checkpoint, tmp_path: Path, oracle: Oracle) -> None:
+    folder, request = checkpoint(config("i2v")), requests("i2v")[1]
+    convert(WanSpec.open(folder), tmp_path / "model")
+    with Engine(tmp_path / "model", device="cpu") as engine:
+        assert_equal(engine.submit(request).result(60), oracle.run(folder, "float32", request))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_does_what_the_cpu_does(kind: WanKind, checkpoint: Checkpoint, pretending: Pretend) -> None:
+    assert_in_good_order(checkpoint(config(kind)), {"pp": 2}, requests(kind), pretending)
+
+
+def test_a_known_model_is_planned_by_its_name() -> None:
+    spec = KNOWN["Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"]
+    job = planned_job(spec, {})
+    task = Task(spec, devices_of("2xL40S"), LINKS["pcie4"], job, dtype="bfloat16", vae_dtype="float32")
+    best = plan(task).single
+    assert best is not None and best.parallel.ranks == 2
+    assert (job.height, job.width, job.steps) == (720, 1280, 40)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("model_index.json", {"image_encoder": [None, None]}, "names no 'image_encoder'"),
+        ("image_encoder/config.json", {"hidden_size": 30}, "of width 30, and the transformer takes 10 of width 20"),
+        ("transformer/config.json", {"pos_embed_seq_len": 20}, "a model of a first and a last frame"),
+    ],
+)
+def test_an_image_encoder_that_does_not_fit_is_refused(
+    file: str, changes: dict[str, Any], words: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint(config("i2v")), tmp_path / "model")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    with pytest.raises(CheckpointError, match=words):
+        WanSpec.open(folder)
