@@ -35,6 +35,8 @@ NO_TORCH += [
     for name in ("spec", "constants", "costs", "job", "known", "vocabulary", "naming", "recognise", "assemble")
 ]
 NO_TORCH += ["families.wan.lora_keys", "families.wan.loras"]
+NO_TORCH += [f"families.{name}" for name in ("checkpoint", "fields", "placing", "stack", "qwen_vl_costs", "registry")]
+NO_TORCH += [f"families.qwen_image.{name}" for name in ("spec", "costs", "prompts", "vae", "known")]
 """Rooms, or parts of one, whose modules need no torch."""
 
 

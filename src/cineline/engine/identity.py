@@ -15,8 +15,8 @@ from cineline.families.configs import read_json
 from cineline.weights.layout import files_of
 from cineline.weights.lora import CONFIG
 
-CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
-TOKENIZER = "tokenizer/[!.]*"
+CONFIGS = ("model_index.json", "*/config.json", "*/*_config.json")
+TOKENIZER = "tokenizer*/[!.]*"
 
 TOLD_ELSEWHERE = ("variant", "defaults", "files", "loras")
 """Fields of a stored family's spec that change no bits by themselves: the files say what the variant is, and each

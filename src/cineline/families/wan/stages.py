@@ -20,19 +20,11 @@ from cineline.families.guidance import combine
 from cineline.families.part import Part
 from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
 from cineline.families.snapshot import copied
+from cineline.families.solver import contents, export_solver, history_bytes, restore_solver
 from cineline.families.wan.conditioning import Conditioner
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.decoding import DecoderPart
-from cineline.families.wan.denoise import (
-    contents,
-    export_solver,
-    history_bytes,
-    make_solver,
-    make_steps,
-    noise_generator,
-    restore_solver,
-    take_step,
-)
+from cineline.families.wan.denoise import make_solver, make_steps, noise_generator, take_step
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.schedules import solver_of
