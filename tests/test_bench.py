@@ -112,10 +112,12 @@ def test_schedule_runs_waves_of_requests(
     file = tmp_path / "s.json"
     sizes = ["--stage-ms", "5", "--hidden-mb", "0.1", "--steps", "4", "--branches", "1", "--runs", "1"]
     bench(monkeypatch, "schedule", "--pp", "2", "--in-flight", "3", "--waves", "4", *sizes, "--json", str(file))
-    ((run,),) = json.loads(file.read_text())["runs"].values()
+    result = json.loads(file.read_text())
+    ((run,),), (base,) = result["runs"].values(), result["one_stage"]
     assert run["seconds"] >= 4 * 3 * 4 * 0.005  # each stage's, for 12 requests
     share = float(capsys.readouterr().out.split("2.00 │")[1].split("(")[0])  # of the limit M P / max(M, P)
-    assert 0 < share <= 100
+    assert base["seconds"] >= 5 * 4 * 2 * 0.005  # 5 requests on one stage
+    assert share == pytest.approx(100 * (12 / 5) * base["seconds"] / run["seconds"] / 2, abs=0.01)
 
 
 def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> None:

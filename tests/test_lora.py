@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import product
+from json import loads
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,15 +42,18 @@ from test_weights import owner
 
 from cineline import CheckpointError, Engine, InvalidConfig, InvalidRequest, ModelFiles, ParallelConfig, VideoRequest
 from cineline.cli.resume import Order
-from cineline.core.config import DeviceConfig, Dtype
+from cineline.core.config import DeviceConfig, Dtype, Place
 from cineline.core.lora import Lora
 from cineline.engine.hub import open_model
 from cineline.engine.identity import identity_of
 from cineline.engine.lora import add_loras
+from cineline.families.pipeline_parallel import StagePart
+from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.lora_keys import adapters, tensors
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.stages import WanStages
 from cineline.families.wan.weights import weights_of
 from cineline.weights.files import Shard
 
@@ -134,6 +138,45 @@ def test_each_stage_merges_its_own_tensors_with_the_bits_of_diffusers(
     assert seen == {f"transformer.{module}.weight" for module in first.factors} | {
         f"transformer_2.{module}.weight" for module in both.factors
     }
+
+
+@pytest.mark.parametrize("placement", ["shared", "split"])
+def test_the_planner_counts_what_is_kept_beside_the_weights(placement: Any, folder: Path, tmp_path: Path) -> None:
+    """As many bytes on each stage as are read there, where the file has the dtype that is computed in."""
+    first = write(truth(folder, 1, rank=4, alpha=None, dtype=torch.float32), "PEFT", tmp_path / "first.safetensors")
+    some = truth(folder, 2, rank=6, alpha=None, blocks=(1, 2), dtype=torch.float32)
+    both = write(some, "PEFT", tmp_path / "both.safetensors")
+    plain, spec = WanSpec.open(folder), with_loras(folder, f"high:{first}", str(both), mode="runtime")
+    parallel = plain.place(ParallelConfig(pp=3, expert_placement=placement))
+    filled = parallel.filled(plain.cut(parallel, DeviceConfig()))
+    own = [ModelCosts.of(one, "float32", "float32") for one in (spec, plain)]
+    config = DeviceConfig()
+    read = [
+        [
+            WanStages(one).load(StagePart(Place(pp=stage), filled, cut, torch.device("cpu"), config))
+            for stage, cut in enumerate(plain.cut(filled, config))
+        ]
+        for one in (spec, plain)
+    ]
+    for stage in range(3):
+        counted, without = (costs.held(filled, Place(pp=stage)).total for costs in own)
+        assert counted - without == read[0][stage] - read[1][stage] > 0
+    assert own[0].whole.total - own[1].whole.total == sum(read[0]) - sum(read[1])
+    merged_in = with_loras(folder, f"high:{first}")
+    assert ModelCosts.of(merged_in, "float32", "float32").whole == own[1].whole
+
+
+def test_plan_takes_what_generate_takes(folder: Path, tmp_path: Path) -> None:
+    file, json = write(truth(folder, 1, rank=4), "PEFT", tmp_path / "a b.safetensors"), tmp_path / "plan.json"
+    plain = ("plan", "--devices", "2xL40S", "--model", str(folder), "--json", str(json))
+    loras = ("--lora", f"one=high:{file}@0.5", "--lora-mode", "runtime")
+    weights = []
+    for options in ((), loras):
+        done = run(*plain, *options)
+        assert done.returncode == 0, done.stderr
+        weights.append(sum(stage["weights_gb"] for stage in loads(json.read_text())["best"]["stages"]))
+    assert weights[0] < weights[1]
+    assert f"--lora 'one=high:{file}@0.5' --lora-mode runtime" in loads(json.read_text())["best"]["command"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

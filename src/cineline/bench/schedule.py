@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,9 @@ from cineline.engine.api import Engine
 from cineline.schedule.scheduler import speed_up_limit
 
 COLUMNS = ("P", "M", "speed-up", "limit", "% of the limit", "others' CPU")
+
+BASE_ITEMS = 20
+"""Forwards of the run on one stage, at least: so many that its first and last message count for nothing."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,14 @@ class ScheduleCase:
     high_steps: int = 0
     waves: int = 1
 
-    def one_stage_s(self, count: int) -> float:
-        """Seconds that one device would sleep for the requests of a run with `count` in flight."""
-        return self.waves * count * self.steps * self.branches * self.stages * self.stage_s
+    @property
+    def base_requests(self) -> int:
+        """Requests of the run on one stage."""
+        return math.ceil(BASE_ITEMS / (self.steps * self.branches))
+
+    def requests(self, count: int) -> int:
+        """Requests of a run with `count` in flight."""
+        return self.waves * count
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -65,8 +73,20 @@ class ScheduleCase:
         return self.steps / max(self.high_steps / high, (self.steps - self.high_steps) / low)
 
 
-def time_schedule(case: ScheduleCase, tell: Callable[[str], None]) -> dict[int, list[Run]]:
-    """Runs by number in flight; the fill of the line is included."""
+@dataclass(frozen=True)
+class Timed:
+    """Runs on one stage, and by number in flight on all; each round has one of each."""
+
+    base: list[Run]
+    arms: dict[int, list[Run]]
+
+
+def time_schedule(case: ScheduleCase, tell: Callable[[str], None]) -> Timed:
+    """Time all; the fill of the line is included.
+
+    What one device takes is measured in the same rounds, since a sleep is longer than it was asked to be, by how much
+    the machine and the minute decide.
+    """
     # Blocks that both groups can share out evenly; all of them sleep as long as all stages of one expert's line.
     blocks = math.prod(len(group) for group in case.parallel.groups)
     spec = SleepingSpec(blocks, case.stages * case.stage_s / blocks, case.hidden_bytes, case.high_steps, case.steps)
@@ -75,21 +95,28 @@ def time_schedule(case: ScheduleCase, tell: Callable[[str], None]) -> dict[int, 
     )
     arms: dict[str, Callable[[], float]] = {}
     with ExitStack() as stack:
-        for count in case.in_flight:
-            engine = Engine(spec, case.parallel, device="cpu", in_flight=None if case.high_steps else count)
-            stack.enter_context(engine)
+
+        def arm(parallel: ParallelConfig, in_flight: int | None, requests: int) -> Callable[[], float]:
+            engine = stack.enter_context(Engine(spec, parallel, device="cpu", in_flight=in_flight))
             time_requests(engine, [request.model_copy(update={"num_inference_steps": 1})])
-            arms[f"M={count}"] = partial(time_requests, engine, [request] * count * case.waves)
+            return partial(time_requests, engine, [request] * requests)
+
+        arms["one stage"] = arm(ParallelConfig(), None, case.base_requests)
+        for count in case.in_flight:
+            arms[f"M={count}"] = arm(case.parallel, None if case.high_steps else count, case.requests(count))
         runs = interleave(arms, case.rounds, tell)
-    return {count: runs[f"M={count}"] for count in case.in_flight}
+    return Timed(runs["one stage"], {count: runs[f"M={count}"] for count in case.in_flight})
 
 
-def rows(case: ScheduleCase, results: Mapping[int, Sequence[Run]]) -> list[list[str]]:
+def rows(case: ScheduleCase, timed: Timed) -> list[list[str]]:
     """A row of `COLUMNS` for each M."""
     found = []
-    for count, own in results.items():
+    for count, own in timed.arms.items():
         limit = case.limit(count)
-        speed_up = Summary.of([case.one_stage_s(count) / run.seconds for run in own])
-        share = Summary.of([100 * case.one_stage_s(count) / run.seconds / limit for run in own])
-        found.append([str(case.stages), str(count), str(speed_up), f"{limit:.2f}", str(share), others(own)])
+        work = case.requests(count) / case.base_requests
+        speed_ups = [work * base.seconds / run.seconds for base, run in zip(timed.base, own, strict=True)]
+        share = Summary.of([100 * speed_up / limit for speed_up in speed_ups])
+        found.append(
+            [str(case.stages), str(count), str(Summary.of(speed_ups)), f"{limit:.2f}", str(share), others(own)]
+        )
     return found

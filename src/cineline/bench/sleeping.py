@@ -78,7 +78,7 @@ class SleepingStages(PipelineParallelMixin[RequestState]):
     """One stage of it. What travels is made once and never written to."""
 
     def load(self, part: StagePart) -> int:
-        self._sleep_s = self.spec.block_s * len(part.cut.blocks)
+        self._blocks = len(part.cut.blocks)
         self._hidden = torch.zeros(self.spec.hidden_bytes, dtype=torch.uint8)
         return 0
 
@@ -97,7 +97,8 @@ class SleepingStages(PipelineParallelMixin[RequestState]):
 
     def compute(self, state: RequestState, item: WorkItem, starts: bool, ends: bool) -> None:
         if item.kind is Kind.DENOISE:
-            time.sleep(self._sleep_s)
+            for _ in range(self._blocks):  # one by one: what a sleep is too long is then the same however they are cut
+                time.sleep(self.spec.block_s)
             state.hidden = () if ends else (self._hidden,)
         if item.kind is Kind.DENOISE and ends:
             state.predictions[item.branch] = torch.zeros(LATENTS.shape)

@@ -91,12 +91,12 @@ def schedule(
     from cineline.bench.schedule import COLUMNS, ScheduleCase, rows, time_schedule
 
     case = ScheduleCase(pp, counts, stage_ms / 1000, round(hidden_mb * 1e6), steps, branches, runs, high_steps, waves)
-    results = time_schedule(case, teller())
+    timed = time_schedule(case, teller())
     report(
         f"Stages that sleep {stage_ms:g} ms, {hidden_mb:g} MB, {steps} steps, fill included, {runs} runs",
         COLUMNS,
-        rows(case, results),
-        {"machine": machine("cpu"), "case": asdict(case), "runs": plain(results)},
+        rows(case, timed),
+        {"machine": machine("cpu"), "case": asdict(case), "one_stage": plain(timed.base), "runs": plain(timed.arms)},
         json,
     )
 

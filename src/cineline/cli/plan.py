@@ -10,15 +10,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from cineline.cli.options import Fields, Given, Json, spread
+from cineline.cli.options import Fields, Given, Json, one_of, spread
 from cineline.core.config import ModelFiles
 from cineline.core.extras import need
 from cineline.core.family import plannable
+from cineline.core.lora import LoraMode
 from cineline.core.output import check_output, whole_file
 from cineline.core.request import VideoRequest
 from cineline.core.streams import console
 from cineline.core.trace import write_trace
 from cineline.engine.hub import open_model
+from cineline.engine.lora import add_loras
 from cineline.errors import InvalidConfig
 from cineline.families.registry import known_model
 from cineline.planning.hardware import devices_of, link_of
@@ -44,6 +46,11 @@ def plan(
         str | None, typer.Option(help="A hub id of Wan 2.2 (nothing is downloaded), or a folder.", show_default=False)
     ] = None,
     files: Annotated[Given, Fields(ModelFiles)],
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="A LoRA as for generate; one that is merged takes nothing.", show_default=False),
+    ] = None,
+    lora_mode: Annotated[str, typer.Option(help="merge or runtime.")] = "merge",
     link: Annotated[str, typer.Option(help="pcie4, pcie5, nvlink3 to 5, ethernet10, 25, 100 or 400.")] = "pcie4",
     fields: Annotated[Given, Fields(VideoRequest, _FIELDS, unset=_UNSET)],
     requests: Annotated[int, typer.Option(help="How many such requests wait at once.", min=1)] = Task.requests,
@@ -70,7 +77,8 @@ def plan(
     if model is None and not files:
         raise InvalidConfig("There is no model: give --model, or its files with --transformer and the like.")
     known = None if model is None else known_model(model)
-    spec = plannable(open_model(known or model, files=ModelFiles(**files)))
+    opened = open_model(known or model, files=ModelFiles(**files))
+    spec = plannable(add_loras(opened, lora or [], one_of("lora_mode", lora_mode, LoraMode)))
     task = Task(spec, devices_of(devices), link_of(link), planned_job(spec, fields), requests, **settings)
     planning = compare(task)
     show(planning, task)

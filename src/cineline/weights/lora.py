@@ -141,6 +141,12 @@ class Adapter:
         self._source, self.deltas, self.scale = source, deltas, scale
         self.bytes_read = 0
 
+    @property
+    def numbers(self) -> dict[str, int]:
+        """How many there are in the file for each tensor."""
+        shapes = {name: stored.shape for name, stored in self._source.stored.items()}
+        return {target: sum(math.prod(shapes[name]) for name in delta.names) for target, delta in self.deltas.items()}
+
     def added(self, name: str, tensor: Tensor) -> Tensor:
         """The whole tensor with what is added to it, in its own dtype.
 

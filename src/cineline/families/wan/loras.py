@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from cineline.core.lora import Level, Lora, LoraMode
 from cineline.errors import CheckpointError, InvalidConfig, shown
 from cineline.families.wan.assemble import NOISE
-from cineline.families.wan.lora_keys import EXPERTS, IMAGE_ENCODER, LEVELS, PREFIX, deltas_of
+from cineline.families.wan.lora_keys import EXPERTS, IMAGE_ENCODER, LEVELS, PREFIX, adapters, deltas_of
 from cineline.families.wan.spec import WanSpec
 from cineline.weights.layout import SUFFIX
 from cineline.weights.lora import Delta
@@ -43,7 +44,19 @@ def with_loras(spec: WanSpec, loras: Sequence[Lora], mode: LoraMode) -> WanSpec:
                 )
         _warn_of_level(spec, lora)
         _check(spec, lora, mode)
-    return replace(spec, loras=found, lora_mode=mode)
+    spec = replace(spec, loras=found, lora_mode=mode)
+    return spec if mode == "merge" else replace(spec, beside=tuple(_beside(spec, expert) for expert in spec.experts))
+
+
+def _beside(spec: WanSpec, expert: str) -> tuple[int, ...]:
+    """Numbers that LoRAs keep beside each block; what stands before the blocks counts as the first one's, what stands
+    behind them as the last one's."""
+    counts = [0] * spec.layers
+    for lora in adapters(spec, expert).values():
+        for name, numbers in lora.numbers.items():
+            block = re.match(r"blocks\.(\d+)\.", name)
+            counts[int(block[1]) if block else -1 if name.startswith("proj_out") else 0] += numbers
+    return tuple(counts)
 
 
 def _files(lora: Lora, two_experts: bool) -> Iterator[Lora]:

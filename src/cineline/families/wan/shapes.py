@@ -59,6 +59,7 @@ class WanShapes:
         tokenizer: where it is: a folder, or a file of the text encoder that has it.
         loras: of its experts, each one's file, in their order.
         lora_mode: whether they are added to the weights or kept beside them.
+        beside: of each expert, the numbers that are kept beside each block.
         defaults: default request, the kind's row updated by the folder's `cineline.json`.
     """
 
@@ -78,6 +79,7 @@ class WanShapes:
     loras: tuple[Lora, ...] = ()
     lora_mode: LoraMode = "merge"
     image: Mapping[str, Any] | None = None
+    beside: tuple[tuple[int, ...], ...] = ()
 
     def component(self, name: str) -> Component:
         """One of the model's parts that have weights."""
@@ -92,7 +94,9 @@ class WanShapes:
         """What a command line calls the model."""
         alone = self.folder in self.files.values()
         words = [] if alone else [f"--model {quote(str(self.folder))}"]
-        return " ".join([*words, *(f"{OPTIONS[name]} {quote(str(path))}" for name, path in self.files.items())])
+        words += [f"{OPTIONS[name]} {quote(str(path))}" for name, path in self.files.items()]
+        words += [f"--lora {quote(lora.text)}" for lora in self.loras]
+        return " ".join([*words, *(["--lora-mode runtime"] if self.lora_mode == "runtime" else [])])
 
     @property
     def tokenizer_home(self) -> Path:

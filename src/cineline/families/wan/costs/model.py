@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from cineline.core.config import Dtype, ParallelConfig, Place
 from cineline.core.request import Job
+from cineline.core.work import ITEMSIZE
 from cineline.families.wan.costs.clip import ClipCosts
 from cineline.families.wan.costs.text import TextCosts
 from cineline.families.wan.costs.transformer import TransformerCosts
@@ -21,6 +22,8 @@ class Shapes(Protocol):
     def kind(self) -> str: ...
     @property
     def experts(self) -> tuple[str, ...]: ...
+    @property
+    def beside(self) -> tuple[tuple[int, ...], ...]: ...
     @property
     def transformer(self) -> Mapping[str, Any]: ...
     @property
@@ -70,6 +73,7 @@ class ModelCosts:
         kind: ti2v, t2v or i2v; only t2v has no use for the VAE's encoder.
         experts: transformers.
         dtype, vae_dtype: of transformers and text encoder, and of the VAE and the CLIP encoder.
+        beside: of each expert, the numbers of LoRAs that are kept beside each block.
     """
 
     kind: str
@@ -80,6 +84,7 @@ class ModelCosts:
     dtype: Dtype
     vae_dtype: Dtype
     image: ClipCosts
+    beside: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def of(cls, shapes: Shapes, dtype: Dtype, vae_dtype: Dtype) -> ModelCosts:
@@ -93,6 +98,7 @@ class ModelCosts:
             dtype,
             vae_dtype,
             ClipCosts.of(shapes.image, shapes.picture_rows, shapes.pictures),
+            shapes.beside,
         )
 
     @property
@@ -123,6 +129,7 @@ class ModelCosts:
     def whole(self) -> Held:
         """All that one rank alone holds."""
         transformer = self.transformer.whole.nbytes(self.dtype) * self.experts
+        transformer += sum(map(sum, self.beside)) * ITEMSIZE[self.dtype]
         vae = sum(self.decoder_bytes) + self._ends_of_vae()
         return Held(transformer, self.text.whole.nbytes(self.dtype), vae, self._image_bytes)
 
@@ -163,7 +170,14 @@ class ModelCosts:
             held += on * parts.patch_embedding.nbytes(dtype)
         if stage in {group.stop - 1 for group in groups}:
             held += on * parts.output_head.nbytes(dtype)
-        return held
+        return held + self._held_of_loras(parallel, stage)
+
+    def _held_of_loras(self, parallel: ParallelConfig, stage: int) -> int:
+        """Beside the blocks there; of one that is cut by `tp` a share of a factor's is counted as the whole."""
+        blocks, alone = parallel.blocks(self.blocks)[stage], parallel.expert_placement == "split"
+        group = next(number for number, stages in enumerate(parallel.groups) if stage in stages)
+        kept = self.beside[group : group + 1] if alone else self.beside
+        return sum(counts[block] for counts in kept for block in blocks) * ITEMSIZE[self.dtype]
 
     def _held_of_text(self, parallel: ParallelConfig, place: Place) -> int:
         if not place.is_first_lane:
