@@ -8,15 +8,33 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLQwenImage,
+    ClassifierFreeGuidance,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import (
+    ByT5Tokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 TEXT_WIDTH = 32
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 STATISTICS = {
     "latents_mean": [0.1 * (channel % 5 - 2) for channel in range(16)],
@@ -63,5 +81,34 @@ def save_qwen_image(folder: Path, layers: int = 4, **transformer: Any) -> Path:
         text_encoder=Qwen2_5_VLForConditionalGeneration(text),
         tokenizer=tokenizer(),
         transformer=QwenImageTransformer2DModel(**shapes | transformer),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_hunyuan_video(folder: Path, layers: int = 3, **transformer: Any) -> Path:
+    """A HunyuanVideo 1.5."""
+    torch.manual_seed(6)
+    talks = tokenizer()
+    talks.chat_template = CHAT
+    shapes: dict[str, Any] = {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16}
+    shapes |= {"num_layers": layers, "num_refiner_layers": 1, "mlp_ratio": 2.0, "rope_axes_dim": (4, 6, 6)}
+    shapes |= {"text_embed_dim": TEXT_WIDTH, "text_embed_2_dim": 24, "image_embed_dim": 20, "target_size": 64}
+    glyphs = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 384}
+    text = Qwen2_5_VLTextConfig(**text_config(5))
+    HunyuanVideo15Pipeline(
+        text_encoder=Qwen2_5_VLTextModel(text),
+        tokenizer=talks,
+        transformer=HunyuanVideo15Transformer3DModel(**shapes | transformer),
+        vae=AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=4,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        text_encoder_2=T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **glyphs)),
+        tokenizer_2=ByT5Tokenizer(),
+        guider=ClassifierFreeGuidance(guidance_scale=4.0),
     ).save_pretrained(folder)
     return folder

@@ -15,6 +15,9 @@ from cineline.families.configs import read_json
 
 DEFAULTS_FILE = "cineline.json"
 
+NO_MODELS = ("scheduler", "guider")
+"""Components without weights, whose configs have names of their own."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -65,7 +68,7 @@ def read_configs(folder: Path, classes: Mapping[str, str]) -> dict[str, dict[str
                 f"{shown(folder / 'model_index.json')}: {name} is a {shown(found)}, and it must be a {wanted}: use a "
                 "whole checkpoint of that model."
             )
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
+        file = f"{name}_config.json" if name in NO_MODELS else "config.json"
         configs[name] = read_json(folder / name / file, "each component has one")
     return configs
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -55,6 +55,8 @@ class FlowState(RequestState):
 class FlowStages(PipelineParallelMixin[FlowState]):
     """One stage of such a model. A family says what its parts are and what they make."""
 
+    state_class: ClassVar[type[FlowState]] = FlowState
+
     _part: StagePart
     _dtype: torch.dtype
 
@@ -92,7 +94,7 @@ class FlowStages(PipelineParallelMixin[FlowState]):
 
     def admit(self, job: Job, image: Image.Image | None) -> FlowState:
         part = self._part
-        state = FlowState(job, latent_spec=self.latent_spec(job))
+        state = self.state_class(job, latent_spec=self.latent_spec(job))
         state.rotary = {branch: self.rotary(job, branch) for branch in part.branches(job)}
         state.names = tuple(self.conditioning(state))
         if part.is_head or part.is_tail:

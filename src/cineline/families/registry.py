@@ -16,10 +16,11 @@ SPECS: Mapping[str, str] = {
     "WanPipeline": "cineline.families.wan.spec:WanSpec",
     "WanImageToVideoPipeline": "cineline.families.wan.spec:WanSpec",
     "QwenImagePipeline": "cineline.families.qwen_image.spec:QwenImageSpec",
+    "HunyuanVideo15Pipeline": "cineline.families.hunyuan_video.spec:HunyuanVideoSpec",
 }
 """diffusers' pipeline class to "module:Class" of a `FamilySpec`, whose `open(folder, variant)` reads configs alone."""
 
-KNOWN = ("cineline.families.wan.known", "cineline.families.qwen_image.known")
+KNOWN = tuple(f"cineline.families.{family}.known" for family in ("wan", "qwen_image", "hunyuan_video"))
 """Modules with models by their hub ids."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from cineline.core.config import Dtype
 from cineline.core.request import Branch, Job
 from cineline.core.work import Parameters, Work
+from cineline.families.double_stream import double_block, double_work
 from cineline.families.qwen_image.vae import wan_config
 from cineline.families.qwen_vl_costs import QwenText
 from cineline.families.stack import Stack, StackCosts, StackLine
@@ -49,7 +50,9 @@ class QwenCosts(StackCosts):
         last = d * 2 * d + 2 * d + d * out + out
         vae = VaeCosts.of(wan_config(configs["vae"]))
         return cls(
-            transformer=Stack(int(own.get("num_layers", 60)), _block(d, head, 1), Parameters(first), Parameters(last)),
+            transformer=Stack(
+                int(own.get("num_layers", 60)), double_block(d, head, 1), Parameters(first), Parameters(last)
+            ),
             text=encoder.stack(encoder.layers, last_norm=True),
             decoder=tuple(unit.parameters for unit in vae.decoder),
             before_decoder=vae.before_decoder,
@@ -63,20 +66,12 @@ class QwenCosts(StackCosts):
 
     def block_shard(self, tp: int) -> Parameters:
         """See `StackCosts`."""
-        return _block(self.width, self.head, tp)
+        return double_block(self.width, self.head, tp)
 
     @property
     def decoder_flop(self) -> Sequence[int]:
         """Of each unit for the one chunk there is."""
         return [unit.flop(CELLS, first=True) for unit in self.vae.decoder]
-
-
-def _block(d: int, head: int, tp: int) -> Parameters:
-    """Both streams alike: modulation, four projections, a feed-forward; norms of one head's queries and keys."""
-    columns = (3 * (d * d + d) + 4 * d * d + 4 * d) // tp
-    rows = d * d // tp + d + 4 * d * d // tp + d
-    modulation = 6 * (d * d + d)
-    return Parameters(2 * (columns + rows + modulation) + 4 * head)
 
 
 @dataclass(frozen=True)
@@ -94,10 +89,7 @@ class QwenLine(StackLine):
 
     def block_work(self, job: Job) -> Work:
         """See `StackLine`."""
-        d, rows, tp = self.costs.width, sum(self._rows(job)), self.parallel.tp
-        linear = (2 * rows * 12 * d * d) / tp + 2 * 2 * 6 * d * d
-        moved = rows * d * self.itemsize * (26 + 26 / tp)
-        return Work(linear=linear, attention=4 * rows * rows * d / tp, moved=moved, calls=1)
+        return double_work(sum(self._rows(job)), self.costs.width, self.parallel.tp, self.itemsize)
 
     def block_workspace(self, job: Job) -> int:
         """See `StackLine`: queries, keys and values of both streams, joined; or a feed-forward's activation."""

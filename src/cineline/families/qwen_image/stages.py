@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cineline.core.request import Branch, Job, Kind, VideoRequest, WorkItem
+from cineline.families.double_stream import ATTENTION, OUTPUTS
 from cineline.families.flow import FlowStages, FlowState, make_solver
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.qwen_image.prompts import DROPPED
@@ -33,9 +34,8 @@ from cineline.transport.channel import TensorSpec
 from cineline.weights.files import Shard, Weights
 from cineline.weights.sources import open_source
 
-COLUMNS = tuple(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"))
-COLUMNS += ("img_mlp.net.0.proj", "txt_mlp.net.0.proj")
-ROWS = ("attn.to_out.0", "attn.to_add_out", "img_mlp.net.2", "txt_mlp.net.2")
+COLUMNS = (*ATTENTION, "img_mlp.net.0.proj", "txt_mlp.net.0.proj")
+ROWS = (*OUTPUTS, "img_mlp.net.2", "txt_mlp.net.2")
 """Linears whose outputs, and whose inputs, the ranks of a stage share (diffusers' `_tp_plan`)."""
 
 
