@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from foreign import original_transformer, state_of
 from lora_files import Loaded, pipeline_with, shapes_of
 from oracle import FIELDS, Checkpoint, Oracle, assert_equal
 from PIL import Image
@@ -18,7 +19,7 @@ from pretended_family import assert_in_good_order
 from safetensors.torch import save_file
 from test_pretended_device import Pretend
 
-from cineline import CheckpointError, Engine, ParallelConfig, RequestCancelled, VideoRequest
+from cineline import CheckpointError, Engine, ModelFiles, ParallelConfig, RequestCancelled, VideoRequest
 from cineline.core.config import Dtype, Place
 from cineline.families.wan.convert import convert
 from cineline.families.wan.costs.model import ModelCosts
@@ -112,6 +113,27 @@ def test_a_lora_reaches_what_is_made_of_images(checkpoint: Checkpoint, tmp_path:
     pipeline = pipeline_with(folder, "float32", [Loaded(file)], image=True)
     noise = torch.Generator("cpu").manual_seed(request.seed)
     assert torch.equal(found, pipeline(generator=noise, output_type="latent", **arguments).frames[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_beside_a_folder_give_its_bits(
+    kind: WanKind, checkpoint: Checkpoint, oracle: Oracle, tmp_path: Path
+) -> None:
+    folder, request = checkpoint(config(kind)), requests(kind)[1]
+    others = checkpoint(config(kind, seed=4))
+    save_file(original_transformer(state_of(folder, "transformer")), file := tmp_path / "wan2.1.safetensors")
+    own = ModelFiles(transformer=file, vae=folder / "vae", text_encoder_file=folder / "text_encoder")
+    expected = oracle.run(folder, "float32", request)
+    with Engine(others if kind == "t2v" else folder, ParallelConfig(pp=2), files=own, device="cpu") as engine:
+        assert_equal(engine.submit(request).result(60), expected)
+
+
+def test_files_of_another_kind_of_model_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = checkpoint(config("i2v")) / "transformer"
+    with pytest.raises(CheckpointError, match="encoder is in no file of these: give the folder"):
+        Engine(files=ModelFiles(transformer=file), device="cpu")
+    with pytest.raises(CheckpointError, match=r"is of a model with an image encoder \(Wan 2.1\), unlike"):
+        Engine(checkpoint(RandomConfig("i2v", seed=3)), files=ModelFiles(transformer=file), device="cpu")
 
 
 def test_a_converted_model_is_the_same(checkpoint: Checkpoint, tmp_path: Path, oracle: Oracle) -> None:
