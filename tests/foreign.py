@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -250,9 +250,16 @@ def random_blocks(kind: gguf.GGMLQuantizationType, rows: int, columns: int, seed
     return blocks.reshape(rows, -1)
 
 
-def write_gguf(file: Path, tensors: Mapping[str, tuple[np.ndarray, Any, tuple[int, ...] | None]]) -> None:
-    """Each tensor's data, type, and original shape where it is said beside it."""
-    writer = gguf.GGUFWriter(file, "wan")
+def write_gguf(
+    file: Path,
+    tensors: Mapping[str, tuple[np.ndarray, Any, tuple[int, ...] | None]],
+    arrays: Mapping[str, Sequence[Any]] | None = None,
+    endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
+) -> None:
+    """Each tensor's data, type, and original shape where it is said beside it; and arrays, such as a tokenizer's."""
+    writer = gguf.GGUFWriter(file, "wan", endianess=endianess)
+    for name, values in (arrays or {}).items():
+        writer.add_array(name, values)
     for name, (data, kind, shape) in tensors.items():
         if shape is not None:
             writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))

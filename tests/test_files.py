@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -173,18 +174,18 @@ def test_each_stage_reads_its_own_tensors_alone_out_of_one_file(
         )
 
 
-RUNS = [
-    (list(LAYOUTS)[number % len(LAYOUTS)], kind, dtype, stages)
-    for number, (kind, dtype, stages) in enumerate(product(KINDS, DTYPES, (1, 2, 3)))
-]
+COMBINATIONS = list(product(KINDS, DTYPES, (1, 2, 3)))
+RUNS = [(list(LAYOUTS)[number % len(LAYOUTS)], *one, 2) for number, one in enumerate(COMBINATIONS)]
+RUNS += [(name, *COMBINATIONS[(number + 10) % len(COMBINATIONS)], 1) for number, name in enumerate(LAYOUTS)]
+"""Each combination, and each layout with two kinds, both dtypes and two numbers of stages; requests at once."""
 
 
-@pytest.mark.parametrize(("name", "kind", "dtype", "stages"), RUNS)
+@pytest.mark.parametrize(("name", "kind", "dtype", "stages", "count"), RUNS)
 def test_latents_and_frames_equal_diffusers(
-    name: str, kind: WanKind, dtype: Dtype, stages: int, layout: Layout, same: Same, oracle: Oracle
+    name: str, kind: WanKind, dtype: Dtype, stages: int, count: int, layout: Layout, same: Same, oracle: Oracle
 ) -> None:
     written, folder = layout(name, kind), same(name, kind, dtype)
-    requests = mixed_requests(kind)[:2]
+    requests = mixed_requests(kind)[:count]
     with Engine(written.folder, ParallelConfig(pp=stages), files=written.files, dtype=dtype, device="cpu") as engine:
         handles = [engine.submit(request) for request in requests]
         expected = [oracle.run(folder, dtype, request) for request in requests]  # while the ranks are at work
@@ -195,8 +196,15 @@ def test_latents_and_frames_equal_diffusers(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("number", "name"), list(enumerate(LAYOUTS)))
 def test_what_is_converted_is_what_the_files_say(
-    number: int, name: str, dtype: Dtype, layout: Layout, same: Same, tmp_path: Path
+    number: int,
+    name: str,
+    dtype: Dtype,
+    layout: Layout,
+    same: Same,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("cineline.families.wan.convert.PIECE_BYTES", 3000)  # some rows of most tensors
     kind = KINDS[number % 3]
     written, expected = layout(name, kind), same(name, kind, dtype)
     spec = open_model(written.folder, files=written.files)
@@ -214,9 +222,31 @@ def test_what_is_converted_is_what_the_files_say(
         for key, one in found.items():
             assert one.dtype in (wanted[key].dtype, torch.bfloat16)  # GGUF's BF16 stays that
             assert torch.equal(one.float(), wanted[key].float())
-        for file in (tmp_path / "model" / component).glob("*.safetensors"):  # what was in memory at once
+        for file in (tmp_path / "model" / component).glob("*.safetensors"):
             sizes = [one.nbytes for one in load_file(file).values()]
             assert sum(sizes) <= 40_000 or len(sizes) == 1
+
+
+@pytest.mark.parametrize("name", ["sharded, pickled", "pickled", "comfy", "musubi rows", "musubi blocks", "gguf Q8_0"])
+def test_pieces_of_a_tensor_are_the_whole_of_it_and_no_larger_than_asked(name: str, layout: Layout) -> None:
+    """Of each are read only its own rows: what is in memory is bounded, however large the embedding is."""
+    spec = open_model(layout(name, "ti2v").folder, files=layout(name, "ti2v").files)
+    assert isinstance(spec, WanSpec)
+    cut = 0
+    for component in ("transformer", "vae", "text_encoder"):
+        weights = weights_of(spec.component(component))
+        for key in sorted(weights.names, key=lambda key: -math.prod(weights.stored(key).shape))[:20]:
+            stored = weights.stored(key)
+            wanted = weights.read(key, stored.shape, torch.bfloat16, torch.device("cpu"))
+            before, pieces = weights.bytes_read, []
+            for piece in weights.pieces(key, stored.shape, torch.bfloat16, 5000):
+                assert 4 * piece.numel() <= 5000 or len(piece) == 1
+                assert weights.bytes_read - before <= max(5000, stored.nbytes / len(wanted)) + 4 * len(wanted)
+                before = weights.bytes_read
+                pieces.append(piece)
+            assert torch.equal(torch.cat(pieces), wanted)
+            cut += len(pieces) > 1
+    assert cut > 30
 
 
 def test_diffusers_makes_the_same_of_what_is_converted(layout: Layout, oracle: Oracle, tmp_path: Path) -> None:

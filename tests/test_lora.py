@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from itertools import product
-from json import loads
+from json import dumps, loads
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,7 @@ from lora_files import (
     READ,
     WITH_ALPHA,
     Loaded,
+    diffusers_own,
     kohya,
     pipeline_with,
     rewritten,
@@ -49,11 +50,12 @@ from cineline.engine.identity import identity_of
 from cineline.engine.lora import add_loras
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.costs.model import ModelCosts
-from cineline.families.wan.lora_keys import adapters, tensors
+from cineline.families.wan.lora_keys import adapters
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
+from cineline.families.wan.tensors import transformer_tensors
 from cineline.families.wan.weights import weights_of
 from cineline.weights.files import Shard
 
@@ -94,7 +96,7 @@ def assert_same(found: State, expected: State) -> None:
 @pytest.mark.parametrize("kind", ["ti2v", "t2v", "i2v"])
 def test_the_tensors_that_a_lora_may_change_are_the_models(kind: WanKind, checkpoint: Checkpoint) -> None:
     folder = checkpoint(RandomConfig(kind, **SMALL))
-    assert tensors(WanSpec.open(folder)) == shapes_of(folder)
+    assert transformer_tensors(WanSpec.open(folder).transformer) == shapes_of(folder)
 
 
 CASES = [
@@ -311,6 +313,132 @@ def test_diffusers_own_header_says_the_factor(folder: Path, tmp_path: Path) -> N
     file = tmp_path / "pytorch_lora_weights.safetensors"
     expected = state(pipeline_with(folder, "bfloat16", [Loaded(file, scale=0.5)]).transformer)
     assert_same(merged(with_loras(folder, f"high:{file}@0.5"), "transformer", expected), expected)
+
+
+def diffusers_file(file: Path, made: Any, **config: Any) -> Path:
+    """With a config in its header, as diffusers writes it."""
+    names = {f"transformer.{name}": value for name, value in (config | {"target_modules": [*made.factors]}).items()}
+    state = {
+        name.replace("lora_B.bias", ".lora_B.bias").replace("..", "."): one
+        for name, one in FORMATS["diffusers"](made).items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: one.contiguous() for name, one in state.items()}, file, {"lora_adapter_metadata": dumps(names)})
+    return file
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pefts_factor_is_of_biases_too(dtype: Dtype, folder: Path, tmp_path: Path) -> None:
+    file = diffusers_file(tmp_path / "a.safetensors", truth(folder, 1, biases=True), r=4, lora_alpha=8, lora_bias=True)
+    expected = state(pipeline_with(folder, dtype, [Loaded(file, scale=0.5)]).transformer)
+    assert_same(merged(with_loras(folder, f"high:{file}@0.5"), "transformer", expected), expected)
+
+
+def test_pefts_factor_is_of_biases_beside_the_weights_too(folder: Path, tmp_path: Path) -> None:
+    file = diffusers_file(tmp_path / "a.safetensors", truth(folder, 1, biases=True), r=4, lora_alpha=8, lora_bias=True)
+    request = asked("t2v", 4)
+    with Engine(folder, ParallelConfig(pp=2), loras=[f"high:{file}"], lora_mode="runtime", device="cpu") as engine:
+        found = engine.submit(request).result(120).latents
+    assert torch.equal(found, latents_of(pipeline_with(folder, "float32", [Loaded(file)], fuse=False), request))
+
+
+def test_of_patterns_the_first_that_fits_says_alpha(folder: Path, tmp_path: Path) -> None:
+    patterns = {"blocks.0.attn1.to_q": 2, "to_q": 16}
+    file = diffusers_file(tmp_path / "a.safetensors", truth(folder, 1), r=4, lora_alpha=8, alpha_pattern=patterns)
+    expected = state(pipeline_with(folder, "float32", [Loaded(file)]).transformer)
+    assert_same(merged(with_loras(folder, f"high:{file}"), "transformer", expected), expected)
+
+
+@pytest.mark.parametrize("how", ["lightx2v", "diffusers"])
+def test_a_config_beside_another_file_is_not_its_own(how: str, folder: Path, tmp_path: Path) -> None:
+    alpha = 2 if how in WITH_ALPHA else None
+    file = write(truth(folder, 1, alpha=alpha), how, tmp_path / "pytorch_lora_weights.safetensors")
+    with_config(tmp_path, r=4, lora_alpha=8)
+    expected = state(pipeline_with(folder, "float32", [Loaded(file)]).transformer)
+    assert_same(merged(with_loras(folder, f"high:{file}"), "transformer", expected), expected)
+
+
+def test_in_diffusers_names_the_first_expert_has_no_number(folder: Path, tmp_path: Path) -> None:
+    first, second = truth(folder, 1, blocks=(0, 1)), truth(folder, 2, blocks=(1, 2))
+    parts = diffusers_own("transformer.")(first) | diffusers_own("transformer_2.")(second)
+    save_file({name: one.contiguous() for name, one in parts.items()}, tmp_path / "both.safetensors")
+    spec = with_loras(folder, str(tmp_path / "both.safetensors"))
+    pipe = pipeline_with(folder, "float32", [Loaded(rewritten(first)), Loaded(rewritten(second), "transformer_2")])
+    for expert in spec.experts:
+        expected = state(getattr(pipe, expert))
+        assert_same(merged(spec, expert, expected), expected)
+
+
+QUERY = "base_model.model.blocks.0.self_attn.q"
+FACTORS = {f"{QUERY}.lora_down.weight": torch.ones(4, 64), f"{QUERY}.lora_up.weight": torch.ones(64, 4)}
+EMPTY = {f"{QUERY}.lora_down.weight": torch.ones(0, 64), f"{QUERY}.lora_up.weight": torch.ones(64, 0)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "config", "words"),
+    [
+        ({f"{QUERY}.alpha": torch.ones(2)}, {}, "has shapes"),
+        (EMPTY, {}, "has no rows"),
+        ({}, {"lora_alpha": "x"}, "is no alpha for"),
+        ({}, {"lora_alpha": [8]}, "is no alpha for"),
+        ({}, {"lora_alpha": 8, "alpha_pattern": [1]}, "is no alpha for"),
+        ({}, {"lora_alpha": 8, "alpha_pattern": {"(": 1}}, "is no alpha for"),
+    ],
+)
+def test_broken_numbers_are_refused_before_ranks_start(
+    changed: State, config: dict[str, Any], words: str, folder: Path, tmp_path: Path
+) -> None:
+    save_file(FACTORS | changed, tmp_path / "a.safetensors")
+    with_config(tmp_path, **config)
+    with pytest.raises(CheckpointError, match=words):
+        with_loras(folder, f"high:{tmp_path / 'a.safetensors'}")
+
+
+def test_an_alpha_that_is_no_number_is_named(folder: Path, tmp_path: Path) -> None:
+    save_file(FACTORS | {f"{QUERY}.alpha": torch.tensor(torch.nan)}, tmp_path / "a.safetensors")
+    spec = with_loras(folder, f"high:{tmp_path / 'a.safetensors'}")
+    with pytest.raises(CheckpointError, match=r"q\.alpha' is nan"):
+        merged(spec, "transformer", state(pipeline_with(folder, "float32", []).transformer))
+
+
+def test_factors_in_eight_bits_take_an_alpha(folder: Path, tmp_path: Path) -> None:
+    made = truth(folder, 1, alpha=2)
+    short = {
+        name: one if name.endswith("alpha") else one.to(torch.float8_e4m3fn)
+        for name, one in FORMATS["lightx2v"](made).items()
+    }
+    save_file(short, tmp_path / "short.safetensors")
+    save_file({name: one.float() for name, one in short.items()}, tmp_path / "long.safetensors")
+    like = state(pipeline_with(folder, "float32", []).transformer)
+    found, expected = (
+        merged(with_loras(folder, f"high:{tmp_path / name}.safetensors"), "transformer", like)
+        for name in ("short", "long")
+    )
+    assert_same(found, expected)
+
+
+def test_a_lora_is_called_by_its_folder_wherever_one_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(truth(folder, 1), "PEFT", tmp_path / "own" / "adapter_model.safetensors")
+    monkeypatch.chdir(tmp_path / "own")
+    (lora,) = with_loras(folder, ".").loras
+    assert lora.name == "own"
+    assert Lora.of(lora.text) == replace(lora, path=lora.path.absolute())
+    assert add_loras(open_model(folder), [tmp_path / "own"], "merge").loras[0].name == "own"  # type: ignore[attr-defined]
+    with pytest.raises(InvalidConfig, match="is no text"):
+        add_loras(open_model(folder), [3], "merge")  # type: ignore[list-item]
+    with pytest.raises(InvalidConfig, match="write NAME=FILE"):
+        Lora.of("/")
+
+
+def test_a_path_in_a_folder_that_is_here_is_no_hub_id(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my" / "loras").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"'my/loras/typo.safetensors' does not exist in 'my'"):
+        with_loras(folder, "my/loras/typo.safetensors")
 
 
 def latents_of(pipe: Any, request: VideoRequest) -> torch.Tensor:

@@ -22,9 +22,9 @@ from cineline.errors import CheckpointError
 from cineline.families.wan.denoise import make_solver, make_steps
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.known import KNOWN
-from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.families.wan.schedules import CLASSES, solver_of
-from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.spec import DEFAULTS_FILE, WanSpec
 
 TI2V, T2V, I2V = list(KNOWN.values())[:3]
 
@@ -104,6 +104,59 @@ def test_a_switch_by_number_splits_the_steps_there(switch: int, high: int) -> No
     assert T2V.high_steps(job) == high
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 20, 40])
+@pytest.mark.parametrize("solver", [None, *CLASSES])
+def test_the_planner_knows_whose_steps_they_are(solver: Any, steps: int) -> None:
+    own = replace(T2V, scheduler_class="FlowMatchEulerDiscreteScheduler", scheduler={"shift": 12.0})
+    for spec in (T2V, own) if solver is None else (T2V,):
+        for boundary in (0.5, 0.875, 0.9):
+            job = resolved(spec, solver=solver, num_inference_steps=steps, boundary_ratio=boundary)
+            assert spec.high_steps(job) == steps_of(spec, job)[1].count(0)
+
+
+def test_a_models_own_switch_is_one_of_its_own_steps() -> None:
+    own = replace(T2V, defaults={**T2V.defaults, "num_inference_steps": 4, "switch_step": 2})
+    assert resolved(own).switch_step == 2
+    assert resolved(own, num_inference_steps=40).switch_step is None
+
+
+@pytest.mark.parametrize(
+    ("defaults", "words"),
+    [
+        ({"sigmas": [1, 0.5], "num_inference_steps": 4}, "'sigmas': .* 'num_inference_steps': 4} do not go together"),
+        ({"boundary_ratio": 0.9, "switch_step": 2}, "'boundary_ratio': 0.9, 'switch_step': 2} do not go together"),
+    ],
+)
+def test_defaults_that_contradict_each_other_are_the_models(
+    defaults: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = save_random_checkpoint(tmp_path / "model", RandomConfig("t2v"))
+    (folder / DEFAULTS_FILE).write_text(json.dumps(defaults))
+    with pytest.raises(CheckpointError, match=words):
+        WanSpec.open(folder)
+
+
+def test_a_schedulers_own_levels_are_named() -> None:
+    karras = replace(T2V, scheduler={**T2V.scheduler, "use_karras_sigmas": True})
+    with pytest.raises(
+        InvalidRequest, match=r"has 'use_karras_sigmas', which makes its own: .* leave sigmas and preset"
+    ):
+        resolved(karras, preset="lightning")
+
+
+def test_a_shift_that_nobody_says_is_refused(tmp_path: Path) -> None:
+    folder = save_random_checkpoint(tmp_path / "model", RandomConfig("t2v"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
+    with pytest.raises(CheckpointError, match="use_dynamic_shifting"):
+        WanSpec.open(folder)
+
+
+def test_a_second_scale_that_does_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    resolved(preset="lightning", guidance_scale_2=3.5)
+    assert "guidance_scale_2=3.5 has no effect" in caplog.text
+
+
 @pytest.mark.parametrize("solver", CLASSES)
 def test_another_solver_keeps_the_checkpoints_shift(solver: str) -> None:
     """12 for T2V-A14B: `from_config` alone would make it 1 where the parameter has another name."""
@@ -181,7 +234,9 @@ def test_one_expert_has_no_switch() -> None:
 @pytest.mark.parametrize("own", [{"use_karras_sigmas": True}, {"use_flow_sigmas": False}, {"use_beta_sigmas": True}])
 def test_levels_that_the_checkpoints_scheduler_would_not_keep_are_refused(own: dict[str, Any]) -> None:
     spec = replace(T2V, scheduler={**T2V.scheduler, **own})
-    with pytest.raises(InvalidRequest, match="cannot be given to the checkpoint's 'UniPCMultistepScheduler'"):
+    with pytest.raises(
+        InvalidRequest, match=r"cannot be given to (the checkpoint's 'UniPC|a checkpoint whose scheduler)"
+    ):
         resolved(spec, sigmas=[1, 0.5])
 
 

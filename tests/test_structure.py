@@ -32,7 +32,18 @@ NO_TORCH = ["core", "schedule", "planning", "engine"]
 NO_TORCH += ["weights.layout", "weights.sources", "weights.scaled", "weights.lora"]
 NO_TORCH += [
     f"families.wan.{name}"
-    for name in ("spec", "constants", "costs", "job", "known", "vocabulary", "naming", "recognise", "assemble")
+    for name in (
+        "spec",
+        "constants",
+        "costs",
+        "job",
+        "known",
+        "vocabulary",
+        "naming",
+        "recognise",
+        "assemble",
+        "tensors",
+    )
 ]
 NO_TORCH += ["families.wan.lora_keys", "families.wan.loras"]
 NO_TORCH += [f"families.{name}" for name in ("checkpoint", "fields", "placing", "stack", "qwen_vl_costs", "registry")]

@@ -19,7 +19,8 @@ from cineline import CheckpointError, Engine
 from cineline.engine.hub import MINIS, folder_of, open_model
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.spec import WanSpec
-from cineline.families.wan.text import SPIECE_READERS, Tokenizer, _is_installed
+from cineline.families.wan.spiece import READERS, _is_installed
+from cineline.families.wan.text import Tokenizer
 from cineline.families.wan.vocabulary import check_numbers
 
 Spoil = Callable[[Path], object]
@@ -172,9 +173,6 @@ def as_spiece(home: Path) -> None:
     (home / "tokenizer.json").unlink()
 
 
-@pytest.mark.skipif(
-    not all(map(_is_installed, SPIECE_READERS.values())), reason="sentencepiece, protobuf not installed"
-)
 def test_a_sentencepiece_model_alone_is_read_as_its_tokenizer_json(copy: Path) -> None:
     spec = WanSpec.open(copy)
     wanted = Tokenizer(copy / "tokenizer", spec.text)
@@ -189,8 +187,8 @@ def test_a_sentencepiece_model_alone_is_read_as_its_tokenizer_json(copy: Path) -
 def test_without_what_reads_it_the_libraries_are_named(
     lacking: list[str], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modules = [SPIECE_READERS[library] for library in lacking]
-    monkeypatch.setattr("cineline.families.wan.text._is_installed", lambda module: module not in modules)
+    modules = [READERS[library] for library in lacking]
+    monkeypatch.setattr("cineline.families.wan.spiece._is_installed", lambda module: module not in modules)
     spec = WanSpec.open(copy)
     Tokenizer(copy / "tokenizer", spec.text)  # a tokenizer.json needs none of them
     as_spiece(copy / "tokenizer")
@@ -199,7 +197,8 @@ def test_without_what_reads_it_the_libraries_are_named(
         Tokenizer(copy / "tokenizer", spec.text)
     words = "has a spiece.model and no tokenizer.json, which takes libraries that are not installed"
     assert str(refused.value) == (
-        f"'{copy}/tokenizer' {words}: run pip install {' '.join(lacking)}, or add a tokenizer.json."
+        f"'{copy}/tokenizer' {words}: run pip install \"cineline[spiece]\" (it brings {' and '.join(lacking)}), "
+        "or add a tokenizer.json."
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from foreign import original_transformer, state_of
 from lora_files import Loaded, pipeline_with, shapes_of
 from oracle import FIELDS, Checkpoint, Oracle, assert_equal
@@ -27,6 +28,7 @@ from cineline.families.wan.known import KNOWN
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.tensors import transformer_tensors
 from cineline.planning.cut import default_cut
 from cineline.planning.hardware import LINKS, devices_of
 from cineline.planning.planner import Task, plan, planned_job
@@ -126,6 +128,13 @@ def test_files_beside_a_folder_give_its_bits(
     expected = oracle.run(folder, "float32", request)
     with Engine(others if kind == "t2v" else folder, ParallelConfig(pp=2), files=own, device="cpu") as engine:
         assert_equal(engine.submit(request).result(60), expected)
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_names_and_shapes_of_its_tensors_are_diffusers(pictures: int, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(config("i2v", pictures=pictures))
+    told = WanTransformer3DModel.load_config(folder / "transformer")
+    assert transformer_tensors(told) == shapes_of(folder)
 
 
 def test_files_of_another_kind_of_model_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_tensor_that_is_missing_extra_or_misshapen_is_named(
 
     changes: list[tuple[Change, str]] = [
         (lambda tensors: tensors.pop(name), "lacks tensor"),
-        (lambda tensors: tensors.update({f"{name}.more": torch.zeros(1)}), "has a tensor"),
+        (lambda tensors: tensors.update({f"{name}.more": torch.zeros(1)}), "has tensor"),
         (misshape, "has shape [3, 5]"),
     ]
     for change, rule in changes:

@@ -29,10 +29,12 @@ def convert(
 ) -> None:
     """Write a model as a folder in diffusers format, whole or not at all.
 
-    From files in any naming that generate takes; 2 GB of weights are in
+    From files in any naming that generate takes; some rows of a tensor are in
     memory at once.
     """
     made: Dtype = one_of("dtype", dtype, Dtype)
+    if model is None and not files:
+        raise InvalidConfig("There is nothing to convert: give files with --transformer and the like, or --model.")
     spec = open_model(model, variant, ModelFiles(**files))
 
     from cineline.families.wan.convert import convert as write

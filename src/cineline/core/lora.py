@@ -23,6 +23,10 @@ WEIGHTS = (".safetensors", ".sft", ".pt", ".pth", ".bin", ".ckpt", ".gguf")
 """Endings of files that are no part of a name."""
 
 
+MAIN = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""What PEFT and diffusers call the file in a LoRA's folder."""
+
+
 @dataclass(frozen=True)
 class Lora:
     """One of an engine's LoRAs.
@@ -52,8 +56,9 @@ class Lora:
         if found is None:
             raise InvalidConfig(f"lora={shown(text)} names no file: write [NAME=][high:|low:]FILE[@SCALE].")
         path = Path(found["path"])
-        name = found["name"] or (path.stem if path.suffix.lower() in WEIGHTS else path.name)
-        if set("=/@:") & set(name):
+        own = path if path.name.strip(".") else path.resolve()
+        name = found["name"] or (own.stem if own.suffix.lower() in WEIGHTS else own.name)
+        if not name or set("=/@:") & set(name):
             raise InvalidConfig(
                 f"lora={shown(text)} is called {shown(name)}, and names have none of = / @ and :, write NAME=FILE."
             )

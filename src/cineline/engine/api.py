@@ -84,7 +84,7 @@ class Engine:
         *,
         variant: str | None = None,
         files: ModelFiles | None = None,
-        loras: Sequence[str] = (),
+        loras: Sequence[str | Path] = (),
         lora_mode: LoraMode = "merge",
         device: str | None = None,
         dtype: Dtype | None = None,

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from cineline.core.family import FamilySpec, StoredFamily
 from cineline.errors import CheckpointError, reason, shown
 from cineline.families.configs import read_json
 from cineline.weights.layout import files_of
 from cineline.weights.lora import CONFIG
+from cineline.weights.sources import GGUF, PICKLES, SAFETENSORS, open_source
 
 CONFIGS = ("model_index.json", "*/config.json", "*/*_config.json")
 TOKENIZER = "tokenizer*/[!.]*"
@@ -26,12 +28,10 @@ SAMPLE = 4096
 """Bytes of each tensor, from its middle."""
 
 SAMPLES = 4096
-"""Of a file that is no safetensors."""
-
-SAFETENSORS = (".safetensors", ".sft")
+"""Of a file that does not say where its tensors are."""
 
 LENGTH = 8
-"""Bytes that say how long a safetensors file's header is (github.com/huggingface/safetensors, "Format")."""
+"""Bytes that say how long something is, here and in safetensors files."""
 
 
 def identity_of(spec: FamilySpec) -> str:
@@ -84,8 +84,10 @@ def _paths(spec: StoredFamily) -> Iterator[tuple[str, Path]]:
 def _given(path: Path) -> Iterator[bytes]:
     """Of a file or folder that was given by itself, whatever it is called."""
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.suffix in SAFETENSORS:
+        if file.suffix.lower() in (*SAFETENSORS, *GGUF):
             yield from _samples(file)
+        elif file.suffix.lower() in PICKLES and is_zipfile(file):
+            yield from _records(file)
         elif file.is_file():
             yield from _spread(file)
 
@@ -142,22 +144,28 @@ def _content(path: Path) -> bytes:
 
 
 def _samples(path: Path) -> Iterator[bytes]:
-    """Of a safetensors file: its size, its header, and a sample of each tensor."""
+    """Of a safetensors or GGUF file: its size, its header, and a sample of each tensor."""
+    places = sorted((one.start, one.start + one.nbytes) for one in open_source(path).stored.values())
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(LENGTH), "little")
-            header = stream.read(min(length, size))
+            header = stream.read(places[0][0] if places else size)
             yield size.to_bytes(LENGTH, "little")
-            yield header
-            tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
-            for begin, end in sorted(tuple(entry["data_offsets"]) for entry in tensors):
+            yield header[LENGTH:] if path.suffix.lower() in SAFETENSORS else header
+            for begin, end in places:
                 taken = min(SAMPLE, end - begin)
-                stream.seek(LENGTH + length + begin + (end - begin - taken) // 2)
+                stream.seek(begin + (end - begin - taken) // 2)
                 yield stream.read(taken)
     except OSError as error:
         raise CheckpointError(f"{shown(path)} cannot be read ({reason(error)}): download it again.") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{shown(path)} is no safetensors file, or its header is truncated: download it again."
-        ) from None
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """Of a zip archive, as torch's files are: its size, and each record's name, size and checksum of all its bytes."""
+    try:
+        yield path.stat().st_size.to_bytes(LENGTH, "little")
+        with ZipFile(path) as archive:
+            for one in archive.infolist():
+                yield f"{one.filename.partition('/')[2]} {one.file_size} {one.CRC}".encode()
+    except (OSError, BadZipFile) as error:
+        raise CheckpointError(f"{shown(path)} cannot be read ({reason(error)}): download it again.") from None

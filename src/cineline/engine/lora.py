@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from cineline.core.family import FamilySpec
-from cineline.core.lora import Lora, LoraMode
+from cineline.core.lora import MAIN, WEIGHTS, Lora, LoraMode
 from cineline.engine.hub import download
 from cineline.errors import CheckpointError, InvalidConfig, shown
 from cineline.families.registry import with_loras
@@ -25,7 +25,7 @@ BESIDE = "adapter_config.json"
 """What PEFT's files need."""
 
 
-def add_loras(spec: FamilySpec, loras: Sequence[str], mode: LoraMode) -> FamilySpec:
+def add_loras(spec: FamilySpec, loras: Sequence[str | Path], mode: LoraMode) -> FamilySpec:
     """The spec with these LoRAs, downloading those that are on the hub.
 
     Raises:
@@ -34,9 +34,12 @@ def add_loras(spec: FamilySpec, loras: Sequence[str], mode: LoraMode) -> FamilyS
     """
     if mode not in get_args(LoraMode):
         raise InvalidConfig(f"lora_mode={shown(mode)} is not known: use {' or '.join(get_args(LoraMode))}.")
-    if isinstance(loras, str):
+    if isinstance(loras, str | Path):
         raise InvalidConfig(f"loras={shown(loras)} is one text: give a list of them.")
-    given = [Lora.of(lora) for lora in loras]
+    for lora in loras:
+        if not isinstance(lora, str | Path):
+            raise InvalidConfig(f"loras: {shown(lora)} is no text: write [NAME=][high:|low:]FILE[@SCALE].")
+    given = [Lora.of(str(lora)) for lora in loras]
     if not given and mode == "merge":
         return spec
     return with_loras(spec, [replace(lora, path=_here(lora.path)) for lora in given], mode)
@@ -50,28 +53,36 @@ def _here(path: Path) -> Path:
     if found is None or path.is_absolute():
         raise CheckpointError(f"LoRA {shown(path)} does not exist: give a file, a folder, or a hub id.")
     hub_id, inside = found["id"], found["inside"] or ""
-    if inside.endswith(SUFFIX):
+    if Path(path.parts[0]).is_dir():
+        raise CheckpointError(
+            f"LoRA {shown(path)} does not exist in {shown(path.parts[0])}, which is a folder here: check the path; for "
+            "a hub id of that name use another current folder."
+        )
+    if inside.lower().endswith(WEIGHTS):
         folder = f"{Path(inside).parent.as_posix()}/".removeprefix("./")
         patterns, ignored = [inside, f"{folder}{BESIDE}"], None
     else:
         folder = f"{inside}/" if inside else ""
         patterns, ignored = [f"{folder}*{SUFFIX}", f"{folder}{BESIDE}"], [f"{folder}*/*"]
-        _check_number(path, hub_id, patterns, ignored)
+        patterns = [f"{folder}{name}" for name in _main(path, hub_id, patterns, ignored)] or patterns
     here = Path(download(hub_id, "lora", allow_patterns=patterns, ignore_patterns=ignored)) / inside
     if not here.exists():
         raise CheckpointError(f"LoRA {shown(path)} is not in {shown(hub_id)} on the hub: check the path.")
     return here
 
 
-def _check_number(path: Path, hub_id: str, patterns: list[str], ignored: list[str]) -> None:
-    """Refuse a folder that holds many, before they are downloaded; where the hub cannot be asked, there may be a copy
-    here."""
+def _main(path: Path, hub_id: str, patterns: list[str], ignored: list[str]) -> list[str]:
+    """What to take of a folder that holds more than a LoRA; one that holds many is refused before they are downloaded.
+    Where the hub cannot be asked, there may be a copy here."""
     try:
         files = download(hub_id, "lora", allow_patterns=patterns, ignore_patterns=ignored, dry_run=True)
     except CheckpointError:
-        return
+        return []
     names = sorted(Path(file.filename).name for file in files if file.filename.endswith(SUFFIX))
+    if main := [name for name in MAIN if name in names][:1]:
+        return [*main, BESIDE]
     if len(names) > MOST:
         raise CheckpointError(
             f"LoRA {shown(path)} holds {len(names)} files, such as {shown(names[:3])}: give one of them, by its path."
         )
+    return []

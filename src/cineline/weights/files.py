@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from cineline.errors import CheckpointError, shown
 from cineline.weights.lora import Adapter
 from cineline.weights.scaled import product, scales_of
-from cineline.weights.sources import Source, Stored
+from cineline.weights.sources import Source, Stored, listed, without_leading_ones
 
 
 @dataclass(frozen=True)
@@ -78,22 +79,36 @@ class Weights:
             ignored: parts of names that may be stored without being used.
 
         Raises:
-            CheckpointError: a tensor is missing or extra; the first one is named.
+            CheckpointError: tensors are missing or extra; the first ones are named.
         """
         wanted = set(expected)
         missing = sorted(wanted - self._names.keys())
         if missing:
-            raise CheckpointError(
-                f"{shown(self._source.path)} lacks tensor {shown(missing[0])} ({len(missing)} missing): download it "
-                "again."
-            )
+            raise CheckpointError(f"{shown(self._source.path)} lacks {listed(missing)}: download it again.")
         extra = sorted(
-            name for name in self._names.keys() - wanted if not any(part in name.split(".") for part in ignored)
+            stored
+            for name, stored in self._names.items()
+            if name not in wanted and not any(part in name.split(".") for part in ignored)
         )
         if extra:
             raise CheckpointError(
-                f"{shown(self._source.path)} has a tensor {shown(self._names[extra[0]])} that its config does not know "
-                f"({len(extra)} extra): use the config.json that belongs to it, or another file."
+                f"{shown(self._source.path)} has {listed(extra)} that its config does not know: use the config.json "
+                "that belongs to it, or another file."
+            )
+
+    def check_shape(self, name: str, expected: tuple[int, ...]) -> None:
+        """Compare a tensor's shape with the one that it must have.
+
+        Raises:
+            CheckpointError: it is missing, or has another.
+        """
+        if name not in self._names:
+            raise CheckpointError(f"{shown(self._source.path)} lacks tensor {shown(name)}: download it again.")
+        place = self.stored(name)
+        if without_leading_ones(place.shape) != without_leading_ones(expected):
+            raise CheckpointError(
+                f"{shown(place.file)}: tensor {shown(self._names[name])} has shape {shown(list(place.shape))}, but the "
+                f"config says {shown(list(expected))}: use the config.json that belongs to it."
             )
 
     def read(
@@ -111,15 +126,9 @@ class Weights:
         Raises:
             CheckpointError: it is missing, has another shape, or cannot be read.
         """
-        if name not in self._names:
-            raise CheckpointError(f"{shown(self._source.path)} lacks tensor {shown(name)}: download it again.")
-        stored, place = self._names[name], self.stored(name)
         expected = shape if shard is None else shard.whole(shape)
-        if _without_leading_ones(place.shape) != _without_leading_ones(expected):
-            raise CheckpointError(
-                f"{shown(place.file)}: tensor {shown(stored)} has shape {shown(list(place.shape))}, but the config "
-                f"says {shown(list(expected))}: use the config.json that belongs to it."
-            )
+        self.check_shape(name, expected)
+        stored, place = self._names[name], self.stored(name)
         cut = None if shard is None else shard.cut(shape)
         scale = self._scales.of.get(stored)
         loras = [lora for lora in self._loras if name in lora.deltas]
@@ -134,6 +143,30 @@ class Weights:
             tensor = tensor if cut is None else tensor[cut]
         target = dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=target, copy=True)
+
+    def pieces(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, limit: int) -> Iterator[torch.Tensor]:
+        """The same numbers as `read` gives without LoRAs, on the CPU, some rows after others.
+
+        Args:
+            limit: bytes of a piece's numbers in float32, that of one row at least.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        self.check_shape(name, shape)
+        stored, place = self._names[name], self.stored(name)
+        count = max(1, limit // max(1, 4 * math.prod(shape[1:])))
+        if place.shape != shape or not shape or count >= shape[0]:
+            yield self.read(name, shape, dtype, torch.device("cpu"))
+            return
+        scale = self._scales.of.get(stored)
+        factor = None if scale is None else self._take(scale)
+        for start in range(0, shape[0], count):
+            rows = slice(start, start + count)
+            tensor = self._take(stored, (rows,))
+            if factor is not None:
+                tensor = product(tensor, factor if factor.numel() == 1 else factor[rows], dtype)
+            yield tensor.to(dtype)
 
     def _take(self, stored: str, cut: tuple[slice, ...] | None = None) -> torch.Tensor:
         tensor, taken = self._source.read(stored, cut)
@@ -169,10 +202,3 @@ class Weights:
             state[name] = self.read(stored, tuple(tensor.shape), wanted, device, (shards or {}).get(name))
         module.load_state_dict(state, strict=True, assign=True)
         module.requires_grad_(False).eval()
-
-
-def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """GGUF's writers leave them out."""
-    while shape and shape[0] == 1:
-        shape = shape[1:]
-    return shape

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cineline.errors import CheckpointError, shown
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 ROLES: Mapping[str, str] = {
     "down": r"lora_A(?:\.\w+)?\.weight|lora_down(?:\.\w+)?\.weight|lora\.down\.weight",
     "up": r"lora_B(?:\.\w+)?\.weight|lora_up(?:\.\w+)?\.weight|lora\.up\.weight",
-    "bias": r"lora_B(?:\.\w+)?\.bias|diff_b",
+    "up_bias": r"lora_B(?:\.\w+)?\.bias",
+    "bias": r"diff_b",
     "alpha": r"alpha",
     "diff": r"diff",
     "modulation": r"diff_m",
@@ -51,7 +53,10 @@ STRANGERS: Mapping[str, str] = {
 ENDING = re.compile("(?P<module>.+?)\\.(?:" + "|".join(f"(?P<{role}>{names})" for role, names in ROLES.items()) + ")")
 
 METADATA, CONFIG = "lora_adapter_metadata", "adapter_config.json"
-"""Where PEFT's config is: in the header, as diffusers writes it, or beside the file."""
+"""Where PEFT's config is: in the header, as diffusers writes it, or beside PEFT's own file."""
+
+PEFTS_NAME, PEFTS_PREFIX = "adapter_model", "base_model.model."
+"""Of PEFT's own files and of the names in them. A config beside another file is not its own: diffusers ignores it."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class Delta:
 
     Attributes:
         down, up: the factors. alpha: of them. diff: a tensor of the same shape.
-        factor: of the product, which PEFT's config says.
+        factor: of the product, or of its bias, which PEFT's config says.
     """
 
     down: str | None = None
@@ -93,8 +98,13 @@ def role_of(source: Source, name: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Multiplier:
-    """PEFT's `alpha / rank`, where a config says it: 1 without one."""
+    """PEFT's `alpha / rank`, where a config says it: 1 without one.
 
+    Attributes:
+        path: of the file.
+    """
+
+    path: Path
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -104,12 +114,14 @@ class Multiplier:
         Raises:
             CheckpointError: it is no JSON.
         """
-        beside = source.path.parent / CONFIG
+        path, beside = source.path, source.path.parent / CONFIG
+        is_pefts = path.name.startswith(PEFTS_NAME) or any(name.startswith(PEFTS_PREFIX) for name in source.stored)
         try:
             if METADATA in source.metadata:
                 told = json.loads(source.metadata[METADATA])
-                return cls({name.removeprefix("transformer."): value for name, value in told.items()})
-            return cls(dict(json.loads(beside.read_text(encoding="utf-8-sig"))) if beside.is_file() else {})
+                return cls(path, {name.removeprefix("transformer."): value for name, value in told.items()})
+            is_there = is_pefts and beside.is_file()
+            return cls(path, dict(json.loads(beside.read_text(encoding="utf-8-sig"))) if is_there else {})
         except (OSError, ValueError, TypeError, AttributeError):
             where = METADATA if METADATA in source.metadata else beside
             raise CheckpointError(
@@ -117,14 +129,29 @@ class Multiplier:
             ) from None
 
     def __call__(self, module: str, rank: int) -> float:
-        """Of a module by its name in the model that was trained."""
-        alpha = self.config.get("lora_alpha")
-        for pattern, own in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = own
-        if alpha is None:
-            return 1.0
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        """Of a module by its name in the model that was trained; of patterns the first one that fits says it.
+
+        Raises:
+            CheckpointError: what the config says is no number.
+        """
+        try:
+            patterns = dict(self.config.get("alpha_pattern") or {}).items()
+            own = [alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", module)]
+            alpha = own[0] if own else self.config.get("lora_alpha")
+            factor = 1.0 if alpha is None else float(alpha) / (math.sqrt(rank) if self._is_rslora else rank)
+        except (TypeError, ValueError, re.error):
+            factor = math.nan
+        if not math.isfinite(factor):
+            said = {name: self.config[name] for name in ("lora_alpha", "alpha_pattern") if name in self.config}
+            raise CheckpointError(
+                f"{shown(self.path)}: its config says {shown(said)}, which is no alpha for {shown(module)}: download "
+                "it again."
+            )
+        return factor
+
+    @property
+    def _is_rslora(self) -> bool:
+        return bool(self.config.get("use_rslora"))
 
 
 class Adapter:
@@ -162,7 +189,7 @@ class Adapter:
             tensor = tensor + product.reshape(tensor.shape).to(tensor.dtype)
         if delta.diff is not None:
             diff = self.difference(name, tensor.dtype).reshape(tensor.shape)
-            tensor = tensor + diff * self.scale
+            tensor = tensor + diff * (delta.factor * self.scale if delta.down is None else self.scale)
         return tensor
 
     def factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -171,7 +198,15 @@ class Adapter:
         assert delta.down is not None and delta.up is not None
         down, up = self._take(delta.down), self._take(delta.up)
         if delta.alpha is not None:
-            share_down, share_up = alpha_shares(float(self._take(delta.alpha).item()), down.shape[0])
+            alpha = float(self._take(delta.alpha).item())
+            if not math.isfinite(alpha):
+                raise CheckpointError(
+                    f"{shown(self._source.path)}: {shown(delta.alpha)} is {alpha}: download it again, or use another "
+                    "LoRA."
+                )
+            share_down, share_up = alpha_shares(alpha, down.shape[0])
+            if down.dtype.itemsize == 1:  # there is no arithmetic in 8 bits
+                down, up = down.to(dtype), up.to(dtype)
             down, up = down * share_down, up * share_up
         return down.to(dtype, copy=True), up.to(dtype, copy=True)
 

@@ -7,6 +7,7 @@ safetensors: 8 bytes with the header's length, a JSON header with each tensor's 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -31,19 +32,30 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Before the name of a tensor that ComfyUI's converter has reshaped to rows of 256."""
 
 
+NAMED = 3
+"""Tensors that a message names."""
+
+LENGTH, HEADER_LIMIT = 8, 100_000_000
+"""Bytes that say how long a safetensors file's header is, and how long it may be, as in that package."""
+
+LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+"""What torch's files began with before they were zip archives (torch/serialization.py, `MAGIC_NUMBER`)."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """Where a tensor lies and what it is, from the file's header.
 
     Attributes:
         dtype: as safetensors calls it (F32, F8_E4M3), or GGUF (Q4_K).
-        nbytes: in the file.
+        nbytes: in the file, from byte `start` on; a pickle's tensors say no place.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    start: int = 0
 
 
 class Source(ABC):
@@ -120,6 +132,13 @@ class PickledFile(Source):
         import torch
 
         try:
+            with path.open("rb") as stream:
+                is_legacy = stream.read(len(LEGACY)) == LEGACY
+            if is_legacy:
+                raise CheckpointError(
+                    f"{shown(path)} is in torch's old format, out of which no tensor can be read alone: use a "
+                    "safetensors file, or save it anew: torch.save(torch.load(file, weights_only=True), other)."
+                )
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, ValueError, EOFError, LookupError, pickle.UnpicklingError) as error:
             raise CheckpointError(
@@ -152,10 +171,11 @@ class GgufFile(Source):
 
     def __init__(self, path: Path) -> None:
         need("gguf")
-        from gguf import GGUFReader
+
+        from cineline.weights.gguf_reader import HeaderReader
 
         try:
-            reader = GGUFReader(path)
+            reader = HeaderReader(path)
             self._tensors = {one.name: one for one in reader.tensors}
             shapes = {name: _gguf_shape(reader, one) for name, one in self._tensors.items()}
         except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
@@ -165,7 +185,7 @@ class GgufFile(Source):
         super().__init__(
             path,
             {
-                name: Stored(path, shapes[name], one.tensor_type.name, int(one.n_bytes))
+                name: Stored(path, shapes[name], one.tensor_type.name, int(one.n_bytes), int(one.data_offset))
                 for name, one in self._tensors.items()
             },
         )
@@ -175,13 +195,17 @@ class GgufFile(Source):
         from gguf import dequantize
 
         one, stored = self._tensors[name], self.stored[name]
+        data, shape = one.data, stored.shape
+        if cut and len(data) == shape[0]:  # its rows lie one behind the other
+            data = data[cut[0]]
+            shape, cut = (len(data), *shape[1:]), (slice(None), *cut[1:])
         try:
-            values = dequantize(one.data, one.tensor_type)
+            values = dequantize(data, one.tensor_type)
         except NotImplementedError as error:
             raise unreadable(stored.file, name, error) from None
         owned = values if values.flags.writeable else values.copy()  # a memory map is read-only, and torch warns
-        tensor = torch.from_numpy(owned).reshape(stored.shape)
-        return tensor if cut is None else tensor[cut], stored.nbytes
+        tensor = torch.from_numpy(owned).reshape(shape)
+        return tensor if cut is None else tensor[cut], int(data.nbytes)
 
 
 def unreadable(file: Path, name: str, error: Exception) -> CheckpointError:
@@ -189,35 +213,94 @@ def unreadable(file: Path, name: str, error: Exception) -> CheckpointError:
     return CheckpointError(f"{shown(file)}: tensor {shown(name)} cannot be read ({reason(error)}): download it again.")
 
 
+def listed(names: Sequence[str]) -> str:
+    """Tensors' names as a message repeats them: the first ones, and how many there are."""
+    if len(names) == 1:
+        return f"tensor {shown(names[0])}"
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{len(names)} tensors ({', '.join(map(shown, names[:NAMED]))}{more})"
+
+
+def without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """GGUF's writers leave them out."""
+    while shape and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
 def _gguf_shape(reader: Any, tensor: Any) -> tuple[int, ...]:
     """GGUF has the dimension that changes fastest first."""
     field = reader.get_field(f"{ORIGINAL_SHAPE}{tensor.name}")
-    if field is not None:
-        return tuple(int(size) for size in field.contents())
-    return tuple(int(size) for size in reversed(tensor.shape))
+    stored = tuple(int(size) for size in reversed(tensor.shape))
+    if field is None:
+        return stored
+    shape = tuple(int(size) for size in field.contents())
+    if math.prod(shape) != math.prod(stored) or any(size < 0 for size in shape):
+        raise ValueError(
+            f"{shown(tensor.name)} has shape {shown(list(stored))}, and is said to be {shown(list(shape))}"
+        )
+    return shape
+
+
+def header_bytes(file: Path) -> bytes:
+    """A safetensors file's header.
+
+    Raises:
+        CheckpointError: there is no such file, it is truncated, or no safetensors file.
+    """
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(LENGTH), "little")
+            header = stream.read(length) if length <= HEADER_LIMIT else b""
+    except FileNotFoundError:
+        raise CheckpointError(f"{shown(file)} does not exist, but the index names it: download it again.") from None
+    except OSError as error:
+        raise CheckpointError(f"{shown(file)} cannot be read ({reason(error)}): download it again.") from None
+    if length > HEADER_LIMIT:
+        raise CheckpointError(
+            f"{shown(file)} is no safetensors file: its header would have {length} bytes, and such files' have "
+            f"{HEADER_LIMIT} at most: download it again."
+        )
+    if len(header) < length or not length:
+        raise _no_safetensors(file)
+    return header
+
+
+def _no_safetensors(file: Path) -> CheckpointError:
+    return CheckpointError(f"{shown(file)} is no safetensors file, or its header is truncated: download it again.")
 
 
 def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    text = header_bytes(file)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = dict(json.loads(stream.read(min(length, size))))
-    except FileNotFoundError:
-        raise CheckpointError(f"{shown(file)} does not exist, but the index names it: download it again.") from None
-    except (OSError, ValueError, TypeError):
-        raise CheckpointError(
-            f"{shown(file)} is no safetensors file, or its header is truncated: download it again."
-        ) from None
-    metadata = header.pop("__metadata__", None) or {}
-    stored = {}
-    for name, entry in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"][1]):
-        start, stop = entry["data_offsets"]
-        end = 8 + length + stop
+        header = json.loads(text)
+        metadata = dict(header.pop("__metadata__", None) or {})
+    except (ValueError, TypeError, AttributeError):
+        raise _no_safetensors(file) from None
+    first, size = LENGTH + len(text), file.stat().st_size
+    found = [_stored(file, name, entry, first) for name, entry in header.items()]
+    places = sorted(zip(found, header, strict=True), key=lambda pair: (pair[0].start + pair[0].nbytes, pair[0].start))
+    for one, name in places:
+        end = one.start + one.nbytes
         if end > size:
             raise CheckpointError(
                 f"{shown(file)}: tensor {shown(name)} is truncated (it ends at byte {end}, the file at {size}): "
                 "download it again."
             )
-        stored[name] = Stored(file, tuple(entry["shape"]), str(entry["dtype"]), stop - start)
-    return stored, metadata
+    return {name: one for one, name in places}, metadata
+
+
+def _stored(file: Path, name: str, entry: Any, first: int) -> Stored:
+    """What a safetensors header says of a tensor; `first` is where the data begin."""
+    try:
+        start, stop = entry["data_offsets"]
+        shape, dtype = tuple(entry["shape"]), entry["dtype"]
+    except (LookupError, TypeError, ValueError):
+        start, stop, shape, dtype = -1, -1, (), ""
+    numbers = (start, stop, *shape)
+    if not all(type(one) is int and one >= 0 for one in numbers) or stop < start or not isinstance(dtype, str):
+        raise CheckpointError(
+            f"{shown(file)} is no safetensors file: its header says {shown(entry)} of tensor {shown(name)}, which is "
+            "no place in a file: download it again."
+        )
+    return Stored(file, shape, dtype, stop - start, first + start)

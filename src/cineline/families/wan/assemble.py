@@ -25,6 +25,7 @@ from cineline.families.wan.recognise import (
 )
 from cineline.families.wan.shapes import OPTIONS, WanKind
 from cineline.families.wan.spec import WanSpec, check_alike
+from cineline.families.wan.tensors import check_tensors
 
 log = logging.getLogger(__name__)
 
@@ -39,24 +40,25 @@ NOISE = {level: re.compile(rf"(?<![a-z]){level}(?![a-z])|{level}[-_ ]?noise") fo
 
 
 def assembled(files: ModelFiles, base: WanSpec | None) -> WanSpec:
-    """The spec of a model whose components are in these files, and where `base` is given the others in its folder.
+    """The spec of a model whose components are in these files, and where `base` is given the others where it has them.
 
     Raises:
         CheckpointError: a file is broken, none of such a component, or of another model; a component is nowhere.
     """
     found = {name: _checked(name, look_into(path)) for name, path in files.given.items()}
     spec = _known(files, found) if base is None else base
-    _check_experts(spec, files, found)
+    paths = {**spec.files, **files.given}
+    _check_experts(spec, paths, found)
     transformers = _transformers(spec, found, base is not None)
     vae = {**spec.vae, **_vae(spec, found["vae"])} if "vae" in found else spec.vae
     text = {**spec.text, **text_config(found["text_encoder"])} if "text_encoder" in found else spec.text
     made = replace(
         spec,
-        folder=spec.folder if base is not None else files.given["transformer"],
+        folder=paths["transformer"] if base is None or base.folder in base.files.values() else base.folder,
         transformer=transformers,
         vae=vae,
         text=text,
-        files=files.given,
+        files=paths,
         tokenizer=_tokenizer(base, found.get("text_encoder")),
     )
     if int(made.transformer["text_dim"]) != int(made.text["d_model"]):
@@ -64,6 +66,8 @@ def assembled(files: ModelFiles, base: WanSpec | None) -> WanSpec:
             f"{shown(made.folder)}: the transformer takes text of width {shown(made.transformer['text_dim'])}, and the "
             f"text encoder makes {shown(made.text['d_model'])}: use those of one model."
         )
+    for name, one in found.items():
+        check_tensors(one, made.component(name).config)
     return made
 
 
@@ -123,21 +127,20 @@ def kind_of(found: Found) -> WanKind:
     return KINDS[found.channels]
 
 
-def _check_experts(spec: WanSpec, files: ModelFiles, found: Mapping[str, Found]) -> None:
+def _check_experts(spec: WanSpec, paths: Mapping[str, Path], found: Mapping[str, Found]) -> None:
     if "transformer_2" in found and len(spec.experts) == 1:
         raise CheckpointError(
-            f"--transformer-2 {shown(files.given['transformer_2'])} is for a model with two experts, and "
+            f"--transformer-2 {shown(paths['transformer_2'])} is for a model with two experts, and "
             f"{shown(spec.folder)} has one: leave it out."
         )
-    experts = [name for name in spec.experts if name in found]
-    paths = [files.given[name].resolve() for name in experts]
-    if len(set(paths)) < len(paths):
+    experts = [name for name in spec.experts if name in paths]
+    if len({paths[name].resolve() for name in experts}) < len(experts):
         raise CheckpointError(
-            f"--transformer and --transformer-2 are both {shown(files.given['transformer'])}: give the high-noise "
+            f"--transformer and --transformer-2 are both {shown(paths['transformer'])}: give the high-noise "
             "expert as the first and the low-noise one as the second."
         )
-    for name in experts if len(spec.experts) > 1 else ():
-        path = files.given[name]
+    for name in [name for name in experts if name in found] if len(spec.experts) > 1 else ():
+        path = paths[name]
         level, other = ("high", "low") if name == "transformer" else ("low", "high")
         if _says(path, other) and not _says(path, level):
             log.warning(
@@ -186,13 +189,22 @@ def _transformers(spec: WanSpec, found: Mapping[str, Found], beside: bool) -> Ma
 
 
 def _head_size(found: Found) -> int:
-    """As a config beside the weights says, in diffusers' words or the original ones, else that of all real models."""
-    path = found.source.path
+    """As a config beside the weights says, in diffusers' words or the original ones, else that of all real models.
+
+    Files of several models may lie in one folder: a config is this transformer's where it says its tensors' sizes.
+    """
+    path, own = found.source.path, transformer_config(found, 1)
+    sizes = [own[name] for name in ("num_attention_heads", "num_layers", "ffn_dim", "in_channels")]
     try:
         told = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text(encoding="utf-8-sig"))
         if "attention_head_dim" in told:
-            return int(told["attention_head_dim"])
-        return int(told["dim"]) // int(told["num_heads"])
+            size, channels = told["attention_head_dim"], told["in_channels"]
+            width = size * told["num_attention_heads"]
+        else:
+            width, channels = told["dim"], told["in_dim"]
+            size = width // told["num_heads"]
+        is_own = [width, told["num_layers"], told["ffn_dim"], channels] == sizes
+        return int(size) if is_own and size > 0 and width % size == 0 else HEAD_SIZE
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
         return HEAD_SIZE
 
@@ -211,9 +223,9 @@ def _vae(spec: WanSpec, found: Found) -> dict[str, Any]:
 
 
 def _tokenizer(base: WanSpec | None, found: Found | None) -> Path | None:
-    """Where the tokenizer is: in the model's folder (None), beside the text encoder's file, or in that."""
-    if base is not None and (base.folder / "tokenizer").exists():
-        return None
+    """Where the tokenizer is: in the model's folder (None), beside the text encoder's file, in it, or where it was."""
+    if base is not None and (found is None or (base.folder / "tokenizer").exists()):
+        return base.tokenizer
     if found is None:
         return None
     path = found.source.path
@@ -222,6 +234,8 @@ def _tokenizer(base: WanSpec | None, found: Found | None) -> Path | None:
             return path.parent / name
     if SPIECE in found.source.stored:
         return path
+    if base is not None and base.tokenizer is not None:
+        return base.tokenizer
     raise CheckpointError(
         f"--text-encoder-file {shown(path)} has no tokenizer: use ComfyUI's file, which has one, put the tokenizer "
         f"into a folder {shown(TOKENIZERS[0])} beside it, or give a model's folder or hub id with --model."

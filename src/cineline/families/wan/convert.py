@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import diffusers
@@ -20,13 +21,18 @@ from cineline.core.output import check_folder, unwritable
 from cineline.errors import OutputError, shown
 from cineline.families.wan.shapes import Component
 from cineline.families.wan.spec import DEFAULTS_FILE, WanSpec
+from cineline.families.wan.spiece import TOKENIZER_CLASS
+from cineline.families.wan.tensors import EMBEDDING, TIED
 from cineline.families.wan.text import config_of, unpacked
 from cineline.families.wan.weights import weights_of
 from cineline.weights.files import Weights
-from cineline.weights.sharded import write_sharded
+from cineline.weights.sharded import Planned, write_sharded
 
 SHARD_BYTES = 2 * 10**9
-"""Of a file, and so of the tensors that are in memory at once."""
+"""Of a file."""
+
+PIECE_BYTES = 2**26
+"""Of the numbers that are in memory at once, in float32; reading and dequantising holds a few such pieces."""
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 PLAIN |= {str(dtype).removeprefix("torch."): dtype for dtype in PLAIN.values()}
@@ -60,20 +66,20 @@ def convert(
     check_folder(to.parent)
     if to.exists():
         raise OutputError(f"{shown(to)} is there already: give a folder that is not.")
-    temporary = to.with_name(f".{to.name}.{os.getpid()}")
+    parts = [Part.of(spec.component(name), getattr(torch, dtype)) for name in (*spec.experts, "vae", "text_encoder")]
     try:
-        temporary.mkdir()
-        _write_configs(spec, temporary)
-        for name in (*spec.experts, "vae", "text_encoder"):
-            tell(f"{name} from {spec.component(name).path}")
-            _write_weights(spec.component(name), temporary / name, getattr(torch, dtype), limit)
-        temporary.rename(to)
+        with TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent, ignore_cleanup_errors=True) as temporary:
+            made = Path(temporary) / "model"  # with the permissions that folders have
+            made.mkdir()
+            _write_configs(spec, made)
+            for part in parts:
+                tell(f"{part.component.name} from {part.component.path}")
+                part.write(made / part.component.name, limit)
+            made.rename(to)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(unwritable(to, error)) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_configs(spec: WanSpec, to: Path) -> None:
@@ -104,7 +110,7 @@ def _index(spec: WanSpec) -> dict[str, Any]:
         "expand_timesteps": spec.kind == "ti2v",
         "scheduler": ["diffusers", spec.scheduler_class],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "tokenizer": ["transformers", TOKENIZER_CLASS if spec.tokenizer_home.is_file() else "T5TokenizerFast"],
         "transformer_2": [None, None],
         "vae": ["diffusers", CLASSES["vae"]],
         **experts,
@@ -117,36 +123,59 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(dict(value), indent=2) + "\n")
 
 
-def _write_weights(component: Component, folder: Path, dtype: torch.dtype, limit: int) -> None:
-    weights = weights_of(component)
-    module, tied = _module(component), "encoder.embed_tokens.weight"
-    shapes = {name: tuple(one.shape) for name, one in module.state_dict().items() if name != tied}
-    weights.check_names((_stored(weights, name) for name in shapes), ignored=["shared", "embed_tokens"])
-    # transformers heeds its own list for float16 alone.
-    keep = set() if component.name == "text_encoder" else set(getattr(module, "_keep_in_fp32_modules", None) or ())
-    dtypes = {}
-    for name in shapes:
-        made = torch.float32 if keep.intersection(name.split(".")) else dtype
-        dtypes[name] = (
-            made
-            if weights.is_scaled(_stored(weights, name))
-            else PLAIN.get(weights.stored(_stored(weights, name)).dtype, made)
-        )
+@dataclass(frozen=True)
+class Part:
+    """A component's weights, all of them there.
 
-    def make(name: str) -> Tensor:
-        return weights.read(_stored(weights, name), shapes[name], dtypes[name], torch.device("cpu"))
+    Attributes:
+        shapes, dtypes: of its tensors, as they will be written.
+    """
 
-    sizes = {name: torch.empty(shape, dtype=dtypes[name], device="meta").nbytes for name, shape in shapes.items()}
-    stem = "model" if component.name == "text_encoder" else "diffusion_pytorch_model"
-    write_sharded(folder, stem, sizes, make, limit)
+    component: Component
+    weights: Weights
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, component: Component, dtype: torch.dtype) -> Part:
+        """Look into its files.
+
+        Raises:
+            CheckpointError: a tensor is missing, extra or misshapen.
+        """
+        weights, module = weights_of(component), module_of(component)
+        shapes = {name: tuple(one.shape) for name, one in module.state_dict().items() if name != TIED}
+        weights.check_names((_stored(weights, name) for name in shapes), ignored=["shared", "embed_tokens"])
+        # transformers heeds its own list for float16 alone.
+        keep = set() if component.name == "text_encoder" else set(getattr(module, "_keep_in_fp32_modules", None) or ())
+        dtypes = {}
+        for name, shape in shapes.items():
+            stored = _stored(weights, name)
+            weights.check_shape(stored, shape)
+            made = torch.float32 if keep.intersection(name.split(".")) else dtype
+            dtypes[name] = made if weights.is_scaled(stored) else PLAIN.get(weights.stored(stored).dtype, made)
+        return cls(component, weights, shapes, dtypes)
+
+    def write(self, folder: Path, limit: int) -> None:
+        """As diffusers writes it.
+
+        Raises:
+            CheckpointError: a tensor cannot be read. OutputError: a file cannot be written.
+        """
+        planned = {name: Planned(shape, self.dtypes[name]) for name, shape in self.shapes.items()}
+        stem = "model" if self.component.name == "text_encoder" else "diffusion_pytorch_model"
+        write_sharded(folder, stem, planned, self._pieces, limit)
+
+    def _pieces(self, name: str) -> Iterator[Tensor]:
+        return self.weights.pieces(_stored(self.weights, name), self.shapes[name], self.dtypes[name], PIECE_BYTES)
 
 
 def _stored(weights: Weights, name: str) -> str:
     """The tokens' embedding has two names, of which one may be stored."""
-    return "encoder.embed_tokens.weight" if name == "shared.weight" and name not in weights else name
+    return TIED if name == EMBEDDING and name not in weights else name
 
 
-def _module(component: Component) -> nn.Module:
+def module_of(component: Component) -> nn.Module:
     """diffusers' or transformers' own, on the meta device."""
     with torch.device("meta"):
         if component.name == "text_encoder":

@@ -23,6 +23,7 @@ _TRANSFORMER: Mapping[str, Any] = {
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
     "image_dim": None,
+    "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
 

@@ -12,14 +12,16 @@ from cineline.core.lora import Level
 from cineline.errors import CheckpointError, shown
 from cineline.families.wan.naming import TRANSFORMER, TRANSFORMER_BLOCK
 from cineline.families.wan.shapes import WanShapes
+from cineline.families.wan.tensors import transformer_tensors
 from cineline.weights.lora import Adapter, Delta, Multiplier, role_of
 from cineline.weights.sources import Source, open_source
 
 PREFIX = re.compile(
-    r"(?:base_model\.model\.)?(?:model\.)?(?:diffusion_model\.|transformer\.|unet\.)?(?:transformer_(?P<expert>[12])\.)?"
-    r"(?:lora_(?:unet|transformer)_+)?"
+    r"(?:base_model\.model\.)?(?:model\.)?(?:diffusion_model\.|(?P<first>transformer\.)|unet\.)?"
+    r"(?:transformer_(?P<expert>[12])\.)?(?:lora_(?:unet|transformer)_+)?"
 )
-"""Before the names of modules. ai-toolkit has both experts in one file, numbered from 1."""
+"""Before the names of modules. ai-toolkit has both experts in one file, numbered from 1; by diffusers' names the first
+one has no number."""
 
 LEVELS: Mapping[str, Level] = {"1": "high", "2": "low"}
 EXPERTS: Mapping[Level, str] = {"high": "transformer", "low": "transformer_2"}
@@ -52,26 +54,29 @@ def deltas_of(spec: WanShapes, source: Source, level: Level) -> dict[str, Delta]
     Raises:
         CheckpointError: a tensor of the file belongs to nothing, or has no partner.
     """
-    shapes = tensors(spec)
+    shapes = transformer_tensors(spec.transformer)
     targets = _targets(tuple(shapes))
     multiplier = Multiplier.of(source)
+    levels = levels_of(source)
     found: dict[str, dict[str, Any]] = {}
+    factors: dict[str, float] = {}
+    biases: dict[str, str] = {}
     for stored in source.stored:
         role = role_of(source, stored)
         prefix = PREFIX.match(stored)
         assert prefix is not None
-        if prefix["expert"] and LEVELS[prefix["expert"]] != level:
+        if levels[stored] not in (None, level):
             continue
         module = (role[0] if role else stored)[prefix.end() :]
         if spec.image is None and IMAGE_ENCODER.search(module):
             continue
-        target = role and targets.get((module, "bias" if role[1] == "bias" else "weight"))
+        target = role and targets.get((module, "bias" if role[1] in ("bias", "up_bias") else "weight"))
         if role is None or target is None:
             raise CheckpointError(
                 f"{shown(source.path)}: {shown(stored)} belongs to nothing in {shown(spec.folder)}, which has "
                 f"{spec.layers} blocks of width {shapes['scale_shift_table'][-1]}: use a LoRA of this model."
             )
-        part = {"bias": "diff", "modulation": "diff"}.get(role[1], role[1])
+        part = {"bias": "diff", "up_bias": "diff", "modulation": "diff"}.get(role[1], role[1])
         parts = found.setdefault(target, {})
         if part in parts:
             raise CheckpointError(
@@ -80,52 +85,32 @@ def deltas_of(spec: WanShapes, source: Source, level: Level) -> dict[str, Delta]
             )
         parts[part] = stored
         if part == "down":
-            parts["factor"] = multiplier(module, source.stored[stored].shape[0])
+            rank = (*source.stored[stored].shape, 0)[0]
+            if rank < 1:
+                raise CheckpointError(f"{shown(source.path)}: {shown(stored)} has no rows: download it again.")
+            factors[module] = parts["factor"] = multiplier(module, rank)
+        if role[1] == "up_bias":
+            biases[module] = target
+    for module, target in biases.items():  # PEFT's factor is of all that B gives
+        found[target]["factor"] = factors.get(module, 1.0)
+    for parts in found.values():
+        if "alpha" in parts:
+            parts["factor"] = 1.0  # in the factors
     deltas = {target: Delta(**parts) for target, parts in found.items()}
     for target, delta in deltas.items():
         _check_shapes(source, target, delta, shapes[target])
     return deltas
 
 
-def tensors(spec: WanShapes) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of a transformer, by diffusers' names."""
-    config = spec.transformer
-    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    inner, patch = int(config["ffn_dim"]), math.prod(spec.patch)
-    embedder = "condition_embedder"
-    shapes: dict[str, tuple[int, ...]] = {
-        "scale_shift_table": (1, 2, width),
-        **_linear("patch_embedding", width, int(config["in_channels"]), *spec.patch),
-        **_linear(f"{embedder}.time_embedder.linear_1", width, int(config["freq_dim"])),
-        **_linear(f"{embedder}.time_embedder.linear_2", width, width),
-        **_linear(f"{embedder}.time_proj", 6 * width, width),
-        **_linear(f"{embedder}.text_embedder.linear_1", width, int(config["text_dim"])),
-        **_linear(f"{embedder}.text_embedder.linear_2", width, width),
-        **_linear("proj_out", int(config["out_channels"]) * patch, width),
+def levels_of(source: Source) -> dict[str, Level | None]:
+    """By stored name the expert that a tensor is for; None where the name does not say so."""
+    found = {name: match for name in source.stored if (match := PREFIX.match(name))}
+    second_alone = {match["expert"] for match in found.values() if match["expert"]} == {"2"}
+    unnumbered: Level | None = "high" if second_alone else None
+    return {
+        name: LEVELS[match["expert"]] if match["expert"] else unnumbered if match["first"] else None
+        for name, match in found.items()
     }
-    if seen := config.get("image_dim"):
-        images = f"{embedder}.image_embedder"
-        shapes |= {**_linear(f"{images}.norm1", seen), **_linear(f"{images}.norm2", width)}
-        shapes |= {**_linear(f"{images}.ff.net.0.proj", seen, seen), **_linear(f"{images}.ff.net.2", width, seen)}
-    for block in range(spec.layers):
-        if added := config.get("added_kv_proj_dim"):
-            for linear in ("add_k_proj", "add_v_proj"):
-                shapes |= _linear(f"blocks.{block}.attn2.{linear}", width, added)
-            shapes[f"blocks.{block}.attn2.norm_added_k.weight"] = (width,)
-        for attention in ("attn1", "attn2"):
-            for linear in ("to_q", "to_k", "to_v", "to_out.0"):
-                shapes |= _linear(f"blocks.{block}.{attention}.{linear}", width, width)
-            shapes |= {f"blocks.{block}.{attention}.norm_{part}.weight": (width,) for part in "qk"}
-        if config["cross_attn_norm"]:
-            shapes |= _linear(f"blocks.{block}.norm2", width)
-        shapes |= _linear(f"blocks.{block}.ffn.net.0.proj", inner, width)
-        shapes |= _linear(f"blocks.{block}.ffn.net.2", width, inner)
-        shapes[f"blocks.{block}.scale_shift_table"] = (1, 6, width)
-    return shapes
-
-
-def _linear(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
 
 
 @cache
@@ -152,13 +137,14 @@ def _check_shapes(source: Source, target: str, delta: Delta, shape: tuple[int, .
             f"{shown(source.path)}: {shown(delta.names[0])} lacks its other factor: download it again."
         )
     fits = delta.diff is None or math.prod(stored[delta.diff]) == math.prod(shape)
+    fits = fits and (delta.alpha is None or math.prod(stored[delta.alpha]) == 1)
     if delta.down is not None and delta.up is not None:
         down, up = stored[delta.down], stored[delta.up]
         fits = fits and min(len(down), len(up)) > 1 and down[0] == up[1]
         fits = fits and up[0] == shape[0] and math.prod(down[1:]) * math.prod(up[2:]) == math.prod(shape[1:])
         fits = fits and len(shape) > 1
     if not fits:
-        sizes = [list(stored[name]) for name in delta.names if name != delta.alpha]
+        sizes = [list(stored[name]) for name in delta.names]
         raise CheckpointError(
             f"{shown(source.path)}: {shown(delta.names[0])} has shapes {shown(sizes)} for {shown(target)} of "
             f"{shown(list(shape))}: use a LoRA of this model."

@@ -7,19 +7,16 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from cineline.core.lora import Level, Lora, LoraMode
+from cineline.core.lora import MAIN, Level, Lora, LoraMode
 from cineline.errors import CheckpointError, InvalidConfig, shown
 from cineline.families.wan.assemble import NOISE
-from cineline.families.wan.lora_keys import EXPERTS, IMAGE_ENCODER, LEVELS, PREFIX, adapters, deltas_of
+from cineline.families.wan.lora_keys import EXPERTS, IMAGE_ENCODER, adapters, deltas_of, levels_of
 from cineline.families.wan.spec import WanSpec
 from cineline.weights.layout import SUFFIX
 from cineline.weights.lora import Delta
 from cineline.weights.sources import Source, open_source
 
 log = logging.getLogger(__name__)
-
-MAIN = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-"""What PEFT and diffusers call the file in a LoRA's folder."""
 
 
 def with_loras(spec: WanSpec, loras: Sequence[Lora], mode: LoraMode) -> WanSpec:
@@ -115,7 +112,7 @@ def _check(spec: WanSpec, lora: Lora, mode: LoraMode) -> None:
     source = open_source(lora.path)
     levels = [level for level, expert in EXPERTS.items() if expert in spec.experts]
     found = {level: deltas_of(spec, source, level) for level in levels if lora.level in (None, level)}
-    told = {LEVELS[match["expert"]] for name in source.stored if (match := PREFIX.match(name)) and match["expert"]}
+    told = {level for level in levels_of(source).values() if level is not None}
     if told and not told <= set(levels):
         raise CheckpointError(
             f"{shown(lora.path)} is for two experts, by the numbers in its names, and {shown(spec.folder)} has one: "
@@ -141,7 +138,9 @@ def _check_runtime(source: Source, deltas: Mapping[str, Delta]) -> None:
         module, _, leaf = name.rpartition(".")
         linear = leaf in ("weight", "bias") and "norm" not in module and module != "patch_embedding"
         twice = delta.down is not None and delta.diff is not None
-        if not linear or twice or (leaf == "bias" and f"{module}.weight" not in deltas):
+        weight = deltas.get(f"{module}.weight")
+        alone = leaf == "bias" and (weight is None or weight.factor != delta.factor)
+        if not linear or twice or alone:
             raise CheckpointError(
                 f"{shown(source.path)}: {shown(delta.names[0])} changes {shown(name)}, which is no product that a "
                 "request can have and another not: use lora_mode='merge'."

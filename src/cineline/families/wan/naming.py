@@ -185,6 +185,13 @@ def naming_of(names: Collection[str]) -> tuple[Naming, str] | None:
     return None
 
 
+def components_in(names: Collection[str]) -> list[str]:
+    """Those that have a tensor here which no other has, whatever stands before its name."""
+    ends = {naming.marker: naming.component for naming in NAMINGS}
+    found = {ends[marker] for name in names for marker in ends if name == marker or name.endswith(f".{marker}")}
+    return sorted(found)
+
+
 def diffusers_names(names: Collection[str], naming: Naming, prefix: str) -> dict[str, str]:
     """diffusers' name to the stored one; a name that the way does not know stays as it is."""
     rename = naming.rename([name.removeprefix(prefix) for name in names])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cineline.errors import CheckpointError, shown
-from cineline.families.wan.naming import diffusers_names, naming_of
+from cineline.families.wan.naming import components_in, diffusers_names, naming_of
 from cineline.families.wan.shapes import WanKind
 from cineline.weights.scaled import scales_of
 from cineline.weights.sources import Source, open_source
@@ -102,6 +102,12 @@ def look_into(path: Path) -> Found:
             if word == "lora_":
                 remedy = "and no model: give it as --lora"
             raise CheckpointError(f"{shown(path)} is {what}, by its tensor {shown(name)}, {remedy}.")
+    several = components_in(source.stored.keys())
+    if len(several) > 1:
+        raise CheckpointError(
+            f"{shown(path)} holds {' and '.join(CALLED[one] for one in several)} in one file, and a file is one "
+            "component here: use files of one each, as ComfyUI's templates for Wan 2.2 name them."
+        )
     scales = scales_of(source)
     names = [name for name in source.stored if name not in scales.beside and name != SPIECE]
     known = naming_of(set(names))

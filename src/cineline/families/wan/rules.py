@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +18,8 @@ from cineline.errors import InvalidRequest, shown
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.schedules import Schedule, is_given, with_preset
 from cineline.families.wan.shapes import WanShapes
+
+log = logging.getLogger(__name__)
 
 MOST_FPS = 1_000
 """More are taken for a slip of the hand."""
@@ -180,6 +183,13 @@ class Rules:
         if given is None and request.guidance_scale is not None:
             return scale
         second = self._scale(request, "guidance_scale_2")
+        if given is not None and given > 1 >= scale:
+            log.warning(
+                "guidance_scale_2=%s has no effect: as in diffusers there is no guidance where guidance_scale is 1 or "
+                "less, and it is %s.",
+                shown(given),
+                shown(scale),
+            )
         return scale if second is None else second
 
     def _unguided(self, request: VideoRequest, scale: float, scale_2: float | None) -> tuple[int, ...]:

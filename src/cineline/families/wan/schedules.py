@@ -127,12 +127,16 @@ def _sigmas(
 
 def _check_takes_sigmas(model: WanShapes, solver: Solver | None, sigmas: tuple[float, ...]) -> None:
     name, config = solver_of(model, solver)
-    takes = name in TAKE_SIGMAS and (name.startswith("FlowMatch") or config.get("use_flow_sigmas"))
-    if not takes or any(config.get(key) for key in OWN_SIGMAS):
+    if own := [key for key in OWN_SIGMAS if config.get(key)]:
+        raise InvalidRequest(
+            f"sigmas={shown(sigmas)} cannot be given to a checkpoint whose scheduler's config has {shown(own[0])}, "
+            "which makes its own: set that to false there, or leave sigmas and preset out."
+        )
+    if name not in TAKE_SIGMAS or not (name.startswith("FlowMatch") or config.get("use_flow_sigmas")):
         ours = f"solver={shown(solver)}" if solver else f"the checkpoint's {shown(name)}"
         raise InvalidRequest(
             f"sigmas={shown(sigmas)} cannot be given to {ours}, which makes its own: leave them out, or use the solver "
-            "euler, lcm or unipc of a checkpoint whose scheduler has no other levels."
+            "euler, lcm or unipc."
         )
 
 
@@ -140,6 +144,8 @@ def _switch(model: WanShapes, request: VideoRequest, steps: int, default: Defaul
     """Where the second expert takes over: at a noise level, or at a step."""
     boundary, switch = default("boundary_ratio"), default("switch_step")
     given = [name for name in ("boundary_ratio", "switch_step") if is_given(request, name)]
+    if "switch_step" not in given and any(is_given(request, name) for name in ("num_inference_steps", "sigmas")):
+        switch = None  # the model's own is a step of its own number of steps
     if boundary is not None and switch is not None and len(given) != 1:
         raise InvalidRequest(
             f"boundary_ratio={shown(boundary)} and switch_step={shown(switch)} both say where the second expert takes "

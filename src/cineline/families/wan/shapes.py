@@ -166,15 +166,17 @@ class WanShapes:
         """Steps of a job that are the high-noise expert's: those before the switch, or whose noise level is at or above
         the boundary.
 
-        With the levels that are given, else with even ones from 1 to 1 / 1000 before the shift, as most of diffusers'
-        flow schedulers have them.
+        With the levels that are given, else with even ones before the shift, as diffusers' flow schedulers have them:
+        to 1 / 1000, which Euler and LCM have shifted once already.
         """
         assert isinstance(job, WanJob)  # `resolve` makes no others
         if job.switch_step is not None:
             return job.switch_step
         if job.boundary_ratio is None or len(self.experts) < 2:
             return job.steps
-        return _steps_above(job.boundary_ratio, job.flow_shift or shift_of(self.scheduler), job.sigmas or job.steps)
+        is_flow_match = job.solver in ("euler", "lcm") if job.solver else self.scheduler_class.startswith("FlowMatch")
+        shift = job.flow_shift or shift_of(self.scheduler)
+        return _steps_above(job.boundary_ratio, shift, job.sigmas or job.steps, is_flow_match)
 
 
 def shift_of(scheduler: Mapping[str, Any]) -> float:
@@ -182,9 +184,19 @@ def shift_of(scheduler: Mapping[str, Any]) -> float:
     return float(scheduler.get("flow_shift") or scheduler.get("shift") or 1.0)
 
 
+def _shifted(level: float, shift: float) -> float:
+    return shift * level / (1 + (shift - 1) * level)
+
+
 @cache
-def _steps_above(boundary: float, shift: float, levels: tuple[float, ...] | int) -> int:
-    """Of these noise levels before the shift, or of so many even ones, those at or above the boundary."""
+def _steps_above(boundary: float, shift: float, levels: tuple[float, ...] | int, is_flow_match: bool) -> int:
+    """Of these noise levels before the shift, or of so many even ones, those at or above the boundary.
+
+    Args:
+        is_flow_match: even ones are those of diffusers' FlowMatch classes: the last is the lowest level, shifted. The
+            other classes have that behind their last.
+    """
     if isinstance(levels, int):
-        levels = tuple(1 - 0.999 * step / levels for step in range(levels))
-    return sum(shift * u / (1 + (shift - 1) * u) >= boundary for u in levels)
+        lowest, gaps = (_shifted(0.001, shift), max(1, levels - 1)) if is_flow_match else (0.001, levels)
+        levels = tuple(1 - (1 - lowest) * step / gaps for step in range(levels))
+    return sum(_shifted(level, shift) >= boundary for level in levels)

@@ -289,6 +289,11 @@ def _check_solver(folder: Path, name: str | None, config: Mapping[str, Any]) -> 
         raise CheckpointError(
             f"{shown(folder)}: scheduler {shown(name)} is not supported: use one of {', '.join(SOLVERS)}."
         )
+    if config.get("use_dynamic_shifting"):
+        raise CheckpointError(
+            f"{shown(folder)}: the scheduler's config has use_dynamic_shifting, whose shift diffusers' Wan pipelines "
+            "do not say: set it to false there."
+        )
     prediction = config.get("prediction_type")
     if not name.startswith("FlowMatch") and prediction != "flow_prediction":  # left out it is noise, for other models
         raise CheckpointError(
@@ -359,4 +364,10 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{shown(path)}: {shown(useless[0])} cannot have the default {shown(own[useless[0]])}: remove it."
         )
+    for name, other in (("boundary_ratio", "switch_step"), ("sigmas", "num_inference_steps")):
+        both = name in own and other in own
+        if both and (name != "sigmas" or len(own["sigmas"]) != own["num_inference_steps"]):
+            raise CheckpointError(
+                f"{shown(path)}: {shown({name: own[name], other: own[other]})} do not go together: remove one."
+            )
     return checked.model_dump(include=set(own))

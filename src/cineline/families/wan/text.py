@@ -5,11 +5,9 @@ Legend: D the encoder's width.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,19 +26,13 @@ from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.recognise import SPIECE
 from cineline.families.wan.shapes import Component
 from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.spiece import lacking, write_tokenizer
 from cineline.families.wan.state import WanState
 from cineline.families.wan.vocabulary import check_numbers, check_special
 from cineline.families.wan.weights import weights_of
 from cineline.weights.sources import open_source
 
 log = logging.getLogger(__name__)
-
-SPIECE_READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
-"""Libraries that transformers reads a spiece.model with, and the module of each."""
-
-
-SPIECE_CONFIG = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0}
-"""Of a tokenizer that a text encoder's file has: its own pieces, without T5's sentinels, which no prompt uses."""
 
 
 class Tokenizer:
@@ -56,7 +48,8 @@ class Tokenizer:
 
     def __init__(self, home: Path, text: Mapping[str, Any]) -> None:
         with unpacked(home) as folder:
-            _check_readers(home, folder)
+            if (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
+                _check_readers(home, "add a tokenizer.json")
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             except Exception as error:  # of files that are broken it raises anything
@@ -93,31 +86,26 @@ def unpacked(home: Path) -> Iterator[Path]:
     if not home.is_file():
         yield home
         return
+    _check_readers(home, "put a folder 'tokenizer' with a tokenizer.json beside it")
     model = open_source(home).read(SPIECE)[0]
     with TemporaryDirectory(prefix="cineline-tokenizer-") as folder:
-        (Path(folder) / "spiece.model").write_bytes(bytes(model.tolist()))
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(SPIECE_CONFIG))
+        try:
+            write_tokenizer(model.numpy().tobytes(), Path(folder))
+        except Exception as error:  # of bytes that are no model it raises anything
+            raise CheckpointError(
+                f"{shown(home)}: its tensor {shown(SPIECE)} is no SentencePiece model of UMT5's ({reason(error)}): "
+                "download it again, or put the tokenizer into a folder 'tokenizer' beside it."
+            ) from None
         yield Path(folder)
 
 
-def _check_readers(home: Path, folder: Path) -> None:
+def _check_readers(home: Path, remedy: str) -> None:
     """Without them transformers takes the file for another kind, and asks for a library that would not help."""
-    lacking = [library for library, module in SPIECE_READERS.items() if not _is_installed(module)]
-    if lacking and (folder / "spiece.model").is_file() and not (folder / "tokenizer.json").is_file():
-        remedy = (
-            "add a tokenizer.json" if folder == home else "put a folder 'tokenizer' with a tokenizer.json beside it"
-        )
+    if missing := lacking():
         raise CheckpointError(
             f"{shown(home)} has a spiece.model and no tokenizer.json, which takes libraries that are not installed: "
-            f"run pip install {' '.join(lacking)}, or {remedy}."
+            f'run pip install "cineline[spiece]" (it brings {" and ".join(missing)}), or {remedy}.'
         )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even what it is in
-        return False
 
 
 def config_of(component: Component) -> Any:
