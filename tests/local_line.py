@@ -18,6 +18,7 @@ from cineline import ParallelConfig, VideoRequest
 from cineline.core.config import DeviceConfig
 from cineline.core.control import Admit, Begun, Done, Message, Snapshot, Stop
 from cineline.core.family import FamilySpec
+from cineline.core.image import KeyFrames
 from cineline.core.request import Group, Job
 from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
 from cineline.rank.loop import StageLoop
@@ -47,7 +48,7 @@ class LocalLine:
         self.reports: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.emitted: list[Group] = []
         self.taken: list[Snapshot] = []
-        self._images: dict[int, Image.Image] = {}
+        self._images: dict[int, KeyFrames] = {}
         self._resumed: Mapping[int, Snapshot] = {}
         config = config or DeviceConfig()
         cut = spec.cut(parallel, config)
@@ -104,7 +105,8 @@ class LocalLine:
         cancel_after, self._resumed = cancel_after or {}, resumed or {}
         for number, request in enumerate(requests):
             if isinstance(request.image, Image.Image):
-                self._images[number] = request.image
+                last = request.last_image
+                self._images[number] = KeyFrames(request.image, last if isinstance(last, Image.Image) else None)
             job = self.spec.resolve(request, number)
             if begun := self._resumed.get(number):
                 job = replace(job, first_step=begun.step, first_expert=begun.expert)

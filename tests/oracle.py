@@ -16,13 +16,14 @@ from PIL import Image
 from transformers import CLIPVisionModel
 
 from cineline import Video, VideoRequest
+from cineline.core.request import drawn
 from cineline.families.wan.random_checkpoint import RandomConfig
 
 Checkpoint = Callable[[RandomConfig], Path]
 """The fixture of that name: where a random checkpoint of a config is."""
 
 FIELDS = (
-    *("prompt", "negative_prompt", "image", "height", "width", "num_frames"),
+    *("prompt", "negative_prompt", "image", "last_image", "height", "width", "num_frames"),
     *("num_inference_steps", "guidance_scale", "guidance_scale_2"),
 )
 
@@ -58,7 +59,7 @@ def by_pipeline(folder: Path, dtype: str, request: VideoRequest, vae_dtype: str,
     """What a pipeline gives: latents [1, C, F', H', W'] ("latent"), or a list of pictures for each video ("pil")."""
     pipeline = _pipeline(folder, dtype, request.image is not None, vae_dtype)
     arguments = {name: getattr(request, name) for name in FIELDS if getattr(request, name) is not None}
-    generator = torch.Generator("cpu").manual_seed(request.seed)
+    generator = torch.Generator("cpu").manual_seed(drawn(request.seed))
     return pipeline(generator=generator, output_type=output_type, **arguments).frames
 
 

@@ -27,6 +27,7 @@ class Plan:
     Attributes:
         high: of each request, how many of its first steps are the first expert's.
         in_flight: requests that denoise at once; None for the default.
+        prompts: embeddings that each head keeps.
         cancels: requests by number that are cancelled, each after so many words from the ranks.
     """
 
@@ -35,6 +36,7 @@ class Plan:
     high: tuple[int, ...]
     in_flight: int | None = None
     cancels: dict[int, int] = field(default_factory=dict)
+    prompts: int = 0
 
     def experts(self, job: Job) -> list[int]:
         """Of each step."""
@@ -65,5 +67,7 @@ class Plan:
             if draw.random() < 0.4:
                 step = draw.randrange(one.steps)
                 jobs[number] = replace(one, first_step=step, first_expert=int(step >= high[number]))
+        prompts = draw.choice([0, 0, 1, 2, 5])
+        jobs = [replace(one, prompt=draw.choice("ab"), negative_prompt=draw.choice("abc")) for one in jobs]
         cancels = {number: draw.randint(0, 40) for number in range(len(jobs)) if draw.random() < 0.2}
-        return cls(ParallelConfig(**axes), tuple(jobs), high, draw.choice([None, 1, 2, 3]), cancels)
+        return cls(ParallelConfig(**axes), tuple(jobs), high, draw.choice([None, 1, 2, 3]), cancels, prompts)

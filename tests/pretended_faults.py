@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 from pretended_device import DeviceTensor
 from torch import Tensor
 
+from cineline.core.image import KeyFrames
 from cineline.core.request import Branch, Job
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.stages import WanStages
@@ -48,7 +48,7 @@ def _tensor_of_the_host() -> None:
     """Rotary embeddings that were left on the host reach a block."""
     admit = WanStages.admit
 
-    def admit_with_host_rotary(self: WanStages, job: Job, image: Image.Image | None) -> WanState:
+    def admit_with_host_rotary(self: WanStages, job: Job, image: KeyFrames | None) -> WanState:
         state = admit(self, job, image)
         state.rotary = state.rotary[0].cpu(), state.rotary[1].cpu()
         return state

@@ -17,6 +17,7 @@ import oracle
 import torch
 
 from cineline import VideoRequest
+from cineline.core.request import drawn
 
 CLASSES = {
     "unipc": "UniPCMultistepScheduler",
@@ -51,7 +52,7 @@ def bound(solver: Any, request: VideoRequest) -> Any:
     def with_noise(*arguments: Any, **named: Any) -> Any:
         nonlocal count
         count += 1
-        return step(*arguments, generator=generator_of(request.seed, count - 1), **named)
+        return step(*arguments, generator=generator_of(drawn(request.seed), count - 1), **named)
 
     if request.sigmas is not None:
         solver.set_timesteps = with_sigmas
@@ -117,7 +118,7 @@ def _run(folder: Path, dtype: str, request: VideoRequest, skip: bool = False) ->
     arguments = {name: getattr(request, name) for name in oracle.FIELDS if getattr(request, name) is not None}
     with second_forward_skipped(plain.transformer_2, skip):
         latents = pipeline(
-            generator=torch.Generator("cpu").manual_seed(request.seed),
+            generator=torch.Generator("cpu").manual_seed(drawn(request.seed)),
             output_type="latent",
             **{**arguments, "num_inference_steps": steps},
         ).frames

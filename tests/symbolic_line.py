@@ -87,6 +87,12 @@ class State:
     waited: dict[tuple[WorkItem, Value], Held | None] = field(default_factory=dict)
 
 
+def text_item(plan: Plan, job: Job, branch: int) -> WorkItem:
+    """Of the branch's prompt; where it is the second one's alone, on the one line, it has that number."""
+    alone = plan.parallel.cfg == 1 and 0 not in job.shape.texts
+    return WorkItem(Kind.TEXT, job.id, int(alone), Branch(branch))
+
+
 class SymbolicRank:
     """The model, on one rank."""
 
@@ -103,8 +109,29 @@ class SymbolicRank:
         self.script: Script | None = None
         self.due: deque[Action] = deque()
         self.computed: Counter[WorkItem] = Counter()
+        self.jobs: dict[int, Job] = {}
+        self.kept: dict[tuple[int, str], list[Symbol]] = {}
+        self.prompts: dict[int, dict[int, list[Symbol]]] = {}
+
+    def keep(self, job: Job) -> None:
+        """As heads do: a place for each prompt, which whoever makes it fills."""
+        self.jobs[job.id] = job
+        if job.prompts is not None and self.place.cfg < job.branches:
+            lines = self.plan.parallel.cfg
+            branches = [self.place.cfg] if lines == 2 else range(job.branches)
+            keys = {one: (one * (lines - 1), (job.prompt, job.negative_prompt)[one]) for one in branches}
+            for one in branches:
+                if one not in job.prompts.found:
+                    self.kept[keys[one]] = []
+                demand(keys[one] in self.kept, "finds what is not kept", keys[one])
+            self.prompts[job.id] = {one: self.kept[keys[one]] for one in branches}
+            for key in job.prompts.gone:
+                self.kept.pop(key, None)
+            demand(len(self.kept) <= self.plan.prompts, "keeps too many")
 
     def admit(self, job: Job) -> None:
+        if self.place.pp == 0 and self.place.is_first_lane:
+            self.keep(job)
         experts = self.plan.experts(job)
         rule = Rule(self.plan.parallel, job.shape, tuple(experts), self.place)
         scripts = self.make_scripts(rule)
@@ -182,9 +209,7 @@ class SymbolicRank:
         if item.kind is Kind.ENCODE:
             lines = [self.place.cfg] if self.plan.parallel.cfg == 2 else range(state.job.branches)
             for branch in lines if state.job.texts and self.place.is_first_lane else ():
-                demand(branch in state.texts, "no embedding of branch", branch)
-                text = WorkItem(Kind.TEXT, item.request, 0, Branch(branch))
-                state.texts[branch].use(("through", text, self.plan.parallel.pp - 1))
+                self.use_text(branch, self.prompts.get(item.request, {}).get(branch))
             state.conditioning = True
         elif item.kind is Kind.DENOISE:
             state.latents.use(("latents", item.number))
@@ -192,6 +217,19 @@ class SymbolicRank:
             self.plan.parallel.vae_decode != "rows" or self.place.pp == self.decoding[-1]
         ):
             state.latents.use(("latents", state.job.steps))
+
+    def use_text(self, branch: int, kept: list[Symbol] | None) -> None:
+        """An embedding that has come, or that is kept: of the same prompt, made once."""
+        job = self.state.job
+        if kept is None or branch in job.shape.texts:
+            demand(branch in self.state.texts, "no embedding of branch", branch)
+            text = text_item(self.plan, job, branch)
+            self.state.texts[branch].use(("through", text, self.plan.parallel.pp - 1))
+        if kept is not None:
+            if branch in job.shape.texts:
+                kept.append(("of", (job.prompt, job.negative_prompt)[branch]))
+            wanted = ("of", (job.prompt, job.negative_prompt)[branch])
+            demand(kept == [wanted], "kept for", wanted, "is", kept)
 
     def finish(self, item: WorkItem) -> None:
         state, step = self.state, item.number
@@ -261,7 +299,7 @@ class SymbolicLine:
     def __init__(self, plan: Plan, draw: random.Random, make_scripts: MakeScripts = scripts_of) -> None:
         self.plan, self.draw = plan, draw
         self.ranks = [SymbolicRank(plan, number, make_scripts) for number in range(plan.parallel.ranks)]
-        self.scheduler = Scheduler(plan.parallel, plan.in_flight, self.tell)
+        self.scheduler = Scheduler(plan.parallel, plan.in_flight, self.tell, plan.prompts)
         self.mail: list[deque[Job | Group]] = [deque() for _ in self.ranks]  # headers under way to each rank
         self.words: dict[int, deque[tuple[Do, Group]]] = defaultdict(deque)  # of each rank to the engine
         self.posted: dict[Edge, deque[Named]] = defaultdict(deque)
@@ -416,7 +454,7 @@ class SymbolicLine:
         for rank in self.ranks:
             demand(not rank.states, "rank", rank.number, "keeps", set(rank.states))
             for one in (one for one in self.plan.jobs if one.id in self.finished):
-                self.check_computed(rank, one)
+                self.check_computed(rank, self.ranks[0].jobs[one.id])
         for edge, posted in self.posted.items():
             demand(not posted, "receives that nobody sends for, over", edge, posted)
         unread = [name for name in self.here if name[0] in self.finished]
@@ -434,7 +472,7 @@ class SymbolicLine:
             branches = [Branch(place.cfg)] if parallel.cfg == 2 else list(Branch)[: one.branches]
             wanted |= {WorkItem(Kind.ENCODE, one.id)}
             if one.texts and place.is_first_lane and place.pp in rank.texts:
-                wanted |= {WorkItem(Kind.TEXT, one.id, 0, branch) for branch in branches}
+                wanted |= {text_item(self.plan, one, branch) for branch in branches if branch in one.shape.texts}
             groups = parallel.groups
             for step, expert in list(enumerate(self.plan.experts(one)))[one.first_step :]:
                 if place.pp in groups[expert if len(groups) == 2 else 0]:

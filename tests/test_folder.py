@@ -35,7 +35,7 @@ from toy_family import ToySpec
 from cineline import InvalidConfig, OutputError, VideoRequest, WrongProcess
 from cineline.core.control import Snapshot
 from cineline.core.image import load_image
-from cineline.core.request import Job
+from cineline.core.request import Job, drawn
 from cineline.engine import keeper
 from cineline.engine.folder import Kept, Run, SnapshotFolder, settings_of
 from cineline.families import snapshot
@@ -390,7 +390,7 @@ def check_whole(path: Path) -> dict[str, int | None]:
         assert folder.run in (None, RUN)
         found = folder.unfinished()
         for each in found:
-            assert each.request.image is None or same_pixels(each.request.image, picture(each.request.seed))
+            assert each.request.image is None or same_pixels(each.request.image, picture(drawn(each.request.seed)))
             if each.snapshot is not None:
                 assert each.snapshot == replace(taken(each.snapshot.step), request=-1)
         assert add(folder, VideoRequest(prompt="new")) not in {each.name for each in found}

@@ -72,7 +72,7 @@ def _by_pipeline(folder: Path, dtype: str, number: int) -> tuple[torch.Tensor, n
     pipeline, request = _pipeline(folder, dtype), requests()[number]
     names = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps")
     pipeline.guider = pipeline.guider.new(guidance_scale=request.guidance_scale)
-    noise = torch.Generator("cpu").manual_seed(request.seed)
+    noise = torch.Generator("cpu").manual_seed(int(request.seed))
     latents = pipeline(generator=noise, output_type="latent", **{name: getattr(request, name) for name in names}).frames
     with torch.no_grad():
         pixels = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor, return_dict=False)[0]
@@ -105,10 +105,15 @@ def test_an_uneven_split_and_another_shift_equal_diffusers(tmp_path: Path) -> No
     pipeline = _pipeline(other, "float32")
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift=3.0)
     pipeline.guider = pipeline.guider.new(guidance_scale=1.0)
-    noise = torch.Generator("cpu").manual_seed(request.seed)
+    noise = torch.Generator("cpu").manual_seed(int(request.seed))
     fields = {name: getattr(request, name) for name in ("prompt", "height", "width", "num_frames")}
     expected = pipeline(generator=noise, output_type="latent", sigmas=[1.0, 0.5], **fields).frames
     assert torch.equal(found, expected[0])
+
+
+def test_half_precision_equals_diffusers(folder: Path) -> None:
+    with Engine(folder, ParallelConfig(pp=2), dtype="float16", device="cpu") as engine:
+        assert_equal(engine.submit(requests()[0]).result(60), _by_pipeline(folder, "float16", 0))
 
 
 def test_a_request_goes_on_from_a_snapshot_on_another_line(folder: Path) -> None:

@@ -45,6 +45,7 @@ from cineline import CheckpointError, Engine, InvalidConfig, InvalidRequest, Mod
 from cineline.cli.resume import Order
 from cineline.core.config import DeviceConfig, Dtype, Place
 from cineline.core.lora import Lora
+from cineline.core.request import drawn
 from cineline.engine.hub import open_model
 from cineline.engine.identity import identity_of
 from cineline.engine.lora import add_loras
@@ -444,7 +445,7 @@ def test_a_path_in_a_folder_that_is_here_is_no_hub_id(
 def latents_of(pipe: Any, request: VideoRequest) -> torch.Tensor:
     """diffusers' [C, F', H', W']."""
     arguments = {name: getattr(request, name) for name in FIELDS if getattr(request, name) is not None}
-    generator = torch.Generator("cpu").manual_seed(request.seed)
+    generator = torch.Generator("cpu").manual_seed(drawn(request.seed))
     latents: torch.Tensor = pipe(generator=generator, output_type="latent", **arguments).frames[0].float()
     return latents
 

@@ -72,7 +72,7 @@ def _by_pipeline(folder: Path, dtype: str, number: int) -> tuple[torch.Tensor, n
     arguments |= {"true_cfg_scale": request.guidance_scale, "negative_prompt": request.negative_prompt}
     made = []
     for kind in ("latent", "pil"):
-        noise = torch.Generator("cpu").manual_seed(request.seed)
+        noise = torch.Generator("cpu").manual_seed(int(request.seed))
         made.append(pipeline(generator=noise, output_type=kind, **arguments).images)
     unpacked = pipeline._unpack_latents(made[0], request.height, request.width, pipeline.vae_scale_factor)
     return unpacked[0].float(), np.stack([np.asarray(picture) for picture in made[1]])
@@ -100,10 +100,15 @@ def test_levels_that_are_given_equal_diffusers(folder: Path) -> None:
     request = requests()[1].model_copy(update={"sigmas": (1.0, 0.6, 0.3), "num_inference_steps": None, "decode": False})
     with Engine(folder, ParallelConfig(pp=2), device="cpu") as engine:
         found = engine.submit(request).result(60).latents
-    pipeline, noise = _pipeline(folder, "float32"), torch.Generator("cpu").manual_seed(request.seed)
+    pipeline, noise = _pipeline(folder, "float32"), torch.Generator("cpu").manual_seed(int(request.seed))
     arguments = {"prompt": request.prompt, "height": request.height, "width": request.width, "true_cfg_scale": 1.0}
     packed = pipeline(generator=noise, output_type="latent", sigmas=[1.0, 0.6, 0.3], **arguments).images
     assert torch.equal(found, pipeline._unpack_latents(packed, request.height, request.width, 8)[0])
+
+
+def test_half_precision_equals_diffusers(folder: Path) -> None:
+    with Engine(folder, ParallelConfig(pp=2), dtype="float16", device="cpu") as engine:
+        assert_equal(engine.submit(requests()[0]).result(60), _by_pipeline(folder, "float16", 0))
 
 
 def test_a_request_goes_on_from_a_snapshot_on_another_line(folder: Path) -> None:

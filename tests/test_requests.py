@@ -241,6 +241,10 @@ FIELDS: dict[str, Any] = {
     "decode": False,
     "loras": ("style",),
     "timeout_s": 60.0,
+    "num_videos": 2,
+    "fit": "crop",
+    "last_image": "dog.png",
+    "preview": 2,
 }
 
 

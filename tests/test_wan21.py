@@ -20,7 +20,7 @@ from pretended_family import assert_in_good_order
 from safetensors.torch import save_file
 from test_pretended_device import Pretend
 
-from cineline import CheckpointError, Engine, ModelFiles, ParallelConfig, RequestCancelled, VideoRequest
+from cineline import CheckpointError, Engine, InvalidRequest, ModelFiles, ParallelConfig, RequestCancelled, VideoRequest
 from cineline.core.config import Dtype, Place
 from cineline.families.wan.convert import convert
 from cineline.families.wan.costs.model import ModelCosts
@@ -71,6 +71,25 @@ def test_mixed_requests_in_flight_beside_a_cancel_equal_diffusers(
         cancelled.result(0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_first_and_a_last_frame_equal_diffusers(dtype: Dtype, checkpoint: Checkpoint, oracle: Oracle) -> None:
+    folder = checkpoint(config("i2v", pictures=2))
+    pixels = np.random.default_rng(2).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    wanted = [one.model_copy(update={"last_image": Image.fromarray(pixels)}) for one in requests("i2v")]
+    with Engine(folder, ParallelConfig(pp=3), dtype=dtype, device="cpu", in_flight=2) as engine:
+        for handle, one in zip([engine.submit(one) for one in wanted], wanted, strict=True):
+            assert_equal(handle.result(60), oracle.run(folder, dtype, one))
+
+
+def test_as_many_images_as_the_encoder_sees_are_needed(checkpoint: Checkpoint) -> None:
+    request = requests("i2v")[0]
+    both = request.model_copy(update={"last_image": request.image})
+    with pytest.raises(InvalidRequest, match="needs a last_image: give one"):
+        WanSpec.open(checkpoint(config("i2v", pictures=2))).resolve(request, 0)
+    with pytest.raises(InvalidRequest, match="takes no last_image: leave it out"):
+        WanSpec.open(checkpoint(config("i2v"))).resolve(both, 0)
+
+
 @pytest.mark.parametrize(("axis", "kind"), [("ulysses", "i2v"), ("tp", "i2v"), ("ring", "t2v")])
 def test_ranks_that_share_a_stage_come_near_diffusers(
     axis: str, kind: WanKind, checkpoint: Checkpoint, oracle: Oracle
@@ -113,7 +132,7 @@ def test_a_lora_reaches_what_is_made_of_images(checkpoint: Checkpoint, tmp_path:
         found = engine.submit(request).result(60).latents
     arguments = {name: getattr(request, name) for name in FIELDS if getattr(request, name) is not None}
     pipeline = pipeline_with(folder, "float32", [Loaded(file)], image=True)
-    noise = torch.Generator("cpu").manual_seed(request.seed)
+    noise = torch.Generator("cpu").manual_seed(int(request.seed))
     assert torch.equal(found, pipeline(generator=noise, output_type="latent", **arguments).frames[0])
 
 
@@ -171,7 +190,11 @@ def test_a_known_model_is_planned_by_its_name() -> None:
     [
         ("model_index.json", {"image_encoder": [None, None]}, "names no 'image_encoder'"),
         ("image_encoder/config.json", {"hidden_size": 30}, "of width 30, and the transformer takes 10 of width 20"),
-        ("transformer/config.json", {"pos_embed_seq_len": 20}, "a model of a first and a last frame"),
+        (
+            "transformer/config.json",
+            {"pos_embed_seq_len": 30},
+            "makes 10 rows of width 20, and the transformer takes 30",
+        ),
     ],
 )
 def test_an_image_encoder_that_does_not_fit_is_refused(

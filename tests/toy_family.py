@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 import toy_arithmetic as toy
-from PIL import Image
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, stages_alone
+from cineline.core.image import KeyFrames
 from cineline.core.request import Job, Kind, VideoRequest, WorkItem
 from cineline.families import snapshot
 from cineline.families.guidance import combine
@@ -49,7 +49,7 @@ class ToyStages(PipelineParallelMixin[ToyState]):
         self.part = part
         return 0  # bytes of weights
 
-    def admit(self, job: Job, image: Image.Image | None) -> ToyState:
+    def admit(self, job: Job, image: KeyFrames | None) -> ToyState:
         return ToyState(job, latents=torch.randn(job.num_frames, toy.C, generator=toy.seeded(job.seed)))
 
     def specs(self, state: ToyState, value: Value, item: WorkItem) -> tuple[TensorSpec, ...]:

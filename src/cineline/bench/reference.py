@@ -16,7 +16,7 @@ import numpy as np
 
 from cineline.bench.beside import WAIT_LIMIT_S, hear, processes
 from cineline.core.config import DeviceConfig
-from cineline.core.request import VideoRequest
+from cineline.core.request import VideoRequest, drawn
 
 PASSED_ON = (
     *("prompt", "negative_prompt", "image", "height", "width", "num_frames"),
@@ -129,7 +129,7 @@ def _generate(pipeline: Any, request: VideoRequest, output_type: str) -> tuple[n
     fields = {name: getattr(request, name) for name in PASSED_ON}
     given = {name: value for name, value in fields.items() if value is not None}
     started = time.monotonic()
-    generator = torch.Generator("cpu").manual_seed(request.seed)
+    generator = torch.Generator("cpu").manual_seed(drawn(request.seed))
     made = pipeline(**given, generator=generator, output_type=output_type).frames[0]
     result = made.float().cpu().numpy() if output_type == "latent" else np.stack([np.asarray(frame) for frame in made])
     return result, time.monotonic() - started

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, stages_alone
-from cineline.core.request import Job, Kind, VideoRequest, WorkItem
+from cineline.core.image import KeyFrames
+from cineline.core.request import Job, Kind, VideoRequest, WorkItem, drawn
 from cineline.errors import InvalidRequest
 from cineline.families import snapshot
 from cineline.families.guidance import combine
@@ -68,7 +68,7 @@ class SleepingSpec:
             texts=0,
             chunks=0,
             guidance_scale=request.guidance_scale,
-            seed=request.seed,
+            seed=drawn(request.seed),
             fps=1,
             has_image=False,
         )
@@ -82,7 +82,7 @@ class SleepingStages(PipelineParallelMixin[RequestState]):
         self._hidden = torch.zeros(self.spec.hidden_bytes, dtype=torch.uint8)
         return 0
 
-    def admit(self, job: Job, image: Image.Image | None) -> RequestState:
+    def admit(self, job: Job, image: KeyFrames | None) -> RequestState:
         return RequestState(job, latents=torch.zeros(LATENTS.shape))
 
     def expert(self, state: RequestState, step: int) -> int:

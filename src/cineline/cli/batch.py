@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
-from cineline.core.output import LATENT_SUFFIXES, VIDEO_SUFFIXES, check_folder, check_output, check_rate
-from cineline.core.request import VideoRequest
+from cineline.core.output import (
+    LATENT_SUFFIXES,
+    STILL_SUFFIXES,
+    VIDEO_SUFFIXES,
+    check_folder,
+    check_frames_folder,
+    check_output,
+    check_rate,
+    check_still,
+)
+from cineline.core.request import IMAGES, VideoRequest
 from cineline.errors import InvalidRequest, OutputError, reason, shown
 
 DEFAULT_OUTPUT = Path("out.mp4")
@@ -20,16 +30,23 @@ BYTE_ORDER_MARK = "\ufeff"
 
 @dataclass(frozen=True)
 class Task:
-    """One request and where its result goes; at least one of the two files is set."""
+    """One request and where its result goes; at least one of the files is set.
+
+    Attributes:
+        line: of the file of requests, from 1.
+        frames: a folder of pictures, instead of a video.
+    """
 
     request: VideoRequest
     video: Path | None
     latents: Path | None
+    line: int = 1
+    frames: Path | None = None
 
     @property
     def outputs(self) -> dict[str, Path]:
         """The files, by what they are."""
-        files = {"video": self.video, "latents": self.latents}
+        files = {"video": self.video, "frames": self.frames, "latents": self.latents}
         return {what: path for what, path in files.items() if path is not None}
 
     @property
@@ -40,11 +57,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The options that say where results go."""
+    """The options that say where results go; what is not given is None."""
 
-    output: Path | None
+    output: str | None
     output_dir: Path | None
     save_latents: Path | None
+    name: str | None = None
+    skip_existing: bool | None = None
+    overwrite: bool | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether `output` is one of frames."""
+        return self.output is not None and self.output.endswith("/")
 
 
 def single_task(prompt: str, fields: Mapping[str, Any], outputs: Outputs) -> Task:
@@ -53,18 +78,21 @@ def single_task(prompt: str, fields: Mapping[str, Any], outputs: Outputs) -> Tas
     Raises:
         InvalidRequest, OutputError: a field or an output cannot be used.
     """
-    if outputs.output and outputs.output_dir:
-        raise OutputError(
-            f"Both --output {shown(outputs.output)} and --output-dir {shown(outputs.output_dir)} are given: use one."
-        )
-    latents_only = outputs.save_latents and not (outputs.output or outputs.output_dir)
-    video = None
-    if not latents_only:
-        video = outputs.output_dir / "0001.mp4" if outputs.output_dir else outputs.output or DEFAULT_OUTPUT
-        check_output(video, VIDEO_SUFFIXES)
+    output = None if outputs.output is None else Path(outputs.output)
+    if output and outputs.output_dir:
+        raise OutputError(f"Both --output {shown(output)} and --output-dir {shown(outputs.output_dir)}: use one.")
     if outputs.save_latents:
         check_output(outputs.save_latents, LATENT_SUFFIXES)
-    return Task(VideoRequest(prompt=prompt, decode=video is not None, **fields), video, outputs.save_latents)
+    decode = not outputs.save_latents or outputs.output_dir is not None or output is not None
+    task = Task(VideoRequest(prompt=prompt, decode=decode, **fields), None, outputs.save_latents)
+    if not decode:
+        return task
+    if output is not None and outputs.is_folder:
+        check_frames_folder(output)
+        return replace(task, frames=output)
+    video = outputs.output_dir / "0001.mp4" if outputs.output_dir else output or DEFAULT_OUTPUT
+    check_output(video, (*VIDEO_SUFFIXES, *STILL_SUFFIXES))
+    return replace(task, video=video)
 
 
 def tasks_of_file(path: Path, fields: Mapping[str, Any], outputs: Outputs) -> list[Task]:
@@ -115,7 +143,16 @@ def _task_of_line(path: Path, number: int, line: str, fields: Mapping[str, Any],
         raise OutputError(f"{where}: decode=false leaves only the latents: give --save-latents.")
     video = outputs.output_dir / f"{number:04}.mp4" if outputs.output_dir and request.decode else None
     latents = outputs.save_latents / f"{number:04}.safetensors" if outputs.save_latents else None
-    return Task(request, video, latents)
+    return Task(request, video, latents, number)
+
+
+@contextmanager
+def in_line(file: Path | None, task: Task) -> Iterator[None]:
+    """Names the line of what is refused."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{shown(file)}, line {task.line}: {error}" if file else str(error)) from None
 
 
 def check_tasks(spec: FamilySpec, tasks: list[Task], file: Path | None) -> None:
@@ -123,15 +160,14 @@ def check_tasks(spec: FamilySpec, tasks: list[Task], file: Path | None) -> None:
 
     Raises:
         InvalidRequest: with the line's number where the requests come from a file.
-        OutputError: a rate that the video's file cannot hold.
+        OutputError: a rate, or a number of frames, that the video's file cannot hold.
     """
     for number, task in enumerate(tasks):
-        try:
-            if task.request.image is not None:
-                load_image(task.request.image)
+        with in_line(file, task):
+            for name in IMAGES:
+                if (image := getattr(task.request, name)) is not None:
+                    load_image(image, name)
             job = spec.resolve(task.request, number)
             if task.video is not None:
                 check_rate(task.video, job.fps)
-        except InvalidRequest as error:
-            line = (task.video or task.latents or Path()).stem.lstrip("0")
-            raise InvalidRequest(f"{shown(file)}, line {line}: {error}" if file else str(error)) from None
+                check_still(task.video, job.num_frames)

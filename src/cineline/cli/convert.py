@@ -24,7 +24,7 @@ def convert(
     variant: Annotated[str | None, typer.Option(help="Of its weights, such as fp16.", show_default=False)] = None,
     files: Annotated[Given, Fields(ModelFiles)],
     dtype: Annotated[
-        str, typer.Option(help="Of weights in 8 bits or less, float32 or bfloat16; others stay as they are.")
+        str, typer.Option(help="Of weights in 8 bits or less, float32, bfloat16 or float16; others stay as they are.")
     ] = "bfloat16",
 ) -> None:
     """Write a model as a folder in diffusers format, whole or not at all.

@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
+from cineline.cli.files import check_name, settle_files
 from cineline.cli.options import Fields, Given, one_of, spread
 from cineline.cli.progress import RequestProgress, make_view
-from cineline.cli.resume import Order, is_begun, refuse_beside_resume, store, tell_how_to_resume
+from cineline.cli.resume import (
+    Order,
+    files_begun,
+    is_restart,
+    refuse_beside_resume,
+    refuse_unfinished,
+    store,
+    tell_how_to_resume,
+    tells_metadata,
+)
 from cineline.core.config import AXES, DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.lora import LoraMode
@@ -30,6 +40,7 @@ from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import MINIS, fetch_weights, missing_weights, open_model
 from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
 from cineline.engine.lora import add_loras
+from cineline.engine.prompts import PROMPT_CACHE
 from cineline.engine.sink import Sink
 from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
@@ -43,8 +54,8 @@ NAMED = 5
 """Files that an error names at most, of those that are not there."""
 
 _REQUEST, _PARALLEL, _RUN, _FILES = "The request", "The line", "The run", "Files of the model"
-_OF_THE_MODEL = {"negative_prompt": "", "seed": "0", "skip_guidance_at_one": ""}
-"""What a checkpoint may have a default for, which an option that is not there must not hide."""
+_OF_THE_MODEL = {"negative_prompt": "", "seed": "0", "skip_guidance_at_one": "", "num_videos": "1", "fit": "stretch"}
+"""What a checkpoint or a line may say, which an option that is not there must not hide."""
 
 _UNLESS_TORCHRUN = {"restarts": "3, under torchrun 0"}
 
@@ -73,8 +84,16 @@ def generate(
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
     ] = None,
-    output: Annotated[Path | None, _option(_RUN, "The video's file, .mp4, .mov, .mkv, .webp or .gif; out.mp4.")] = None,
+    output: Annotated[
+        str | None,
+        _option(_RUN, ".mp4, .mov, .mkv, .webp, .gif; of one frame .png, .jpg; NAME/ for a PNG a frame; out.mp4."),
+    ] = None,
     output_dir: Annotated[Path | None, _option(_RUN, "Folder for 0001.mp4 and so on, by line.")] = None,
+    name: Annotated[
+        str | None, _option(_RUN, "Names in it, of {line}, {seed}, {video}, with .webp or / at their end; {line:04}.")
+    ] = None,
+    skip_existing: Annotated[bool, _option(_RUN, "Make only files that are not there.", "--skip-existing")] = False,
+    overwrite: Annotated[bool, _option(_RUN, "Replace a batch's files that are there.", "--overwrite")] = False,
     save_latents: Annotated[
         Path | None, _option(_RUN, "Latents' .safetensors file (with --requests a folder); alone, no video is made.")
     ] = None,
@@ -83,8 +102,14 @@ def generate(
     devices: Annotated[Given, Fields(DeviceConfig, panel=_PARALLEL, unset=_CHOSEN, given=True)],
     launcher: Annotated[str | None, _option(_PARALLEL, "local or torchrun; torchrun inside its world.")] = None,
     quiet: Annotated[bool, _option(_RUN, "No progress, no settings.", "--quiet")] = False,
+    no_metadata: Annotated[
+        bool, _option(_RUN, "Files do not say what made them (cineline show).", "--no-metadata")
+    ] = False,
     trace: Annotated[Path | None, _option(_RUN, "Write a timeline for ui.perfetto.dev, .json.")] = None,
     recovery: Annotated[Given, Fields(Recovery, panel=_RUN, unset=_UNLESS_TORCHRUN)],
+    prompt_cache: Annotated[
+        str, _option(_RUN, f"Bytes of prompts' embeddings that are kept, so that none is made twice; {PROMPT_CACHE}.")
+    ] = PROMPT_CACHE,
     resume: Annotated[
         Path | None, _option(_RUN, "Go on with what a --snapshot-dir has; model, requests and outputs come from there.")
     ] = None,
@@ -99,7 +124,7 @@ def generate(
     launch = _launcher(launcher)
     screen = console(stderr=True)
     order = Order(model, variant, files, line, devices, in_flight, lora or [], lora_mode)
-    outputs = Outputs(output, output_dir, save_latents)
+    outputs = Outputs(output, output_dir, save_latents, name, skip_existing or None, overwrite or None)
     if resume is not None:
         refuse_beside_resume(prompt, requests, fields, outputs, recovery)
         recovery["snapshot_dir"] = resume
@@ -109,31 +134,40 @@ def generate(
         config = DeviceConfig(**{"device": default_device(), **order.devices})
         sys.exit(serve_torchrun_rank(config.rank_environment(torchrun_world()[1])))
 
-    tasks = [] if resume is not None else _tasks(prompt, requests, fields, outputs)
+    asked = [] if resume is not None else _tasks(prompt, requests, fields, outputs)
     if resume is not None and not entries_in(resume):
         screen.print(f"{resume} has no request that is not done.", highlight=False, soft_wrap=True)
         return
+    metadata = not no_metadata and (resume is None or tells_metadata(resume))
+    folder = recovery.get("snapshot_dir")
+    begun = files_begun(folder, asked, launch)
+    if folder is not None and resume is None and begun is None:
+        refuse_unfinished(folder)
     if trace is not None:
         check_output(trace, (".json",))
     if quiet:
         os.environ[PROGRESS] = "1"  # before the hub's library is loaded, which reads it then
     spec = open_model(order.model, order.variant, ModelFiles(**order.files))
     spec = add_loras(spec, order.loras, one_of("lora_mode", order.lora_mode, LoraMode))
+    tasks, kept = settle_files(spec, asked if begun is None else [], requests, outputs, is_restart(launch))
     check_tasks(spec, tasks, requests)
+    for path in [] if quiet else kept:
+        screen.print(f"{path.name}: is there already", highlight=False, soft_wrap=True)
+    if kept and not tasks:
+        return
     spec.place(parallel)  # whatever can be refused is, before anything is downloaded
-    folder = recovery.get("snapshot_dir")
-    again = is_begun(folder, tasks, launch)
     _tell_of_download(spec, quiet, screen)
     if not quiet:
         ranks = "1 rank" if parallel.ranks == 1 else f"{parallel.ranks} ranks ({parallel})"
-        name = _name_of(order.model, order.files, order.loras)
-        screen.print(f"Loading {name} on {ranks}", highlight=False, soft_wrap=True)
+        called = _name_of(order.model, order.files, order.loras)
+        screen.print(f"Loading {called} on {ranks}", highlight=False, soft_wrap=True)
 
-    if folder is not None and resume is None and not again:
+    if folder is not None and resume is None and begun is None:
         fetch_weights(spec)  # which takes long, and what is kept then cannot be resumed
-        store(folder, spec, tasks)
+        store(folder, spec, asked, tasks, metadata)
     options = {**order.devices, **recovery, "in_flight": order.in_flight, "trace": trace, "launcher": launch}
-    _make(spec, parallel, options, tasks, again, quiet, screen)
+    options["prompt_cache"] = prompt_cache
+    _make(spec, parallel, options, tasks, begun, quiet, screen, metadata)
 
 
 def _make(
@@ -141,14 +175,17 @@ def _make(
     parallel: ParallelConfig,
     options: Mapping[str, Any],
     tasks: Sequence[Task],
-    again: bool,
+    begun: Sequence[Path] | None,
     quiet: bool,
     screen: Console,
+    metadata: bool,
 ) -> None:
     """All that is asked for.
 
     Args:
-        options: of the engine. again: torchrun has started the world anew, so that the folder has what is left.
+        options: of the engine.
+        begun: files of a world that torchrun has started anew, of which the folder has what is left.
+        metadata: whether files say what made them.
 
     Raises:
         CinelineError: the first cause, with the names of all that could not be made, after the others are.
@@ -159,12 +196,9 @@ def _make(
         with Engine(spec, parallel, **options) as engine:
             handles = [] if folder is None else engine.resume(folder)
             kept = {path for handle in handles for path in handle.outputs.values()}
-            others = [task for task in tasks if not kept.issuperset(task.absolute)]
-            if again:
-                unmade |= _lacking(others)
-            else:
-                handles += _submit(engine, others, unmade)
-            unmade |= _run(handles, quiet, screen)
+            handles += _submit(engine, [task for task in tasks if not kept.issuperset(task.absolute)], unmade)
+            unmade |= _lacking([path for path in begun or () if path not in kept])
+            unmade |= _run(handles, quiet, screen, metadata)
     except OutputError as error:
         if trace is None or not unmade:
             raise
@@ -203,19 +237,20 @@ def _tell_of_download(spec: FamilySpec, quiet: bool, screen: Console) -> None:
 
 
 def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Outputs) -> list[Task]:
+    check_name(outputs)
     if requests is None:
-        if prompt is None:
-            raise InvalidRequest("There is no prompt: give one, or --requests FILE.jsonl.")
-        return [single_task(prompt, fields, outputs)]
+        if prompt is None and "image" not in fields:
+            raise InvalidRequest("There is no prompt: give one, an --image, or --requests FILE.jsonl.")
+        return [single_task(prompt or "", fields, outputs)]
     if prompt is not None:
         raise InvalidRequest(f"Both a prompt ({shown(prompt)}) and --requests {shown(requests)} are given: use one.")
     return tasks_of_file(requests, fields, outputs)
 
 
-def _lacking(tasks: Sequence[Task]) -> dict[Path, CinelineError]:
-    """Files of tasks that were done with before torchrun started the world anew, and are not there."""
+def _lacking(files: Sequence[Path]) -> dict[Path, CinelineError]:
+    """Those of requests that were done with before torchrun started the world anew, and are not there."""
     error = OutputError("A request failed before torchrun's restart, and is not made again: see what was said then.")
-    return {path: error for task in tasks for path in task.outputs.values() if not path.exists()}
+    return {path: error for path in files if not path.exists()}
 
 
 def _submit(engine: Engine, tasks: Sequence[Task], unmade: dict[Path, CinelineError]) -> list[RequestHandle]:
@@ -229,7 +264,9 @@ def _submit(engine: Engine, tasks: Sequence[Task], unmade: dict[Path, CinelineEr
     return handles
 
 
-def _run(handles: list[RequestHandle], quiet: bool, screen: Console) -> dict[Path, CinelineError]:
+def _run(
+    handles: list[RequestHandle], quiet: bool, screen: Console, metadata: bool = True
+) -> dict[Path, CinelineError]:
     """Write each result as it comes; the files that could not be made, after the others are done."""
     unmade: dict[Path, CinelineError] = {}
     labels = [next(iter(handle.outputs.values()), Path()).name for handle in handles]
@@ -237,11 +274,11 @@ def _run(handles: list[RequestHandle], quiet: bool, screen: Console) -> dict[Pat
         for label, handle in zip(labels, handles, strict=True):
             step = handle.progress[0]
             where = f", goes on at step {step}" if step else ""
-            screen.print(f"{label}: {_describe(handle.job)}{where}", highlight=False, soft_wrap=True)
+            screen.print(f"{label}: {_describe(handle.job)}{handle.fitting}{where}", highlight=False, soft_wrap=True)
     view = make_view(labels, quiet, screen)
     states = [RequestProgress.of(handle) for handle in handles]
     sinks = {
-        number: Sink(handle, handle.outputs.get("video"), handle.outputs.get("latents"))
+        number: Sink(handle, *map(handle.outputs.get, ("video", "latents", "frames")), metadata=metadata)
         for number, handle in enumerate(handles)
     }
     handles.clear()  # a sink that is done goes, and its video with it: that is large

@@ -30,6 +30,12 @@ Json = Annotated[
 Runs = Annotated[int, typer.Option(help="Runs of each arm, interleaved.", min=1)]
 InFlight = Annotated[str, typer.Option(help="Requests at once, M, such as 1,3.")]
 
+KINDS = (bool, int, float, Path)
+"""Of options; others are texts."""
+
+MOST_DIGITS = 1000
+"""Of a text that is read as a number: Python refuses longer ones."""
+
 Given = dict[str, Any]
 """Values of fields by name."""
 
@@ -58,7 +64,7 @@ class Fields:
         return [self._option(name, hints[name], texts[name]) for name in self.names or texts]
 
     def _option(self, name: str, hint: Any, text: str) -> inspect.Parameter:
-        kind = next((known for known in (bool, int, float, Path) if known in (hint, *get_args(hint))), str)
+        kind = str if _takes_words(hint) else next((each for each in KINDS if each in (hint, *get_args(hint))), str)
         default = None if name in self.unset else inspect.signature(self.owner).parameters[name].default
         held = self.unset.get(name, "")
         if self.panel and default is not None and kind is not bool:
@@ -79,9 +85,17 @@ class Fields:
         return {name: _read(name, hints[name], value) for name, value in taken.items() if value is not None}
 
 
+def _takes_words(hint: Any) -> bool:
+    """Whether words stand there beside numbers, such as a seed's."""
+    return any(get_origin(each) is Literal for each in get_args(hint))
+
+
 def _read(name: str, hint: Any, value: Any) -> Any:
     if get_origin(hint) is Literal:
         return one_of(name, value, hint)
+    if _takes_words(hint):
+        digits = value.removeprefix("-")
+        return int(value) if digits.isascii() and digits.isdigit() and len(digits) < MOST_DIGITS else value
     return whole_numbers(name, value, LEAST[name]) if name in LEAST else value
 
 

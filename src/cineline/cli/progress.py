@@ -23,6 +23,7 @@ class RequestProgress:
     Attributes:
         steps, of_steps, chunks, of_chunks: solver steps and decode chunks done, and of how many.
         done: finished, failed or cancelled. restarts: of the ranks, since it was submitted.
+        size: of the video in pixels, all frames together, by which its steps count among those of others.
     """
 
     steps: int
@@ -31,12 +32,14 @@ class RequestProgress:
     of_chunks: int
     done: bool
     restarts: int = 0
+    size: int = 1
 
     @classmethod
     def of(cls, handle: RequestHandle) -> RequestProgress:
         """A handle's, now; `done` is read first, so that a finished one shows all it has done."""
         done = handle.done
-        return cls(*handle.progress, *handle.decoded, done, handle.restarts)
+        job = handle.job
+        return cls(*handle.progress, *handle.decoded, done, handle.restarts, job.width * job.height * job.num_frames)
 
     @property
     def count(self) -> tuple[int, int]:
@@ -53,6 +56,37 @@ class RequestProgress:
         if self.steps == self.of_steps:
             return f"decode{restarted}"
         return f"step {self.steps}/{self.of_steps}{restarted}" if self.steps else f"waiting{restarted}"
+
+
+class Pace:
+    """How fast a batch is: its work is all requests' steps and chunks, each by its video's size.
+
+    It counts from the first step on, since ranks may be busy with prompts, and a request may go on in its middle.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._first = 0
+        self._videos = 0
+
+    def say(self, states: Sequence[RequestProgress], now: float) -> str:
+        """Videos that are done, seconds left and videos an hour, as far as they are known.
+
+        Args:
+            now: seconds, of any clock.
+        """
+        of_work = sum(state.size * state.count[1] for state in states)
+        work = sum(state.size * state.count[1 if state.done else 0] for state in states)
+        finished = f"{sum(state.done for state in states)} of {len(states)} videos"
+        if self._since is None:
+            if work:
+                self._since, self._first = now, work
+            return finished
+        if now <= self._since or work <= self._first:
+            return finished
+        a_second = (work - self._first) / (now - self._since)
+        an_hour = 3600 * a_second / of_work * len(states)
+        return f"{finished}, about {(of_work - work) / a_second:.0f} s left, {an_hour:.1f} videos an hour"
 
 
 class View(Protocol):
@@ -96,6 +130,8 @@ class _Bars:
         self._bars: list[TaskID] = [
             self._progress.add_task(label, total=None, start=False, phase="waiting") for label in labels
         ]
+        self._pace = Pace()
+        self._all = self._progress.add_task("all", total=len(labels), phase="") if len(labels) > 1 else None
         self._progress.start()
 
     def update(self, states: Sequence[RequestProgress]) -> None:
@@ -104,6 +140,9 @@ class _Bars:
             if done and not self._progress.tasks[bar].started:
                 self._progress.start_task(bar)
             self._progress.update(bar, completed=done, total=total, phase=state.phase)
+        if self._all is not None:
+            phase = self._pace.say(states, time.monotonic())
+            self._progress.update(self._all, completed=sum(state.done for state in states), phase=phase)
 
     def close(self) -> None:
         self._progress.stop()
@@ -114,21 +153,25 @@ class _Lines:
         self._labels = labels
         self._console = console
         self._printed = time.monotonic()
-        self._begun: dict[str, tuple[float, int]] = {}
+        self._begun: dict[int, tuple[float, int]] = {}
+        self._pace = Pace()
 
     def update(self, states: Sequence[RequestProgress]) -> None:
         now = time.monotonic()
         due = now - self._printed >= LINES_EVERY_S
         if due:
             self._printed = now
-        for label, state in zip(self._labels, states, strict=True):
+        for number, (label, state) in enumerate(zip(self._labels, states, strict=True)):
             done, total = state.count
             if not done:
                 continue
-            since, done_then = self._begun.setdefault(label, (now, done))
+            since, done_then = self._begun.setdefault(number, (now, done))
             if due and not state.done and done > done_then:
                 remaining = (now - since) / (done - done_then) * (total - done)
                 self._console.print(f"{label}: {state.phase}, about {remaining:.0f} s left", highlight=False)
+        said = self._pace.say(states, now)
+        if due and len(states) > 1 and not all(state.done for state in states):
+            self._console.print(f"all: {said}", highlight=False)
 
     def close(self) -> None:
         pass

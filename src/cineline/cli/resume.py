@@ -14,6 +14,7 @@ from cineline.cli.options import Given
 from cineline.core.family import FamilySpec
 from cineline.core.image import load_image
 from cineline.core.output import whole_file
+from cineline.core.request import IMAGES
 from cineline.engine.blueprint import THREADS
 from cineline.engine.folder import RUN, SnapshotFolder, entries_in, run_of
 from cineline.engine.launch import Launcher
@@ -80,22 +81,27 @@ class Order:
         )
 
 
-def is_begun(folder: Path | None, tasks: Sequence[Task], launcher: Launcher) -> bool:
-    """Whether torchrun has started the world anew, and the folder is of these tasks."""
-    if folder is None or launcher != "torchrun" or os.environ.get(RESTARTS, "0") == "0":
-        return False
+def is_restart(launcher: Launcher) -> bool:
+    """Whether torchrun has started the world anew."""
+    return launcher == "torchrun" and os.environ.get(RESTARTS, "0") != "0"
+
+
+def files_begun(folder: Path | None, asked: Sequence[Task], launcher: Launcher) -> list[Path] | None:
+    """The files of these tasks where torchrun has started the world anew, and the folder is of them; else None."""
+    if folder is None or not is_restart(launcher):
+        return None
     try:
-        return bool(json.loads((folder / BATCH).read_text()) == _named(tasks))
-    except (OSError, ValueError):
-        return False
+        batch = json.loads((folder / BATCH).read_text())
+        return [Path(path) for path in batch["files"]] if batch["asked"] == _named(asked) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
-def store(folder: Path, spec: FamilySpec, tasks: Sequence[Task]) -> None:
-    """Keep all tasks before anything runs, so that a run that ends at any moment can be resumed.
+def refuse_unfinished(folder: Path) -> None:
+    """Refuse to begin where something else is not done.
 
     Raises:
-        InvalidConfig: the folder has requests that are not done, or another process has it.
-        OutputError: it cannot be used.
+        InvalidConfig: the folder has such requests.
     """
     count = len(entries_in(folder)) if (folder / RUN).exists() else 0
     if count:
@@ -103,15 +109,38 @@ def store(folder: Path, spec: FamilySpec, tasks: Sequence[Task]) -> None:
             f"--snapshot-dir {shown(folder)} has {count} requests that are not done: go on with them by --resume, or "
             "give another folder."
         )
+
+
+def tells_metadata(folder: Path) -> bool:
+    """Whether files of the batch that was last run in a folder say what made them."""
+    try:
+        return bool(json.loads((folder / BATCH).read_text())["metadata"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return True
+
+
+def store(folder: Path, spec: FamilySpec, asked: Sequence[Task], tasks: Sequence[Task], metadata: bool) -> None:
+    """Keep all tasks before anything runs, so that a run that ends at any moment can be resumed.
+
+    Args:
+        asked: what `tasks` were made of, in which seeds may be still to draw. metadata: see `tells_metadata`.
+
+    Raises:
+        InvalidConfig: the folder has requests that are not done, or another process has it.
+        OutputError: it cannot be used.
+    """
+    refuse_unfinished(folder)
     kept = SnapshotFolder(folder)
     try:
         kept.clear()
         for number, task in enumerate(tasks):
-            image = task.request.image
-            request = task.request.model_copy(update={"image": None if image is None else load_image(image)})
+            given = {name: getattr(task.request, name) for name in IMAGES}
+            loaded = {name: load_image(image, name) for name, image in given.items() if image is not None}
+            request = task.request.model_copy(update=loaded)
             kept.add(spec.resolve(request, number), request, task.outputs)
+        files = [str(path) for task in tasks for path in task.absolute]
         with whole_file(folder / BATCH) as temporary:
-            temporary.write_text(json.dumps(_named(tasks)))
+            temporary.write_text(json.dumps({"asked": _named(asked), "files": files, "metadata": metadata}))
     finally:
         kept.close(STORE_LIMIT_S)
 

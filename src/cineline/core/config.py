@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from cineline.errors import InvalidConfig, shown
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 TextEncoder = Literal["resident", "reload", "cpu"]
 """Where a stage keeps its layers of the text encoder: on its device, there only while prompts are encoded, or in the
 host's memory, where they are run too."""
@@ -381,7 +381,7 @@ class DeviceConfig:
         for name in ("dtype", "vae_dtype"):
             value = getattr(self, name)
             if value not in get_args(Dtype):
-                raise InvalidConfig(f"{name}={shown(value)} is not supported: use float32 or bfloat16.")
+                raise InvalidConfig(f"{name}={shown(value)} is not supported: use {' or '.join(get_args(Dtype))}.")
         if self.text_encoder not in get_args(TextEncoder):
             known = ", ".join(get_args(TextEncoder))
             raise InvalidConfig(f"text_encoder={shown(self.text_encoder)} is not known: use one of {known}.")

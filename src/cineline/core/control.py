@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import numpy as np
-from PIL import Image
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.faults import Fault
+from cineline.core.image import KeyFrames
 from cineline.core.request import Group, Job, WorkItem
 from cineline.core.trace import Slice
 from cineline.errors import CinelineError, reason, shown
@@ -77,12 +77,12 @@ class Admit:
     """Engine to rank: a request whose items follow.
 
     Attributes:
-        image: goes to the head alone.
+        image: goes to the heads alone.
         resume: `Snapshot.state`, where the job does not begin at its first step.
     """
 
     job: Job
-    image: Image.Image | None = None
+    image: KeyFrames | None = None
     resume: bytes | None = None
 
 
@@ -98,7 +98,8 @@ class Done:
     """Tail to engine: a group of items is done, or a cancelled request is gone.
 
     Attributes:
-        result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk.
+        result: latents float32 [C, F', H', W'] with the last step, frames uint8 [F, H, W, 3] with a chunk, a preview
+            uint8 [F', H', W', 3] with another step.
         moves: the next step is another group's of stages (split experts).
         spoiled: NaN or infinity came to the tail, so that there is no result; whose it is the rank says that made it.
     """

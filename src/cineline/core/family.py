@@ -73,6 +73,15 @@ class StoredFamily(FamilySpec, Protocol):
 
 
 @runtime_checkable
+class PromptedFamily(FamilySpec, Protocol):
+    """A family whose heads keep prompts' embeddings, as `Job.prompts` says."""
+
+    def prompt_bytes(self, dtype: Dtype) -> int:
+        """Of one embedding."""
+        ...
+
+
+@runtime_checkable
 class PlannedFamily(FamilySpec, Protocol):
     """A family that says what its models cost, so that the planner can divide them.
 

@@ -68,11 +68,11 @@ class Device:
     reserved: int = RESERVED_BYTES
 
     def rates(self, dtype: Dtype, vae_dtype: Dtype) -> Rates:
-        """For models in these dtypes. torch convolves float32 in TF32, at half of bfloat16's rate."""
+        """For models in these dtypes. torch convolves float32 in TF32, at half of the rate of 16 bits."""
         if self.measured is not None:
             return self.measured
-        peak = self.bf16 if dtype == "bfloat16" else self.fp32
-        convolution = self.bf16 if vae_dtype == "bfloat16" else self.bf16 / 2
+        peak = self.fp32 if dtype == "float32" else self.bf16
+        convolution = self.bf16 / 2 if vae_dtype == "float32" else self.bf16
         return Rates(
             linear=LINEAR_SHARE * peak,
             attention=ATTENTION_SHARE * peak,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from PIL import Image, ImageOps
 
@@ -15,12 +16,29 @@ DEEP = ("I;16", "I;16B", "I;16L", "I;16N")
 WHITELESS = ("I", "F")
 """Modes whose values say nothing of where white is: 255, 65535, 1.0 or another; but see `_is_deep`."""
 
+Fit = Literal["stretch", "crop", "pad"]
+"""What becomes of an image in another shape than the video's."""
+
 ADDRESS = re.compile(r"(https?|ftp|s3|gs|data|file):", re.IGNORECASE)
 """How a path begins that is none."""
 
 
-def load_image(image: Path | Image.Image) -> Image.Image:
+class KeyFrames(NamedTuple):
+    """Frames that are given: RGB, upright.
+
+    Attributes:
+        first, last: of the video.
+    """
+
+    first: Image.Image
+    last: Image.Image | None = None
+
+
+def load_image(image: Path | Image.Image, name: str = "image") -> Image.Image:
     """The image in RGB and upright, as diffusers' `load_image` makes it.
+
+    Args:
+        name: of the request's field.
 
     16-bit grey keeps its upper 8 bits, as Pillow has it with 16-bit colour; in diffusers nearly all of it is white.
 
@@ -28,8 +46,8 @@ def load_image(image: Path | Image.Image) -> Image.Image:
         InvalidRequest: the file is missing or no image, it has no pixels, or no white that is known.
     """
     if isinstance(image, Path) and ADDRESS.match(str(image)):
-        raise InvalidRequest(f"image={shown(image)} is an address, and nothing is downloaded: give a file.")
-    named = called(image)
+        raise InvalidRequest(f"{name}={shown(image)} is an address, and nothing is downloaded: give a file.")
+    named = called(image, name)
     try:
         opened = Image.open(image) if isinstance(image, Path) else image
         upright = ImageOps.exif_transpose(opened)
@@ -52,9 +70,44 @@ def load_image(image: Path | Image.Image) -> Image.Image:
     return loaded
 
 
-def called(image: Path | Image.Image) -> str:
+def fitted(image: Image.Image, width: int, height: int, fit: Fit) -> Image.Image:
+    """The image as the family is to take it, which resizes it to the video's size, as diffusers does, by Lanczos.
+
+    crop: its middle, in the video's shape. pad: the whole, with black beside it. stretch: as it is.
+    """
+    if fit == "stretch" or image.width * height == image.height * width:
+        return image
+    resample = Image.Resampling.LANCZOS
+    if fit == "crop":
+        return ImageOps.fit(image, (width, height), resample)
+    return ImageOps.pad(image, (width, height), resample, color="black")
+
+
+def fitting(image: Image.Image, width: int, height: int, fit: Fit) -> str:
+    """What `fitted`, and whoever resizes, make of it, in words."""
+    own = f"image {image.width}x{image.height}"
+    shape = width * image.height / (height * image.width)
+    if image.width * height == image.height * width:
+        return own if (image.width, image.height) == (width, height) else f"{own} scaled"
+    if fit == "crop":
+        taken = round(image.width * min(1, shape)), round(image.height * min(1, 1 / shape))
+        return f"{own} cropped to {taken[0]}x{taken[1]}"
+    if fit == "pad":
+        return f"{own} scaled to {round(width * min(1, 1 / shape))}x{round(height * min(1, shape))} and padded"
+    times, side = (shape, "wide") if shape > 1 else (1 / shape, "high")
+    return f"{own} stretched {times:.2f} times as {side}"
+
+
+def fitted_frames(frames: KeyFrames, width: int, height: int, fit: Fit) -> tuple[KeyFrames, str]:
+    """Each of them `fitted`, and in words, each behind a comma, what became of it."""
+    there = [frame for frame in frames if frame is not None]
+    words = "".join(f", {fitting(frame, width, height, fit)}" for frame in there)
+    return KeyFrames(*(fitted(frame, width, height, fit) for frame in there)), words
+
+
+def called(image: Path | Image.Image, name: str = "image") -> str:
     """What a sentence about it begins with: its path, where it has one."""
-    return f"image={shown(image)}" if isinstance(image, Path) else "The image"
+    return f"{name}={shown(image)}" if isinstance(image, Path) else f"The {name.replace('_', ' ')}"
 
 
 def _is_deep(opened: Image.Image) -> bool:

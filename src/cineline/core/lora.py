@@ -73,8 +73,12 @@ class Lora:
     @property
     def text(self) -> str:
         """As `of` reads it, wherever it is read."""
+        return self.told(str(self.path.absolute()))
+
+    def told(self, path: str) -> str:
+        """The same, with another path."""
         level = "" if self.level is None else f"{self.level}:"
-        return f"{self.name}={level}{self.path.absolute()}@{self.scale!r}"
+        return f"{self.name}={level}{path}@{self.scale!r}"
 
 
 def choice(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,12 @@ from cineline.errors import OutputError, reason, shown
 
 ANIMATION_SUFFIXES = (".webp", ".gif")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", *ANIMATION_SUFFIXES)
+STILL_SUFFIXES = (".png", ".jpg", ".jpeg")
+"""Pictures: of a video of one frame (.webp holds one, too)."""
+
+FRAME = re.compile(r"[0-9]{4,}\.png")
+"""A file in a folder of frames."""
+
 GIF_RATE = 50
 """Frames a second."""
 
@@ -46,6 +54,38 @@ def check_rate(path: Path, fps: int) -> None:
     if path.suffix.lower() == ".gif" and fps > GIF_RATE:
         raise OutputError(
             f"{shown(path)} cannot have fps={fps}: a .gif has {GIF_RATE} at most; use less, or .webp or .mp4."
+        )
+
+
+def check_still(path: Path, frames: int) -> None:
+    """Refuse more frames than a file's format holds.
+
+    Raises:
+        OutputError: a picture is to hold several.
+    """
+    if path.suffix.lower() in STILL_SUFFIXES and frames != 1:
+        raise OutputError(
+            f"{shown(path)} is a picture, and num_frames={frames}: use num_frames=1, a video's suffix, or a folder's "
+            "name with / behind it, for a picture a frame."
+        )
+
+
+def check_frames_folder(path: Path) -> None:
+    """Refuse a folder that frames cannot be written as: whatever else is in it would be lost.
+
+    Raises:
+        OutputError: it is a file, holds something else than frames, or the folder that it is in cannot be written.
+    """
+    if len(os.fsencode(path.name)) > NAME_LIMIT:
+        raise OutputError(f"The folder name {shown(path.name)} is longer than {NAME_LIMIT} bytes: shorten it.")
+    check_folder(path.parent)
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{shown(path)} is a file, not a folder of frames: give another name.")
+    others = [] if not path.exists() else [each.name for each in path.iterdir() if not FRAME.fullmatch(each.name)]
+    if others or path in (Path(), Path("/")) or path.name == "..":
+        raise OutputError(
+            f"The folder {shown(path)} holds more than frames ({shown(others[0] if others else path.name)}): give one "
+            "that is new, empty, or holds frames alone."
         )
 
 
@@ -111,14 +151,36 @@ def renamed_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """As `whole_file`, for a folder of frames: a new one beside it, which takes its place at the end.
+
+    Raises:
+        OutputError: it cannot be written, or holds something else than frames.
+    """
+    check_frames_folder(path)
+    temporary = _temporary(path, os.getpid())
+    try:
+        try:
+            temporary.mkdir()
+            yield temporary
+            for old in path.iterdir() if path.exists() else ():
+                old.unlink()
+            temporary.replace(path)  # which may be empty, and no more
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(unwritable(path, error)) from None
+
+
 def _temporary(path: Path, process: int) -> Path:
     return path.with_name(f".{path.stem}.{process}{path.suffix}")
 
 
 def remove_left_over(path: Path) -> None:
-    """What a process that was killed has written of a file and not finished."""
+    """What a process that was killed has written of a file or a folder and not finished."""
     with suppress(OSError):
         for other in list(path.parent.iterdir()):
             number = other.name.removeprefix(f".{path.stem}.").removesuffix(path.suffix)
             if number.isdecimal() and other == _temporary(path, int(number)) and not psutil.pid_exists(int(number)):
-                other.unlink(missing_ok=True)
+                shutil.rmtree(other) if other.is_dir() else other.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+import random
 import struct
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from cineline.core.image import Fit
 from cineline.errors import InvalidRequest, shown
 
 
@@ -46,9 +48,45 @@ def _row(value: Any) -> Any:
         raise ValueError("it is no row of numbers: give one such as 1,0.75,0.5,0.25") from None
 
 
+def _seed(value: Any) -> Any:
+    if isinstance(value, str) and value != RANDOM:
+        raise ValueError(f"it is no whole number: give one, or {RANDOM}")
+    return value if isinstance(value, str) else _number(value)
+
+
+def _count(value: int) -> int:
+    if not 1 <= value <= MOST_VIDEOS:
+        raise ValueError(f"it is not from 1 to {MOST_VIDEOS}: give so many, or a line for each")
+    return value
+
+
+def _steps(value: int | None) -> int | None:
+    if value is not None and not 1 <= value <= MOST_STEPS:
+        raise ValueError(f"it is not from 1 to {MOST_STEPS}: give so many, or leave it out")
+    return value
+
+
+RANDOM: Literal["random"] = "random"
+
+MOST_SEED = 2**64 - 1
+"""What torch's generators take."""
+
+DRAWN_BELOW = 2**32
+"""Of seeds that are drawn: whatever reads JSON keeps them exact, and a person can copy them."""
+
+IMAGES = ("image", "last_image")
+"""Fields of a request that hold one."""
+
+MOST_VIDEOS = 10_000
+"""Of a request."""
+
+MOST_STEPS = 10_000
+"""More are taken for a slip of the hand."""
+
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number)]
 Reals = Annotated[tuple[Real, ...], BeforeValidator(_row)]
+Seed = Annotated[int | Literal["random"], BeforeValidator(_seed)]
 
 Solver = Literal["unipc", "euler", "dpm++", "lcm"]
 Preset = Literal["lightning"]
@@ -58,7 +96,7 @@ class VideoRequest(BaseModel):
     """One video to generate. A field left out (None) takes the model's default.
 
     Attributes, beyond what the options' texts say:
-        prompt: what the video shows; not empty.
+        prompt: what the video shows; may be empty beside an image.
         negative_prompt: used only with guidance on.
         image: a file's path or a PIL image.
         height, width: the grid is VAE scale x patch. With an image, one left out is the other in the image's shape, to
@@ -75,11 +113,15 @@ class VideoRequest(BaseModel):
             Euler, flow shift 5, no guidance, the second expert from the middle on.
         skip_guidance_at_one: where an expert's guidance scale is exactly 1, its steps have no second forward.
             Diffusers computes it, and rounding then gives other bits.
-        seed: of the CPU generator that draws it, 0 <= seed < 2**63.
+        seed: of the CPU generator that draws it, 0 <= seed < 2**64; "random" is drawn when the request is submitted.
         decode: False stops at the latents.
         loras: of an engine with lora_mode="runtime" those that it is to have, each as NAME or NAME@SCALE (times the
             engine's own scale). Left out, all of them.
         timeout_s: checked twice a second; whoever is late is cancelled, and its handle raises `RequestTimedOut`.
+        last_image: as `image`, beside it.
+        preview: see `RequestHandle.take_previews`.
+        fit: see `core.image.fitted`.
+        num_videos: each is a request of its own (`Engine.submit_all`), with the seeds from `seed` on.
 
     Raises:
         InvalidRequest: an unknown field or a value of the wrong type.
@@ -105,13 +147,19 @@ class VideoRequest(BaseModel):
         None
     )
     skip_guidance_at_one: Annotated[StrictBool, "No second forward where an expert's guidance is exactly 1"] = False
-    seed: Annotated[Whole, "Of the noise"] = 0
+    seed: Annotated[Seed, "Of the noise, below 2**64, or random"] = 0
     fps: Annotated[Whole | None, "Frames a second of the file"] = None
     decode: StrictBool = True
     loras: tuple[str, ...] | None = None
     timeout_s: Annotated[Real | None, AfterValidator(_seconds), "Seconds from submission in which it must be done"] = (
         None
     )
+    num_videos: Annotated[Whole, AfterValidator(_count), "Videos, with seeds counted up"] = 1
+    last_image: Annotated[Path | Image.Image | None, "Last frame, for I2V models, beside the first one"] = None
+    preview: Annotated[
+        Whole | None, AfterValidator(_steps), "Solver steps from one small picture of what is coming to the next; none"
+    ] = None
+    fit: Annotated[Fit, "Of an image in another shape than the video: stretch, crop or pad"] = "stretch"
 
     def __init__(self, /, **fields: Any) -> None:
         try:
@@ -126,6 +174,21 @@ class VideoRequest(BaseModel):
         if not isinstance(given, dict):
             return given
         return {name: value for name, value in given.items() if value is not None or name not in cls.model_fields}
+
+
+def drawn(seed: int | Literal["random"]) -> int:
+    """The seed, drawn by the operating system where it is to be random."""
+    return random.SystemRandom().randrange(DRAWN_BELOW) if seed == RANDOM else seed
+
+
+def with_seed(request: VideoRequest) -> VideoRequest:
+    """The request, a random seed drawn: from here on it gives the same bits however often it runs."""
+    return request.model_copy(update={"seed": drawn(RANDOM)}) if request.seed == RANDOM else request
+
+
+def videos_of(request: VideoRequest, seed: int) -> list[VideoRequest]:
+    """A request for each of its videos, with seeds from `seed` on."""
+    return [request.model_copy(update={"seed": seed + number, "num_videos": 1}) for number in range(request.num_videos)]
 
 
 def _first_sentence(error: ValidationError) -> str:
@@ -148,15 +211,31 @@ class Shape(NamedTuple):
     """What the line must know of a job: jobs alike in this follow the same scripts.
 
     Attributes:
-        steps, branches, chunks, first_step, unguided: `Job`'s. texts: whether its prompts go through the stages.
+        steps, branches, chunks, first_step, unguided: `Job`'s. texts: branches whose prompts go through the stages.
     """
 
     steps: int
     branches: int
-    texts: bool
+    texts: tuple[int, ...]
     chunks: int
     first_step: int = 0
     unguided: tuple[int, ...] = ()
+
+
+PromptKey = tuple[int, str]
+"""A line's number, and a prompt."""
+
+
+class Remembered(NamedTuple):
+    """Prompts whose embeddings the heads keep.
+
+    Attributes:
+        found: branches whose embedding is there, so that nothing of it goes through the stages.
+        gone: those that are forgotten when this job is admitted.
+    """
+
+    found: tuple[int, ...] = ()
+    gone: tuple[PromptKey, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +252,8 @@ class Job:
         first_step: where it begins, 0 <= first_step < steps; above 0 with a snapshot of so many steps.
         first_expert: of that step, as the snapshot says.
         unguided: experts whose steps have the first branch alone, where the others have two.
+        preview: steps from one preview to the next; None for none.
+        prompts: what is kept of prompts' embeddings; None where none are. As the scheduler settles it.
         The other fields are `VideoRequest`'s, resolved.
     """
 
@@ -193,14 +274,23 @@ class Job:
     first_step: int = field(default=0, kw_only=True)
     first_expert: int = field(default=0, kw_only=True)
     unguided: tuple[int, ...] = field(default=(), kw_only=True)
+    preview: int | None = field(default=None, kw_only=True)
+    prompts: Remembered | None = field(default=None, kw_only=True)
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.steps, self.branches, self.texts > 0, self.chunks, self.first_step, self.unguided)
+        found = () if self.prompts is None else self.prompts.found
+        texts = tuple(branch for branch in range(self.branches) if branch not in found) if self.texts else ()
+        return Shape(self.steps, self.branches, texts, self.chunks, self.first_step, self.unguided)
 
     def ends_denoising(self, item: WorkItem) -> bool:
         """Whether the item belongs to the last step."""
         return item.kind is Kind.DENOISE and item.number + 1 == self.steps
+
+    def previews(self, item: WorkItem) -> bool:
+        """Whether a picture is to be made of what the item's step has come to; of the last one there are frames."""
+        due = item.kind is Kind.DENOISE and self.preview is not None and (item.number + 1) % self.preview == 0
+        return due and not self.ends_denoising(item)
 
     @property
     def own_settings(self) -> dict[str, str]:
@@ -248,7 +338,7 @@ class WorkItem(NamedTuple):
     Attributes:
         kind: what to do.
         request: the job's id.
-        number: the solver step (DENOISE) or the chunk (DECODE).
+        number: the solver step (DENOISE), the chunk (DECODE), or its group's (TEXT).
         branch: of a TEXT or DENOISE item.
     """
 
@@ -287,7 +377,7 @@ class Group(NamedTuple):
     The engine hears of a group's beginning and of its end, not of each item.
 
     Attributes:
-        kind, request, number: of all of its items.
+        kind, request, number: of all of its items; of TEXT the first branch, where one line runs them.
         size: how many there are in each line: the branches of a TEXT or DENOISE item that one line runs, else 1. Of a
             step that has the first branch alone it is as of the others: which those are, ranks know (`Rule.items`).
     """
@@ -302,7 +392,8 @@ class Group(NamedTuple):
         if self.kind not in (Kind.TEXT, Kind.DENOISE):
             branches = [Branch.COND]
         else:
-            branches = list(Branch) if self.size == len(Branch) else [Branch(line)]
+            alone = Branch(line + self.number) if self.kind is Kind.TEXT else Branch(line)
+            branches = list(Branch) if self.size == len(Branch) else [alone]
         return [WorkItem(self.kind, self.request, self.number, branch) for branch in branches]
 
     def pack(self) -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from cineline.core.config import Dtype
 
-ITEMSIZE: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+ITEMSIZE: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from typing import Literal
 
 from cineline.core.config import DeviceConfig, Dtype, ModelFiles, ParallelConfig, TextEncoder
 from cineline.core.family import FamilySpec
-from cineline.core.image import load_image
+from cineline.core.image import KeyFrames, load_image
 from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
 from cineline.core.recovery import Recovery
-from cineline.core.request import VideoRequest
+from cineline.core.request import IMAGES, VideoRequest, videos_of, with_seed
 from cineline.core.trace import write_trace
+from cineline.engine.about import About
 from cineline.engine.blueprint import Blueprint, check_launcher, default_device
 from cineline.engine.folder import Kept
 from cineline.engine.handle import RequestHandle, Ticket
@@ -30,6 +31,7 @@ from cineline.engine.hub import fetch_weights, open_model
 from cineline.engine.launch import Launcher
 from cineline.engine.line import CLOSED, UNDONE, Line
 from cineline.engine.lora import add_loras
+from cineline.engine.prompts import PROMPT_CACHE, prompts_in
 from cineline.engine.ranks import Ranks
 from cineline.engine.record import Record
 from cineline.engine.supervisor import serve
@@ -66,6 +68,8 @@ class Engine:
         launcher: start the ranks here, or be rank 0 of a torchrun world.
         snapshot_every, snapshot_dir, restarts: what is kept of requests, and how often lost ranks are started anew; see
             `Recovery`.
+        prompt_cache: bytes, or as in "256MB", of prompts' embeddings that are kept on the first stage's device (each
+            line's, with cfg), so that a prompt which comes again is not encoded again; 0 for none.
 
     Attributes:
         bytes_read: of weights, by rank.
@@ -99,6 +103,7 @@ class Engine:
         snapshot_every: int = Recovery.snapshot_every,
         snapshot_dir: str | Path | None = None,
         restarts: int | None = None,
+        prompt_cache: int | str = PROMPT_CACHE,
     ) -> None:
         check_launcher(launcher)
         recovery = _recovery(snapshot_every, snapshot_dir, restarts, launcher)
@@ -107,6 +112,8 @@ class Engine:
         config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb)
         self.spec = add_loras(open_model(model, variant, files), loras, lora_mode)
         blueprint = Blueprint.draw(self.spec, parallel, config, in_flight, launcher)
+        self._about = About(blueprint)
+        prompts = prompts_in(self.spec, dtype, prompt_cache)
         self._trace = None if trace is None else Path(trace)
         if self._trace is not None:
             check_output(self._trace, (".json",))
@@ -120,7 +127,7 @@ class Engine:
         try:
             self.bytes_read = self._ranks.start()
             self._record.started()
-            self._line = Line(blueprint, self._ranks, self._record)
+            self._line = Line(blueprint, self._ranks, self._record, prompts)
             # None of them knows the engine: when the caller has dropped it, they end the ranks.
             ends = self._line, self._ranks, self._record, recovery.restarts
             self._server = threading.Thread(target=serve, args=ends, name="cineline-engine", daemon=True)
@@ -156,6 +163,18 @@ class Engine:
         """
         return self._submit(request, outputs or {})
 
+    def submit_all(self, request: VideoRequest) -> list[RequestHandle]:
+        """Queue each of a request's `num_videos`, with seeds from its own on, in that order.
+
+        Raises:
+            As `submit`. One that breaks a rule is found before any is queued.
+        """
+        request = with_seed(request)
+        videos = videos_of(request, self.spec.resolve(request, 0).seed)
+        for video in videos:  # before any is queued
+            self.spec.resolve(video, 0)
+        return [self.submit(video) for video in videos]
+
     def resume(self, directory: str | Path) -> list[RequestHandle]:
         """Go on with the requests of a snapshot folder that are not done, each from its last snapshot, in the order in
         which they were submitted. The folder is the engine's from now on. What is too large for this engine's devices
@@ -185,11 +204,19 @@ class Engine:
 
     def _submit(self, request: VideoRequest, outputs: Mapping[str, Path], kept: Kept | None = None) -> RequestHandle:
         check_process(self._process)
-        image = None if request.image is None else load_image(request.image)
-        if image is not None:
-            request = request.model_copy(update={"image": image})
+        if request.num_videos > 1:
+            raise InvalidRequest(
+                f"num_videos={shown(request.num_videos)} are as many requests: use Engine.submit_all, which gives a "
+                "handle for each."
+            )
+        request = with_seed(request)
+        given = {name: getattr(request, name) for name in IMAGES}
+        loaded = {name: load_image(image, name) for name, image in given.items() if image is not None}
+        request = request.model_copy(update=loaded)
+        image = KeyFrames(loaded["image"], loaded.get("last_image")) if "image" in loaded else None
         ticket = self._line.submit(request, image, outputs, kept)
-        return RequestHandle(ticket, self._line.cancel, self._record.delivered, self)
+        describe = self._about.describer(request, ticket.job)
+        return RequestHandle(ticket, self._line.cancel, self._record.delivered, self, describe)
 
     def close(self, limit_s: float = CLOSE_LIMIT_S) -> None:
         """End the ranks; requests that are not done raise `EngineClosed`.

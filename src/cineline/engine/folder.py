@@ -3,7 +3,7 @@
     DIR/lock                                   of the process that uses the folder
     DIR/run.json                               the model, and how it was run last
     DIR/0001/request.json                      a request that is not done, numbered in order of submission
-    DIR/0001/image.png                         its first frame, where it has one
+    DIR/0001/image.png                         its first frame, where it has one; last_image.png alike
     DIR/0001/step-00012-expert-0.safetensors   its newest snapshots
 
 A file is there whole or not at all, and an entry is there when its `request.json` is. It goes when its request is done.
@@ -29,13 +29,13 @@ from safetensors import SafetensorError, safe_open
 from cineline.core import control
 from cineline.core.image import load_image
 from cineline.core.output import check_folder, time_of, unwritable, whole_file
-from cineline.core.request import Job, VideoRequest
-from cineline.engine.keeper import ENTRY, IMAGE, REQUEST, TEMPORARY, UNFINISHED, Keeper, snapshots_of, synced
+from cineline.core.request import IMAGES, Job, VideoRequest
+from cineline.engine.keeper import ENTRY, REQUEST, TEMPORARY, UNFINISHED, Keeper, snapshots_of, synced
 from cineline.errors import InvalidConfig, InvalidRequest, OutputError, check_process, reason, shown
 
 LOCK, RUN = "lock", "run.json"
 
-NOT_SETTINGS = ("id", "first_step", "first_expert")
+NOT_SETTINGS = ("id", "first_step", "first_expert", "prompts", "preview")
 """Fields of a job that say where it is, not what it makes."""
 
 
@@ -184,16 +184,16 @@ class SnapshotFolder:
             outputs: its files by kind.
         """
         check_process(self._process)
-        given = request.model_dump(exclude={"image"}, exclude_unset=True)
-        if request.image is not None:
-            given["image"] = IMAGE
+        given = request.model_dump(exclude=set(IMAGES), exclude_unset=True)
+        images = {name: getattr(request, name) for name in IMAGES if getattr(request, name) is not None}
+        given |= {name: _file_of(name) for name in images}
         files = {kind: path.absolute() for kind, path in outputs.items()}
         before = {kind: time_of(path) for kind, path in files.items()}
         entry = Entry(given, settings_of(job), {kind: str(path) for kind, path in files.items()}, before)
         with self._lock:
             name = f"{self._next:04}"
             self._next += 1
-        self._keeper.add(name, _json(asdict(entry)), request.image)
+        self._keeper.add(name, _json(asdict(entry)), {_file_of(name): image for name, image in images.items()})
         return name
 
     def put(self, name: str, snapshot: control.Snapshot) -> None:
@@ -266,12 +266,17 @@ def _locked(path: Path) -> FileLock:
 def _kept(entry: Path) -> Kept:
     stored = _read(entry / REQUEST, Entry, f"remove {shown(entry)} to go on without that request")
     try:
-        image = {"image": load_image(entry / IMAGE)} if stored.request.get("image") else {}
-        request = VideoRequest(**stored.request | image)
+        images = {name: load_image(entry / _file_of(name), name) for name in IMAGES if stored.request.get(name)}
+        request = VideoRequest(**stored.request | images)
     except InvalidRequest as error:
         raise InvalidConfig(f"{shown(entry)} cannot be resumed: {error}") from None
     outputs = {kind: Path(path) for kind, path in stored.outputs.items()}
     return Kept(entry.name, request, stored.settings, outputs, stored.before, _newest(entry))
+
+
+def _file_of(name: str) -> str:
+    """Of an image's field."""
+    return f"{name}.png"
 
 
 def _newest(entry: Path) -> control.Snapshot | None:

@@ -7,9 +7,11 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,9 @@ from cineline.core.request import Group, Job, Kind
 from cineline.errors import CinelineError, ResultTimeout, anew, check_process
 from cineline.media.result import Video
 
+MOST_PREVIEWS = 8
+"""Of a request that wait to be taken; older ones go."""
+
 
 class Ticket:
     """The engine's side of a request: what has come of it.
@@ -27,6 +32,7 @@ class Ticket:
         job: the request as it runs, with nothing left open.
         outputs: files that its caller will write.
         timeout_s, deadline: seconds that it has, and when they are over (`time.monotonic`).
+        fitting: what becomes of the request's images, in words.
         spoiled: the first group that the end of the line has heard of as not finite.
         future: its end.
         steps_done, chunks_done: so far.
@@ -36,6 +42,7 @@ class Ticket:
     def __init__(self, job: Job, timeout_s: float | None = None, outputs: Mapping[str, Path] | None = None) -> None:
         self.job = job
         self.outputs = outputs or {}
+        self.fitting = ""
         self.timeout_s = math.inf if timeout_s is None else timeout_s
         self._timed_out_at = self.deadline = time.monotonic() + self.timeout_s
         self.spoiled: Group | None = None
@@ -47,6 +54,7 @@ class Ticket:
         self._latents: np.ndarray | None = None
         self._lock = threading.Lock()
         self._chunks: list[np.ndarray] = []
+        self._previews: deque[np.ndarray] = deque(maxlen=MOST_PREVIEWS)
 
     def take(self, done: Done) -> bool:
         """A step or a chunk is done; whether it was not before, as what is done once more after a restart was."""
@@ -54,7 +62,11 @@ class Ticket:
         if done.group.kind is Kind.DENOISE:
             # With split experts two ranks report, and the later step's word may come first.
             self.steps_done = max(self.steps_done, number + 1)
-            self._latents = self._latents if done.result is None else done.result
+            if done.result is not None and number + 1 == self.job.steps:
+                self._latents = done.result
+            elif done.result is not None:
+                with self._lock:
+                    self._previews.append(done.result)
         elif done.group.kind is Kind.DECODE and number == self.chunks_done:
             assert done.result is not None
             with self._lock:
@@ -71,6 +83,13 @@ class Ticket:
         """Frames that have come since the last call."""
         with self._lock:
             taken, self._chunks = self._chunks, []
+        return taken
+
+    def take_previews(self) -> list[np.ndarray]:
+        """Previews that have come since the last call."""
+        with self._lock:
+            taken = list(self._previews)
+            self._previews.clear()
         return taken
 
     def finish(self) -> None:
@@ -104,11 +123,12 @@ class RequestHandle:
 
     Args:
         cancel: of the engine's line; whether what the snapshot folder has is kept. deliver: of its record.
-        engine: itself.
+        engine: itself. describe: see there.
 
     Attributes:
         job: the request as it runs, with nothing left open.
         outputs: files that whoever submitted it wants, by what they are.
+        describe: says what is made and of which model, as JSON (see `engine.about`); None for no words.
     """
 
     def __init__(
@@ -117,7 +137,9 @@ class RequestHandle:
         cancel: Callable[[Ticket, bool], bool],
         deliver: Callable[[int], None] = lambda _: None,
         engine: object = None,
+        describe: Callable[[], str] | None = None,
     ) -> None:
+        self.describe = describe
         self.job = ticket.job
         self.outputs = ticket.outputs
         self._ticket = ticket
@@ -136,6 +158,11 @@ class RequestHandle:
         """Solver steps done, and of how many."""
         check_process(self._process)
         return self._ticket.steps_done, self.job.steps
+
+    @property
+    def fitting(self) -> str:
+        """What becomes of its images, in words; empty where it has none."""
+        return self._ticket.fitting
 
     @property
     def decoded(self) -> tuple[int, int]:
@@ -188,9 +215,15 @@ class RequestHandle:
             ) from None
         if isinstance(error, CinelineError):
             raise anew(error)
-        return self._ticket.future.result()
+        return replace(self._ticket.future.result(), describe=self.describe)
 
     def take_frames(self) -> list[np.ndarray]:
         """Frames decoded since the last call, each uint8 [F, H, W, 3]; the result has those that were not taken."""
         check_process(self._process)
         return self._ticket.take_frames()
+
+    def take_previews(self) -> list[np.ndarray]:
+        """Small pictures of what is coming, made every `preview` steps since the last call (the newest 8), each uint8
+        [F', H', W', 3]: a pixel a latent, a picture a latent frame."""
+        check_process(self._process)
+        return self._ticket.take_previews()

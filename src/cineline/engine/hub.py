@@ -74,6 +74,18 @@ def name_of(spec: FamilySpec) -> str | None:
     return folder.name if folder.parent == _minis() and folder.name in MINIS else str(folder)
 
 
+def public_name(spec: FamilySpec) -> str | None:
+    """What anybody may open this spec's model by, on whatever machine: a hub id, or the name of a mini model."""
+    name = name_of(spec)
+    return name if name is None or name in MINIS else public_path(Path(name))
+
+
+def public_path(path: Path) -> str | None:
+    """The hub id, and the path in it, of what the hub's cache holds; None of anything else."""
+    cached = CACHED.search(path.absolute().as_posix())
+    return cached and f"{cached['owner']}/{cached['name']}{cached.string[cached.end() :]}"
+
+
 def _minis() -> Path:
     return Path(__file__).absolute().parent.parent / "minis"
 

@@ -8,9 +8,9 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock
@@ -23,12 +23,12 @@ from cineline.errors import reason, shown
 
 log = logging.getLogger(__name__)
 
-REQUEST, IMAGE = "request.json", "image.png"
+REQUEST = "request.json"
 ENTRY = re.compile(r"[0-9]{4,}")
 UNFINISHED = re.compile(r"\.[0-9]{4,}\.(new|removed)")
 """Entries that are being made, or taken away."""
 
-TEMPORARY = re.compile(r"\.(run|request|image|step-[0-9]+-expert-[0-9]+)\.[0-9]+\.(json|png|safetensors)")
+TEMPORARY = re.compile(r"\.(run|request|image|last_image|step-[0-9]+-expert-[0-9]+)\.[0-9]+\.(json|png|safetensors)")
 """`core.output`'s names for files that are being written."""
 
 SNAPSHOT = re.compile(r"step-([0-9]+)-expert-([0-9]+)\.safetensors")
@@ -56,12 +56,12 @@ class Todo:
     """What is not on the disk of an entry.
 
     Attributes:
-        content: of `request.json`. image: the first frame beside it. snapshot: the newest.
+        content: of `request.json`. images: beside it, by their files' names. snapshot: the newest.
         gone: the entry itself is to go.
     """
 
     content: bytes | None = None
-    image: Path | Image.Image | None = None
+    images: dict[str, Path | Image.Image] = field(default_factory=dict)
     snapshot: Snapshot | None = None
     gone: bool = False
 
@@ -88,11 +88,11 @@ class Keeper:
         self._thread = threading.Thread(target=self._run, name="cineline-snapshots", daemon=True)
         self._thread.start()
 
-    def add(self, name: str, content: bytes, image: Path | Image.Image | None) -> None:
+    def add(self, name: str, content: bytes, images: Mapping[str, Path | Image.Image]) -> None:
         """A new entry."""
         with self._changed:
             self._names.add(name)
-            self._change(name, Todo(content, image))
+            self._change(name, Todo(content, dict(images)))
 
     def put(self, name: str, snapshot: Snapshot) -> None:
         """A snapshot of an entry, passed over where a later one waits, or the entry has gone."""
@@ -168,11 +168,11 @@ class Keeper:
         if todo.content is not None:
             new = entry.with_name(f".{entry.name}.new")
             new.mkdir(exist_ok=True)
-            if todo.image is not None:
-                _write_whole(new / IMAGE, _png(todo.image))
+            for file, image in todo.images.items():
+                _write_whole(new / file, _png(image))
             _write_whole(new / REQUEST, todo.content)
             new.rename(entry)
-            todo.content = todo.image = None
+            todo.content, todo.images = None, {}
         if (snapshot := todo.snapshot) is not None:
             _write_whole(entry / f"step-{snapshot.step:05}-expert-{snapshot.expert}.safetensors", snapshot.state)
             todo.snapshot = None
@@ -192,7 +192,7 @@ class Keeper:
         with self._changed:
             newer = self._todo.setdefault(name, todo)
             if newer is not todo and not newer.gone:
-                newer.content, newer.image = todo.content, todo.image
+                newer.content, newer.images = todo.content, todo.images
                 waiting = [each for each in (newer.snapshot, todo.snapshot) if each is not None]
                 newer.snapshot = max(waiting, key=lambda each: each.step)
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cineline.core import control
 from cineline.core.config import Place
+from cineline.core.image import KeyFrames, fitted_frames
 from cineline.core.request import Group, Job, VideoRequest
 from cineline.engine.blueprint import Blueprint
 from cineline.engine.folder import Kept
@@ -36,9 +36,6 @@ from cineline.errors import (
 )
 from cineline.schedule.scheduler import Scheduler
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 log = logging.getLogger(__name__)
 
 MOST_BLAMED = 2
@@ -54,7 +51,7 @@ class _Open:
     """
 
     job: Job
-    image: Image.Image | None
+    image: KeyFrames | None
     snapshot: control.Snapshot | None
 
     @property
@@ -71,19 +68,20 @@ class Line:
         blueprint: the model, how it is divided, and what its devices have room for.
         ranks: told what to do.
         record: told what becomes of each request.
+        prompts: embeddings of prompts that each head keeps.
 
     Attributes:
         progress: grows with each step or chunk that was not done before, and with each request that fails alone.
     """
 
-    def __init__(self, blueprint: Blueprint, ranks: Ranks, record: Record) -> None:
+    def __init__(self, blueprint: Blueprint, ranks: Ranks, record: Record, prompts: int = 0) -> None:
         parallel = blueprint.parallel
         self.progress = 0
         self._spec = blueprint.spec
         self._ranks = ranks
         self._check = blueprint.room.check
         self._record = record
-        self._new_scheduler = partial(Scheduler, parallel, blueprint.in_flight, self._admit)
+        self._new_scheduler = partial(Scheduler, parallel, blueprint.in_flight, self._admit, prompts)
         self._heads = [parallel.rank(Place(cfg=cfg)) for cfg in range(parallel.cfg)]
         self._lock = threading.Lock()
         self._scheduler = self._new_scheduler()
@@ -113,7 +111,7 @@ class Line:
     def submit(
         self,
         request: VideoRequest,
-        image: Image.Image | None,
+        image: KeyFrames | None,
         outputs: Mapping[str, Path],
         kept: Kept | None = None,
     ) -> Ticket:
@@ -136,6 +134,8 @@ class Line:
             ticket = self._tickets[job.id] = Ticket(job, request.timeout_s, outputs)
             ticket.steps_done = 0 if snapshot is None else snapshot.step
             self._earliest = min(self._earliest, ticket.deadline)
+            if image is not None:
+                image, ticket.fitting = fitted_frames(image, job.width, job.height, request.fit)
             self._record.begin(job, request, outputs, None if kept is None else kept.name)
         self._ranks.do(partial(self._queue, _Open(job, image, snapshot)))
         return ticket

@@ -101,7 +101,7 @@ class Record:
                 continue
             for file in missing.values():
                 remove_left_over(file)
-            decodes = kept.request.decode and (not kept.outputs or "video" in missing)
+            decodes = kept.request.decode and (not kept.outputs or bool(missing.keys() - {"latents"}))
             request = kept.request.model_copy(update={"decode": decodes})
             left.append(replace(kept, request=request, outputs=missing))
         self._unfinished = ()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from cineline.core.output import unwritable
 from cineline.engine.handle import RequestHandle
 from cineline.errors import CinelineError, OutputError
 from cineline.media.result import save_latents
-from cineline.media.video import video_writer
+from cineline.media.video import frames_writer, video_writer
 
-if TYPE_CHECKING:
-    import numpy as np
+PREVIEW_FPS = 4
+"""A latent frame is four frames of 16 a second."""
+
+PREVIEW_SCALE = 4
+"""Pixels of the file along a side of a preview's pixel."""
 
 
 class Sink:
@@ -23,7 +27,8 @@ class Sink:
     Frames are written as they are decoded, so that a video is never in memory as a whole.
 
     Args:
-        video, latents: the files; None where one is not wanted.
+        video, latents: the files; None where one is not wanted. frames: instead of a video's, a folder of pictures.
+        metadata: whether the files say what made them.
 
     Attributes:
         handle: of the request.
@@ -31,8 +36,19 @@ class Sink:
         failed: why one of them will never be, if so; the other one is written all the same.
     """
 
-    def __init__(self, handle: RequestHandle, video: Path | None, latents: Path | None) -> None:
+    def __init__(
+        self,
+        handle: RequestHandle,
+        video: Path | None,
+        latents: Path | None,
+        frames: Path | None = None,
+        *,
+        metadata: bool = True,
+    ) -> None:
         self.handle = handle
+        self._as_folder = video is None
+        self._metadata = metadata
+        video = video or frames
         self.missing = [path for path in (latents, video) if path is not None]
         self.failed: OutputError | None = None
         self._video = video
@@ -48,6 +64,8 @@ class Sink:
         """
         for frames in self.handle.take_frames():
             self._take(frames)
+        for preview in self.handle.take_previews()[-1:]:
+            self._show(preview)
         if self.failed is not None and self._latents is None:
             raise self.failed
 
@@ -67,21 +85,48 @@ class Sink:
                 there.append(self._video)
         if self._latents is not None:
             with self._noting(self._latents):
-                save_latents(result.latents, self._latents)
+                save_latents(result.latents, self._latents, self._about)
                 there.insert(0, self._latents)
         self.missing = [path for path in self.missing if path not in there]
+        self._forget_preview()
         return there
+
+    @property
+    def _preview(self) -> Path:
+        """Beside the file that is wanted, until that is there."""
+        beside = next(iter(self.handle.outputs.values()), self._latents or Path("preview"))
+        return beside.with_name(f"{beside.stem}.preview.webp")
+
+    def _forget_preview(self) -> None:
+        """Also what a process that has ended left; a file of that name beside a request without previews is others'."""
+        if self.handle.job.preview is not None:
+            with suppress(OSError):
+                self._preview.unlink(missing_ok=True)
+
+    def _show(self, preview: np.ndarray) -> None:
+        """A picture that cannot be written is no reason to stop."""
+        with suppress(OSError, OutputError), video_writer(self._preview, PREVIEW_FPS) as write:
+            write(np.repeat(np.repeat(preview, PREVIEW_SCALE, axis=1), PREVIEW_SCALE, axis=2))
 
     def _take(self, frames: np.ndarray) -> None:
         if self._video is None:
             return
         with self._noting(self._video):
             if self._write is None:
-                self._write = self._opened.enter_context(video_writer(self._video, self.handle.job.fps))
+                self._write = self._opened.enter_context(self._writer(self._video))
             self._write(frames)
         if self.failed is not None:
             self.give_up(self.failed)  # at once: the space may be what the others lack
             self._video = None
+
+    def _writer(self, path: Path) -> AbstractContextManager[Callable[[np.ndarray], None]]:
+        if self._as_folder:
+            return frames_writer(path, self._about)
+        return video_writer(path, self.handle.job.fps, self._about)
+
+    @property
+    def _about(self) -> str | None:
+        return self.handle.describe() if self._metadata and self.handle.describe else None
 
     @contextmanager
     def _noting(self, path: Path) -> Iterator[None]:
@@ -95,5 +140,6 @@ class Sink:
 
     def give_up(self, error: BaseException) -> None:
         """Leave no file that is not whole."""
+        self._forget_preview()
         with suppress(OSError, CinelineError):  # what led here tells more
             self._opened.__exit__(type(error), error, None)

@@ -9,7 +9,7 @@ from shlex import quote
 from typing import Any
 
 from cineline.core.lora import Lora, LoraMode
-from cineline.core.request import VideoRequest
+from cineline.core.request import IMAGES, VideoRequest
 from cineline.errors import CheckpointError, InvalidRequest, shown
 from cineline.families.configs import read_json
 
@@ -17,6 +17,9 @@ DEFAULTS_FILE = "cineline.json"
 
 NO_MODELS = ("scheduler", "guider")
 """Components without weights, whose configs have names of their own."""
+
+NO_DEFAULTS = ("prompt", "decode", "loras", *IMAGES, "preset", "num_videos", "fit", "preview")
+"""Request fields that cannot have a default."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,8 @@ def check_plain(folder: Path, config: Mapping[str, Any], unsupported: Mapping[st
             raise CheckpointError(f"{shown(folder)}: {name}={shown(config[name])} is {meaning}, which is not run here.")
 
 
-def own_defaults(folder: Path, never: tuple[str, ...]) -> dict[str, Any]:
+def own_defaults(folder: Path) -> dict[str, Any]:
     """Default request fields from a `cineline.json` beside the model's index, if there is one.
-
-    Args:
-        never: fields that cannot have one.
 
     Raises:
         CheckpointError: a field is unknown, of the wrong type, or cannot have a default.
@@ -104,7 +104,7 @@ def own_defaults(folder: Path, never: tuple[str, ...]) -> dict[str, Any]:
         checked = VideoRequest(**{"prompt": "checked"} | own)
     except InvalidRequest as error:
         raise CheckpointError(f"{shown(path)}: {error}") from None
-    useless = [name for name in own if name in never or own[name] is None]
+    useless = [name for name in own if name in NO_DEFAULTS or own[name] is None]
     if useless:
         raise CheckpointError(
             f"{shown(path)}: {shown(useless[0])} cannot have the default {shown(own[useless[0]])}: remove it."

@@ -8,11 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cineline.core.request import VideoRequest
+from cineline.core.request import MOST_SEED, VideoRequest, drawn
 from cineline.errors import InvalidRequest, shown
 
 COMMON = ("prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "sigmas", "seed")
-ENGINES = ("fps", "decode", "timeout_s")
+ENGINES = ("fps", "decode", "timeout_s", "num_videos")
 """Fields that every family has, and those that no model need know."""
 
 MOST_STEPS = 10_000
@@ -100,7 +100,7 @@ class Fields:
 
     def seed(self) -> int:
         """Of the noise."""
-        seed: int = self.value("seed")
-        if not 0 <= seed < 2**63:
-            raise InvalidRequest(f"seed={shown(seed)} is out of range: use 0 to 2**63 - 1.")
+        seed = drawn(self.value("seed"))
+        if not 0 <= seed <= MOST_SEED:
+            raise InvalidRequest(f"seed={shown(seed)} is out of range: use 0 to 2**64 - 1, or random.")
         return seed

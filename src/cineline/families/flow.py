@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from PIL import Image
 from torch import Tensor
 
+from cineline.core.image import KeyFrames
 from cineline.core.request import Branch, Job, Kind, WorkItem
 from cineline.families import snapshot
 from cineline.families.pipeline_parallel import PipelineParallelMixin, RequestState, StagePart
@@ -92,7 +92,7 @@ class FlowStages(PipelineParallelMixin[FlowState]):
     def handed_on(self, state: FlowState, value: Value, item: WorkItem) -> tuple[TensorSpec, ...]:
         """`specs` of TEXT, EMBEDDING, HIDDEN and CHUNK."""
 
-    def admit(self, job: Job, image: Image.Image | None) -> FlowState:
+    def admit(self, job: Job, image: KeyFrames | None) -> FlowState:
         part = self._part
         state = self.state_class(job, latent_spec=self.latent_spec(job))
         state.rotary = {branch: self.rotary(job, branch) for branch in part.branches(job)}

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
-from PIL import Image
 from torch.distributed.device_mesh import DeviceMesh
 
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig, Place
+from cineline.core.image import KeyFrames
 from cineline.core.request import Branch, Job, Kind, WorkItem
 from cineline.families import snapshot
 from cineline.schedule.words import Value
@@ -143,7 +143,7 @@ class PipelineParallelMixin(ABC, Generic[State]):
         """
 
     @abstractmethod
-    def admit(self, job: Job, image: Image.Image | None) -> State:
+    def admit(self, job: Job, image: KeyFrames | None) -> State:
         """A new request; `image` on the head alone."""
 
     @abstractmethod
@@ -170,12 +170,13 @@ class PipelineParallelMixin(ABC, Generic[State]):
     @abstractmethod
     def answer(self, state: State, item: WorkItem) -> torch.Tensor | None:
         """What the engine is told with the end of the item's group: a chunk's frames, uint8 [F, H, W, 3], with the last
-        step the final latents, float32 [C, F', H', W'], else nothing."""
+        step the final latents, float32 [C, F', H', W'], with a step that `Job.previews` a small picture of what comes,
+        uint8 [F', H', W', 3], where the family makes some, else nothing."""
 
     def end_denoising(self, state: State) -> None:
         """Every stage that decodes, after the last step that it has to do with: free what decoding does not need."""
 
-    def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
+    def rehearsals(self) -> Iterable[tuple[Job, KeyFrames | None]]:
         """Small jobs, one of each class of shapes, with the head's image: an accelerator's ranks run them when they are
         loaded, so that no kernel is used for the first time while the line waits."""
         return ()

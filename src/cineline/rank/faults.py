@@ -15,9 +15,9 @@ from typing import Any
 
 import psutil
 import torch
-from PIL import Image
 
 from cineline.core.faults import Fault, Moment
+from cineline.core.image import KeyFrames
 from cineline.core.request import Job, Kind, WorkItem
 from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, RequestState, StagePart
 from cineline.schedule.words import Value
@@ -69,7 +69,7 @@ class _Faulty(PipelineParallelMixin[RequestState]):
         self._meet("load")
         return self._family.load(part)
 
-    def admit(self, job: Job, image: Image.Image | None) -> RequestState:
+    def admit(self, job: Job, image: KeyFrames | None) -> RequestState:
         self._meet("admit", job)
         state: RequestState = self._family.admit(job, image)
         return state
@@ -95,7 +95,7 @@ class _Faulty(PipelineParallelMixin[RequestState]):
         self._meet("give", state.job, item)
         return self._family.give(state, value, item)
 
-    def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
+    def rehearsals(self) -> Iterable[tuple[Job, KeyFrames | None]]:
         for job, image in self._family.rehearsals():
             yield replace(job, id=REHEARSAL), image
 

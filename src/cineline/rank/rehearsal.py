@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from PIL import Image
 
+from cineline.core.image import KeyFrames
 from cineline.core.request import Job
 from cineline.families.pipeline_parallel import Hidden, PipelineParallelMixin, StagePart
 from cineline.rank.guard import extremes
@@ -32,7 +32,7 @@ def rehearse(family: PipelineParallelMixin[Any], part: StagePart, device: Device
 
 
 def _rehearse(
-    family: PipelineParallelMixin[Any], part: StagePart, device: DeviceQueue, job: Job, image: Image.Image | None
+    family: PipelineParallelMixin[Any], part: StagePart, device: DeviceQueue, job: Job, image: KeyFrames | None
 ) -> None:
     state = family.admit(job, image if part.is_head else None)
     experts = tuple(family.expert(state, step) for step in range(job.steps))

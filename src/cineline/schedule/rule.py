@@ -38,7 +38,7 @@ def groups_of(parallel: ParallelConfig, shape: Shape, request: int = 0) -> Itera
     """All groups of a request, in the order of the stream."""
     size = 1 if parallel.cfg == 2 else shape.branches
     if shape.texts:
-        yield Group(Kind.TEXT, request, 0, size)
+        yield Group(Kind.TEXT, request, shape.texts[0], min(size, len(shape.texts)))
     yield Group(Kind.ENCODE, request)
     yield from (Group(Kind.DENOISE, request, step, size) for step in range(shape.first_step, shape.steps))
     yield from (Group(Kind.DECODE, request, chunk) for chunk in range(shape.chunks))
@@ -291,7 +291,7 @@ class _Part:
 
 def edges_of(parallel: ParallelConfig) -> list[Edge]:
     """All edges that any job may use, in the one order in which every rank makes them."""
-    everything, last = Shape(steps=2, branches=2, texts=True, chunks=2), len(parallel.groups) - 1
+    everything, last = Shape(steps=2, branches=2, texts=(0, 1), chunks=2), len(parallel.groups) - 1
     found: set[Edge] = set()
     for experts in {(0, 0), (0, last), (last, last)}:
         for rank in range(parallel.ranks):

@@ -19,6 +19,7 @@ from itertools import groupby
 
 from cineline.core.config import ParallelConfig
 from cineline.core.request import Group, Job, Kind
+from cineline.schedule.prompts import PromptCache
 from cineline.schedule.rule import groups_of
 
 MOST_WAITING = 2
@@ -58,7 +59,7 @@ def turns_of(parallel: ParallelConfig, job: Job) -> Iterator[list[Group]]:
     by_kind = {
         kind: list(groups) for kind, groups in groupby(groups_of(parallel, job.shape, job.id), lambda group: group.kind)
     }
-    if job.texts:
+    if Kind.TEXT in by_kind:
         yield by_kind[Kind.TEXT]
     first, *steps = by_kind[Kind.DENOISE]
     yield [*by_kind[Kind.ENCODE], first]
@@ -92,7 +93,7 @@ class _Entry:
 
 
 class Scheduler:
-    """Orders the work of all requests.
+    """Orders the work of all requests, and says which prompts' embeddings are kept (`PromptCache`).
 
     With split experts a request is in the first group of stages until it moves to the second, and each group has its
     share of the requests in flight, so that new ones come in while others are in the second.
@@ -104,9 +105,13 @@ class Scheduler:
         parallel: how the line is divided.
         in_flight: requests that may be in flight at once; None for the default of each group of stages.
         admit: called with a job just before its first group of items is emitted.
+        prompts: embeddings that each head keeps.
     """
 
-    def __init__(self, parallel: ParallelConfig, in_flight: int | None, admit: Callable[[Job], None]) -> None:
+    def __init__(
+        self, parallel: ParallelConfig, in_flight: int | None, admit: Callable[[Job], None], prompts: int = 0
+    ) -> None:
+        self._prompts = PromptCache(prompts, parallel.cfg)
         self._parallel = parallel
         self._stages = [len(group) for group in parallel.groups]
         self._in_flight = in_flight
@@ -122,15 +127,24 @@ class Scheduler:
 
     def pump(self) -> list[Group]:
         """All groups of items that may be emitted now, in order."""
-        while self._waiting and self._has_room(self._waiting[0]):
-            job = self._waiting.popleft()
+        emitted = self._pump()
+        while more := self._pump():  # who waited for a prompt need not any more
+            emitted += more
+        return emitted
+
+    def _pump(self) -> list[Group]:
+        while self._waiting and self._has_room(self._waiting[0]) and not self._prompts.awaits(self._waiting[0]):
+            job = self._prompts.settle(self._waiting.popleft())
             self._admit(job)
             self._active[job.id] = _Entry(job, deque(turns_of(self._parallel, job)), self._first_group(job))
             self._ready.append(self._active[job.id])
         emitted: list[Group] = []
         while (entry := next(filter(self._may_go, self._ready), None)) is not None:
             self._ready.remove(entry)
-            emitted.extend(entry.turns.popleft())
+            turn = entry.turns.popleft()
+            emitted.extend(turn)
+            if turn[0].kind is Kind.ENCODE:
+                self._prompts.encoded(entry.job.id)
             if emitted[-1].kind is Kind.DECODE:
                 self._decoder = entry
         return emitted
@@ -167,12 +181,14 @@ class Scheduler:
         if entry is None or entry.leaving:
             return None
         entry.leaving = True
+        self._prompts.forget(request)
         entry.turns.clear()
         self._let_go(entry)
         return Group(Kind.DROP, request)
 
     def _forget(self, entry: _Entry) -> None:
         del self._active[entry.job.id]
+        self._prompts.end(entry.job.id)
         self._let_go(entry)
 
     def _let_go(self, entry: _Entry) -> None:

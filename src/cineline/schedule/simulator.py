@@ -68,17 +68,20 @@ class Simulation:
     done: Mapping[int, Sequence[Deed]]
 
 
-def simulate(profile: Profile, jobs: Sequence[Job], in_flight: int | None, rendezvous: bool = False) -> Simulation:
+def simulate(
+    profile: Profile, jobs: Sequence[Job], in_flight: int | None, rendezvous: bool = False, prompts: int = 0
+) -> Simulation:
     """Run jobs, submitted at once and in this order, through the line.
 
     Args:
         in_flight: requests that denoise at once; None for the scheduler's default.
         rendezvous: a send holds its rank until the message is through; the strictest that a backend may be.
+        prompts: embeddings that each head keeps, of prompts that are alike.
 
     Raises:
         Deadlock: work is left that nobody can go on with, or two ends of an edge disagree on what is sent.
     """
-    return _Line(profile, jobs, in_flight, rendezvous).run()
+    return _Line(profile, jobs, in_flight, rendezvous, prompts).run()
 
 
 @dataclass
@@ -109,13 +112,15 @@ class _Rank:
 
 
 class _Line:
-    def __init__(self, profile: Profile, jobs: Sequence[Job], in_flight: int | None, rendezvous: bool) -> None:
+    def __init__(
+        self, profile: Profile, jobs: Sequence[Job], in_flight: int | None, rendezvous: bool, prompts: int
+    ) -> None:
         parallel = profile.parallel
         self._profile = profile
         self._jobs = {job.id: job for job in jobs}
         self._unfinished = set(self._jobs)
         self._underway_limit = 0 if rendezvous else SENDS_UNDERWAY
-        self._scheduler = Scheduler(parallel, in_flight, self._tell_all)
+        self._scheduler = Scheduler(parallel, in_flight, self._tell_all, prompts)
         places = [Place(cfg=cfg, pp=stage) for cfg in range(parallel.cfg) for stage in range(parallel.pp)]
         self._ranks = {parallel.rank(place): _Rank(parallel.rank(place), place) for place in places}
         self._clock = Clock()

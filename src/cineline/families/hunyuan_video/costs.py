@@ -58,7 +58,7 @@ class HunyuanCosts(StackCosts):
             before_decoder=Parameters(),
             dtype=dtype,
             vae_dtype=vae_dtype,
-            beside=_glyph_encoder(configs["text_encoder_2"]),
+            beside=_glyph_encoder(configs["text_encoder_2"], dtype),
             width=d,
             head=head,
             wide=wide,
@@ -93,12 +93,14 @@ def _embedders(own: Mapping[str, Any], d: int, patch: int, refiner: int) -> Para
     return Parameters(latents + times + context + written + pictures + 3 * d)
 
 
-def _glyph_encoder(config: Mapping[str, Any]) -> Parameters:
-    """transformers' `T5EncoderModel`, whose feed-forwards are gated."""
+def _glyph_encoder(config: Mapping[str, Any], dtype: Dtype) -> Parameters:
+    """transformers' `T5EncoderModel`, whose feed-forwards are gated; their outer weights stay float32 in float16."""
     d, heads = int(config["d_model"]), int(config["num_heads"])
     layer = 4 * d * heads * int(config["d_kv"]) + 3 * d * int(config["d_ff"]) + 2 * d
     buckets = int(config.get("relative_attention_num_buckets", 32)) * heads
-    return Parameters(int(config["vocab_size"]) * d + int(config["num_layers"]) * layer + buckets + d)
+    outer = d * int(config["d_ff"]) * int(config["num_layers"]) * (dtype == "float16")
+    whole = int(config["vocab_size"]) * d + int(config["num_layers"]) * layer + buckets + d
+    return Parameters(whole - outer, outer)
 
 
 @dataclass(frozen=True)

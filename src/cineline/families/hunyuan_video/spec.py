@@ -40,7 +40,6 @@ DEFAULTS: Mapping[str, Any] = {
 UNSUPPORTED = {"use_meanflow": "a super-resolution model's"}
 GUIDER = {"guidance_rescale": "a rescaled guidance", "use_original_formulation": "another formulation of guidance"}
 
-NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras")
 
 MOST_FPS, MOST_FRAMES, MOST_CELLS = 1_000, 1_024, 1_024
 """Frames a second; latent frames, and latents a side: more are taken for a slip of the hand."""
@@ -76,7 +75,7 @@ class HunyuanVideoSpec(Checkpoint):
         check_plain(folder, configs["transformer"], UNSUPPORTED)
         check_plain(folder, configs["guider"], GUIDER)
         scale = configs["guider"].get("guidance_scale", DEFAULTS["guidance_scale"])
-        return cls(folder, configs, {**DEFAULTS, "guidance_scale": scale, **own_defaults(folder, NO_DEFAULTS)}, variant)
+        return cls(folder, configs, {**DEFAULTS, "guidance_scale": scale, **own_defaults(folder)}, variant)
 
     @property
     def patch(self) -> tuple[int, int, int]:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from diffusers import HunyuanVideo15Transformer3DModel
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor, nn
 
+from cineline.core.image import KeyFrames
 from cineline.core.request import Branch, Job, Kind, VideoRequest, WorkItem
 from cineline.families.double_stream import ATTENTION, OUTPUTS
 from cineline.families.flow import FlowStages, FlowState, make_solver
@@ -115,7 +115,7 @@ class HunyuanVideoStages(FlowStages):
         weights.load(model, self._dtype, part.device, shards=shards)
         return model, weights.bytes_read
 
-    def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
+    def rehearsals(self) -> Iterable[tuple[Job, KeyFrames | None]]:
         """A few tokens and steps, with guidance."""
         side = 2 * self.spec.vae_scale * self.spec.patch[1]
         fields: dict[str, Any] = {"height": side, "width": side, "num_frames": 5, "guidance_scale": 2}

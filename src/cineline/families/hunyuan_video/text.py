@@ -61,7 +61,8 @@ class Glyphs:
         own, tied = "encoder.embed_tokens.weight", "shared.weight"
         aliases = {} if own in weights else {own: tied}
         weights.check_names({aliases.get(name, name) for name in whole.state_dict()}, ignored=["shared"])
-        weights.load(whole, dtype, device, aliases=aliases)
+        keep = T5EncoderModel._keep_in_fp32_modules if dtype is torch.float16 else ()  # as transformers does
+        weights.load(whole, dtype, device, fp32=keep, aliases=aliases)
         self._encoder, self.bytes_read = whole.encoder, weights.bytes_read
 
     def __call__(self, prompt: str) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,6 @@ UNSUPPORTED = {
     "use_layer3d_rope": "a layered model's",
 }
 
-NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras")
 
 MOST_ROWS = 4096
 """Positions that the transformer's rope has, of which prompts take some behind the picture's."""
@@ -85,7 +84,7 @@ class QwenImageSpec(Checkpoint):
         """
         configs = read_configs(folder, CLASSES)
         check_plain(folder, configs["transformer"], UNSUPPORTED)
-        return cls(folder, configs, {**DEFAULTS, **own_defaults(folder, NO_DEFAULTS)}, variant)
+        return cls(folder, configs, {**DEFAULTS, **own_defaults(folder)}, variant)
 
     @property
     def layers(self) -> int:

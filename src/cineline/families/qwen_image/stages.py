@@ -15,9 +15,9 @@ from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor, nn
 
+from cineline.core.image import KeyFrames
 from cineline.core.request import Branch, Job, Kind, VideoRequest, WorkItem
 from cineline.families.double_stream import ATTENTION, OUTPUTS
 from cineline.families.flow import FlowStages, FlowState, make_solver
@@ -94,7 +94,7 @@ class QwenImageStages(FlowStages):
             shards |= {f"transformer_blocks.{layer}.{name}": shard for name, shard in parts.items()}
         return shards
 
-    def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
+    def rehearsals(self) -> Iterable[tuple[Job, KeyFrames | None]]:
         """A few tokens and steps, with guidance."""
         side = 4 * self.spec.vae_scale
         small = VideoRequest(prompt="a rehearsal", height=side, width=side, num_inference_steps=2, guidance_scale=2)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cineline.core.request import Branch, WorkItem
 from cineline.families.pipeline_parallel import StagePart
+from cineline.families.prompts import Prompts
 from cineline.families.wan.clip import ClipEncoder
 from cineline.families.wan.constants import TEXT_TOKENS, TIME_ROWS
 from cineline.families.wan.denoise import Step
@@ -46,6 +47,7 @@ class Conditioner:
             self._images = ImageEncoder(spec.component("vae"), self._vae_dtype, part.device)
             self._clip = ClipEncoder(spec, self._vae_dtype, part.device) if spec.image else None
         self.bytes_read = sum(each.bytes_read for each in (self._images, self._clip) if each)
+        self._prompts = Prompts(part.parallel.cfg)
         self._axes = [part.axis(name) for name in ("ring", "ulysses", "tp")]
 
     @property
@@ -75,6 +77,11 @@ class Conditioner:
             specs["condition"] = TensorSpec((1, beside, *state.latent_shape[2:]), torch.float32)
         return specs
 
+    def admit(self, state: WanState) -> None:
+        """A new request; on the first rank of the head it may find prompts of others."""
+        if self._part.is_head and self._part.place.is_first_lane:
+            state.prompts = self._prompts.admit(state.job, self._part.branches(state.job))
+
     def compute(self, state: WanState, item: WorkItem, starts: bool, ends: bool) -> None:
         """On the head it is made; the others only hand it on."""
         if starts:
@@ -97,14 +104,15 @@ class Conditioner:
         if state.keeps_first_frame:
             made[FIRST_FRAME] = self._encoded(state, 1)
         elif state.job.has_image:
-            made["condition"] = state.beside = self._with_mask(self._encoded(state, state.job.num_frames))
+            made["condition"] = state.beside = self._with_mask(state, self._encoded(state, state.job.num_frames))
         state.texts.clear()
+        state.prompts.clear()
         return tuple(made[name] for name in state.names)
 
     def _embedding(self, state: WanState, branch: Branch) -> Tensor:
         """A prompt's; the stage's first rank has it and hands it to the others."""
         if self._part.place.is_first_lane:
-            return self._hand_out(state.texts[branch])
+            return self._hand_out(Prompts.embedding(state.prompts, branch, state.texts))
         return self._hand_out(torch.empty(self.embedding.shape, dtype=self._dtype, device=self._device))
 
     def _hand_out(self, tensor: Tensor) -> Tensor:
@@ -117,7 +125,7 @@ class Conditioner:
         """What the CLIP encoder sees in the images, [images, rows, its width], in the transformer's dtype."""
         if self._clip is not None:
             assert state.image is not None
-            seen = self._clip.encode([state.image]).contiguous()
+            seen = self._clip.encode([image for image in state.image if image is not None]).contiguous()
         else:
             assert self._spec.image is not None
             shape = self._spec.pictures, self._spec.picture_rows, int(self._spec.image["hidden_size"])
@@ -125,21 +133,23 @@ class Conditioner:
         return self._hand_out(seen).to(self._dtype)
 
     def _encoded(self, state: WanState, frames: int) -> Tensor:
-        """The image as latents of a clip of so many frames that begins with it."""
+        """The image as latents of a clip of so many frames that begins with it, and may end with another."""
         job = state.job
         if self._images is not None:
             assert state.image is not None
-            latents = self._images.encode(state.image, job.height, job.width, frames).contiguous()
+            latents = self._images.encode(*state.image, job.height, job.width, frames).contiguous()
             state.image = None
         else:
             batch, channels, all_frames, height, width = state.latent_shape
             latents = torch.empty(batch, channels, min(frames, all_frames), height, width, device=self._device)
         return self._hand_out(latents)
 
-    def _with_mask(self, latents: Tensor) -> Tensor:
+    def _with_mask(self, state: WanState, latents: Tensor) -> Tensor:
         """I2V's channels beside the latents: which frames are given, and the clip."""
         given = torch.zeros(1, self._spec.vae_frames, *latents.shape[2:], device=self._device)
         given[:, :, 0] = 1
+        if state.job.has_last_image:
+            given[:, -1, -1] = 1
         return torch.cat([given, latents], dim=1)
 
     def _embed_time(self, state: WanState, expert: int, step: Step) -> tuple[Tensor, Tensor, Tensor]:

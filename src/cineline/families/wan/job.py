@@ -17,6 +17,7 @@ class WanJob(Job):
         switch_step: the step at which it does, instead.
         solver: instead of the checkpoint's. sigmas: of each step, before the shift; None for the solver's own.
         loras: those that it has, in their order; None where requests have no choice. lora_scales: times each one's own.
+        has_last_image: whether the head is handed a last frame beside the first one.
     """
 
     guidance_scale_2: float | None = None
@@ -27,10 +28,11 @@ class WanJob(Job):
     sigmas: tuple[float, ...] | None = None
     loras: tuple[str, ...] | None = None
     lora_scales: tuple[float, ...] | None = None
+    has_last_image: bool = False
 
     @property
     def own_settings(self) -> dict[str, str]:
         """See `Job.own_settings`; without guidance there is no second scale."""
-        off = {"guidance_scale_2"} if self.branches == 1 else set()
+        off = {"has_last_image"} | ({"guidance_scale_2"} if self.branches == 1 else set())
         own = {name: value for name, value in super().own_settings.items() if name not in off}
         return own | ({"skip_guidance_at_one": ""} if self.unguided else {})

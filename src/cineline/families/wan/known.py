@@ -136,6 +136,7 @@ KNOWN: Mapping[str, WanSpec] = {
         _spec("Wan-AI/Wan2.1-T2V-14B-Diffusers", "t2v", {**_14B, "in_channels": 16}, _VAE_21, 5.0),
         _spec("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "i2v", _OF_IMAGES, _VAE_21, 3.0),
         _spec("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", "i2v", _OF_IMAGES, _VAE_21, 5.0),
+        _spec("Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "i2v", {**_OF_IMAGES, "pos_embed_seq_len": 514}, _VAE_21, 16.0),
     )
 }
 """By hub id, with the official flow shifts (some converted checkpoints carry 3.0; a checkpoint on disk is read)."""

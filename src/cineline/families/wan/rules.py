@@ -13,7 +13,7 @@ from PIL import Image
 
 from cineline.core.image import called, load_image
 from cineline.core.lora import choice
-from cineline.core.request import VideoRequest
+from cineline.core.request import MOST_SEED, VideoRequest, drawn
 from cineline.errors import InvalidRequest, shown
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.schedules import Schedule, is_given, with_preset
@@ -40,8 +40,10 @@ class Rules:
             InvalidRequest: a field breaks one of the rules.
         """
         request = with_preset(self._wan, request)
-        if not request.prompt.strip():
-            raise InvalidRequest(f"prompt={shown(request.prompt)} is empty: describe the video in at least one word.")
+        if not request.prompt.strip() and request.image is None:
+            raise InvalidRequest(
+                f"prompt={shown(request.prompt)} is empty: describe the video in at least one word, or give an image."
+            )
         self._check_image(request)
         height, width = self._size(request)
         fps, frames = self._fps(request), self._default(request, "num_frames")
@@ -52,9 +54,14 @@ class Rules:
                 f"{shown(below + self._wan.vae_frames)}."
             )
         self._check_length("num_frames", frames, (frames - 1) // self._wan.vae_frames + 1)
-        seed = self._default(request, "seed")
-        if not 0 <= seed < 2**63:
-            raise InvalidRequest(f"seed={shown(seed)} is out of range: use 0 to 2**63 - 1.")
+        if request.last_image is not None and frames == 1:
+            raise InvalidRequest(
+                f"num_frames={shown(frames)} has no room for a last_image behind the first one: use "
+                f"{1 + self._wan.vae_frames} or more."
+            )
+        seed = drawn(self._default(request, "seed"))
+        if not 0 <= seed <= MOST_SEED:
+            raise InvalidRequest(f"seed={shown(seed)} is out of range: use 0 to 2**64 - 1, or random.")
         scale = self._scale(request, "guidance_scale")
         assert scale is not None
         schedule = Schedule.of(self._wan, request, partial(self._default, request))
@@ -80,9 +87,11 @@ class Rules:
             seed=seed,
             fps=fps,
             unguided=self._unguided(request, scale, scale_2),
+            preview=request.preview,
             has_image=request.image is not None,
             loras=loras,
             lora_scales=lora_scales,
+            has_last_image=request.last_image is not None,
         )
 
     def _default(self, request: VideoRequest, name: str) -> Any:
@@ -104,6 +113,16 @@ class Rules:
             )
         if self._wan.kind == "i2v" and request.image is None:
             raise InvalidRequest(f"{shown(self._wan.folder)} is an image-to-video model and needs an image: give one.")
+        takes_last = self._wan.kind == "i2v" and self._wan.pictures != 1
+        if request.last_image is not None and not takes_last:
+            raise InvalidRequest(
+                f"{shown(self._wan.folder)} is no image-to-video model with two experts (I2V-A14B), nor one of a first "
+                "and a last frame, and takes no last_image: leave it out."
+            )
+        if request.last_image is None and self._wan.pictures == 2:
+            raise InvalidRequest(
+                f"{shown(self._wan.folder)} is a model of a first and a last frame and needs a last_image: give one."
+            )
 
     def _size(self, request: VideoRequest) -> tuple[int, int]:
         given = request.height, request.width

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from cineline.core.request import Solver, VideoRequest
+from cineline.core.request import MOST_STEPS, Solver, VideoRequest
 from cineline.errors import InvalidRequest, shown
 from cineline.families.wan.shapes import WanShapes, shift_of
 
@@ -26,9 +26,6 @@ TAKE_SIGMAS = ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler", "Fl
 
 OWN_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 """In a scheduler's config: levels are not taken as they are given."""
-
-MOST_STEPS = 10_000
-"""More are taken for a slip of the hand."""
 
 LIGHTNING_STEPS = 4
 

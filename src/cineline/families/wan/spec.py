@@ -11,9 +11,11 @@ from PIL import Image
 
 from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
 from cineline.core.hardware import Device, Link
-from cineline.core.request import Job, VideoRequest
+from cineline.core.request import RANDOM, Job, VideoRequest
+from cineline.core.work import ITEMSIZE
 from cineline.errors import CheckpointError, InvalidConfig, InvalidRequest, shown
 from cineline.families.configs import read_json
+from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.costs.line import PlannedLine
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.job import WanJob
@@ -105,7 +107,7 @@ CLIP_DEFAULTS: Mapping[str, Any] = {
 }
 """What transformers' `CLIPVisionConfig` takes where a config leaves a key out."""
 
-NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras")
+NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras", "last_image", "num_videos", "fit", "preview")
 """Request fields that a checkpoint cannot have defaults for."""
 
 
@@ -215,6 +217,10 @@ class WanSpec(WanShapes):
         """See `PlannedFamily.costs`."""
         return ModelCosts.of(self, dtype, vae_dtype)
 
+    def prompt_bytes(self, dtype: Dtype) -> int:
+        """See `PromptedFamily`."""
+        return TEXT_TOKENS * int(self.text["d_model"]) * ITEMSIZE[dtype]
+
     def line(
         self,
         parallel: ParallelConfig,
@@ -232,7 +238,9 @@ class WanSpec(WanShapes):
         if self.kind != "i2v":
             return VideoRequest(prompt="an example", **fields)
         sizes = {name: int(self.defaults[name]) for name in ("height", "width")}
-        return VideoRequest(prompt="an example", image=Image.new("RGB", (1, 1)), **{**sizes, **fields})
+        image = Image.new("RGB", (1, 1))
+        last = image if self.pictures == 2 else None
+        return VideoRequest(prompt="an example", image=image, last_image=last, **{**sizes, **fields})
 
     def resolve(self, request: VideoRequest, number: int) -> WanJob:
         """See `FamilySpec.resolve`."""
@@ -334,11 +342,6 @@ def _image_encoder(folder: Path, index: Mapping[str, Any], transformer: Mapping[
             f"transformer takes {shown(seen)} of width {shown(transformer['image_dim'])}: use the components of one "
             "checkpoint."
         )
-    if seen == 2 * rows:
-        raise CheckpointError(
-            f"{shown(folder)} is a model of a first and a last frame (pos_embed_seq_len={seen}), and a request has no "
-            "last frame: use an I2V model."
-        )
     return config
 
 
@@ -359,7 +362,7 @@ def _own_defaults(folder: Path) -> dict[str, Any]:
         checked = VideoRequest(**{"prompt": "checked"} | own)
     except InvalidRequest as error:
         raise CheckpointError(f"{shown(path)}: {error}") from None
-    useless = [name for name in own if name in NO_DEFAULTS or own[name] is None]
+    useless = [name for name in own if name in NO_DEFAULTS or own[name] in (None, RANDOM)]
     if useless:
         raise CheckpointError(
             f"{shown(path)}: {shown(useless[0])} cannot have the default {shown(own[useless[0]])}: remove it."

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from cineline.core.image import KeyFrames
 from cineline.core.request import Job, Kind, VideoRequest, WorkItem
 from cineline.families import snapshot
 from cineline.families.guidance import combine
@@ -24,9 +25,10 @@ from cineline.families.solver import contents, export_solver, history_bytes, res
 from cineline.families.wan.conditioning import Conditioner
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.decoding import DecoderPart
-from cineline.families.wan.denoise import make_solver, make_steps, noise_generator, take_step
+from cineline.families.wan.denoise import Step, make_solver, make_steps, noise_generator, take_step
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.job import WanJob
+from cineline.families.wan.preview import Previewer
 from cineline.families.wan.schedules import solver_of
 from cineline.families.wan.sequence_parallel import TokenShards
 from cineline.families.wan.spec import WanSpec
@@ -53,6 +55,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         self._experts = Experts(spec, part)
         self._conditioner = Conditioner(spec, part, self._experts)
         self._decoder = DecoderPart(spec, part)
+        self._previewer = Previewer(spec, part)
         self._parts: Mapping[Kind, Part[WanState]] = {
             Kind.TEXT: text,
             Kind.ENCODE: self._conditioner,
@@ -61,7 +64,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         }
         return sum(each.bytes_read for each in self._parts.values())
 
-    def admit(self, job: Job, image: Image.Image | None) -> WanState:
+    def admit(self, job: Job, image: KeyFrames | None) -> WanState:
         assert isinstance(job, WanJob)  # `WanSpec.resolve` makes no others
         solver, shape = self._solver(job), self.spec.latent_shape(job)
         state = WanState(job, image=image, steps=make_steps(solver, job), latent_shape=shape)
@@ -71,6 +74,7 @@ class WanStages(PipelineParallelMixin[WanState]):
         state.shards = TokenShards(state.tokens, self._part.axis("ring"), self._part.axis("ulysses"))
         state.rotary = state.shards.cut(cos), state.shards.cut(sin)
         state.names = tuple(self._conditioner.specs(state))
+        self._conditioner.admit(state)
         stage, groups = self._part.place.pp, self._experts.groups
         ends = {group.stop - 1 for group in groups}
         if stage in ends:
@@ -83,7 +87,7 @@ class WanStages(PipelineParallelMixin[WanState]):
     def _solver(self, job: WanJob) -> Any:
         return make_solver(*solver_of(self.spec, job.solver), job, self._device)
 
-    def rehearsals(self) -> Iterable[tuple[Job, Image.Image | None]]:
+    def rehearsals(self) -> Iterable[tuple[Job, KeyFrames | None]]:
         """A few tokens, as many steps as solvers have orders, both experts, three chunks, and an image."""
         spec, (height, width) = self.spec, self.spec.grid
         fields: dict[str, Any] = {
@@ -96,7 +100,9 @@ class WanStages(PipelineParallelMixin[WanState]):
             fields |= {"boundary_ratio": 0.5, "flow_shift": 1.0}
         image = Image.new("RGB", (fields["width"], fields["height"]))
         given = None if spec.kind == "t2v" else image
-        yield spec.resolve(VideoRequest(prompt="a rehearsal", image=given, **fields), 0), given
+        last = image if spec.pictures == 2 else None
+        request = VideoRequest(prompt="a rehearsal", image=given, last_image=last, **fields)
+        yield spec.resolve(request, 0), None if given is None else KeyFrames(given, last)
 
     def expert(self, state: WanState, step: int) -> int:
         return state.steps[step].expert
@@ -131,6 +137,8 @@ class WanStages(PipelineParallelMixin[WanState]):
         step = state.steps[item.number]
         prediction = combine(state.predictions, step.guidance)
         assert state.latents is not None
+        if state.job.previews(item):
+            state.preview = self._outcome(state, prediction, step)
         generator = noise_generator(state.job.seed, item.number)
         state.latents = take_step(state.solver, prediction, step.timestep, state.latents, generator)
         state.predictions.clear()
@@ -139,7 +147,16 @@ class WanStages(PipelineParallelMixin[WanState]):
         if item.kind is Kind.DECODE:
             (frames,) = state.take_hidden()
             return frames
+        if state.preview is not None:
+            picture, state.preview = self._previewer.picture(state.preview), None
+            return picture
         return state.final_latents()[0] if state.job.ends_denoising(item) else None
+
+    def _outcome(self, state: WanState, prediction: torch.Tensor, step: Step) -> torch.Tensor:
+        """Latents without noise, if the flow that the step predicts went on straight (x - sigma v)."""
+        assert state.latents is not None
+        sigma = step.timestep.float() / self.spec.scheduler.get("num_train_timesteps", 1000)
+        return state.with_first_frame(state.latents - sigma * prediction.float())
 
     def end_denoising(self, state: WanState) -> None:
         state.end_denoising()

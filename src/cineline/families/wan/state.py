@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 
+from cineline.core.image import KeyFrames
 from cineline.core.request import Branch, Kind, WorkItem
 from cineline.families.pipeline_parallel import Hidden, RequestState
+from cineline.families.prompts import Slot
 from cineline.families.wan.denoise import Step
 from cineline.families.wan.job import WanJob
 
@@ -21,7 +22,7 @@ class WanState(RequestState):
     """One Wan request on one stage.
 
     Attributes:
-        job: a Wan model's. image: the first frame, on the head alone and until it is encoded.
+        job: a Wan model's. image: the given frames, on the head alone and until it is encoded.
         steps: timestep, expert and guidance of every step.
         latent_shape: [1, C, F', H', W'].
         tokens: S.
@@ -33,11 +34,13 @@ class WanState(RequestState):
         beside: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'];
             with split experts, whose second head needs them too, they are in the conditioning.
         decoding: the decode under way, as this stage's decoder keeps it.
+        prompts: on the head, where embeddings of its prompts are kept.
+        preview: where a picture is due, what the step says that the latents come to.
         uniform: by expert, for each of its steps whether all tokens have the same time embedding.
     """
 
     job: WanJob
-    image: Image.Image | None = None
+    image: KeyFrames | None = None
     steps: list[Step] = field(default_factory=list)
     latent_shape: tuple[int, ...] = ()
     tokens: int = 0
@@ -49,6 +52,8 @@ class WanState(RequestState):
     fresh: dict[str, Any] = field(default_factory=dict)
     beside: torch.Tensor | None = None
     decoding: Any = None
+    prompts: dict[Branch, Slot] = field(default_factory=dict)
+    preview: torch.Tensor | None = None
     uniform: dict[int, list[bool]] = field(default_factory=dict)
 
     def conditioned(self, name: str) -> torch.Tensor:

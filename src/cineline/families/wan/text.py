@@ -194,7 +194,8 @@ class TextSlice:
             stack.final_layer_norm = nn.Identity()
         stored = {name: f"encoder.{self._stored_name(name)}" for name in stack.state_dict()}
         stored = {name: aliases.get(whole_name, whole_name) for name, whole_name in stored.items()}
-        weights.load(stack, self._dtype, self.device, aliases=stored)
+        fp32 = UMT5EncoderModel._keep_in_fp32_modules if self._dtype == torch.float16 else ()  # as transformers does
+        weights.load(stack, self._dtype, self.device, fp32, aliases=stored)
         self.bytes_read += weights.bytes_read
         self._stack = stack
 
@@ -235,7 +236,7 @@ class TextPart:
         states, mask = self._tokens(state, item.branch) if starts else state.take_hidden()
         mask = mask.to(self._slice.device)  # once, for the slice and for those behind it
         states = self._slice.run(states, mask).to(self._part.device)
-        if item.branch is self._part.branches(state.job)[-1]:
+        if item.branch == [each for each in self._part.branches(state.job) if each in state.job.shape.texts][-1]:
             self._slice.release()
         state.hidden = (states,) if ends else (states, mask.to(self._part.device))
 

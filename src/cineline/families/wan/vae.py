@@ -64,16 +64,23 @@ class ImageEncoder:
         self._statistics = statistics(self._vae.config, torch.float32, device)
         self._processor = VideoProcessor(vae_scale_factor=self._vae.config.scale_factor_spatial)
 
-    def encode(self, image: Image.Image, height: int, width: int, num_frames: int) -> torch.Tensor:
-        """Normalised latents, float32 [1, C, F', H', W'], of a clip that begins with the image and goes on grey.
+    def encode(
+        self, image: Image.Image, last: Image.Image | None, height: int, width: int, num_frames: int
+    ) -> torch.Tensor:
+        """Normalised latents, float32 [1, C, F', H', W'], of a clip that begins with the image, goes on grey, and ends
+        with another where there is one.
 
         As in diffusers' `WanImageToVideoPipeline.prepare_latents`.
         """
-        first = self._processor.preprocess(image, height=height, width=width).to(self._device, torch.float32)
-        first = first.unsqueeze(2)
-        rest = first.new_zeros(1, first.shape[1], num_frames - 1, height, width)
-        clip = torch.cat([first, rest], dim=2).to(self._dtype)
+        first, *ends = (self._pixels(each, height, width) for each in (image, last) if each is not None)
+        grey = first.new_zeros(1, first.shape[1], num_frames - 1 - len(ends), height, width)
+        clip = torch.cat([first, grey, *ends], dim=2).to(self._dtype)
         latents = self._vae.encode(clip).latent_dist.mode().to(torch.float32)
         mean, inverse_std = self._statistics
         normalised: torch.Tensor = (latents - mean) * inverse_std
         return normalised
+
+    def _pixels(self, image: Image.Image, height: int, width: int) -> torch.Tensor:
+        """One frame, float32 [1, 3, 1, height, width]."""
+        pixels: torch.Tensor = self._processor.preprocess(image, height=height, width=width)
+        return pixels.to(self._device, torch.float32).unsqueeze(2)

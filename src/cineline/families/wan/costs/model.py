@@ -93,7 +93,7 @@ class ModelCosts:
             shapes.kind,
             len(shapes.experts),
             TransformerCosts.of(shapes.transformer, shapes.pictures * shapes.picture_rows),
-            TextCosts.of(shapes.text),
+            TextCosts.of(shapes.text, dtype),
             VaeCosts.of(shapes.vae),
             dtype,
             vae_dtype,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cineline.core.config import Dtype
 from cineline.core.work import Parameters, Work
 from cineline.families.wan.constants import TEXT_TOKENS
 
@@ -17,7 +18,7 @@ class TextCosts:
     Attributes:
         layers: of it. width, inner, ffn, heads: of a layer's states, attention and feed-forward.
         vocabulary: rows of the embedding. buckets: of the relative positions' bias.
-        gated: whether the feed-forward has a gate.
+        gated: whether the feed-forward has a gate. wide: whether its outer weights stay float32.
     """
 
     layers: int
@@ -28,10 +29,12 @@ class TextCosts:
     vocabulary: int
     buckets: int
     gated: bool
+    wide: bool = False
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> TextCosts:
-        """From a `text_encoder/config.json`; what it leaves out is as in transformers."""
+    def of(cls, config: Mapping[str, Any], dtype: Dtype = "float32") -> TextCosts:
+        """From a `text_encoder/config.json`; what it leaves out is as in transformers, which keeps the outer weights of
+        feed-forwards in float32 where the others are float16."""
         heads = int(config.get("num_heads", 6))
         return cls(
             layers=int(config.get("num_layers", 8)),
@@ -42,6 +45,7 @@ class TextCosts:
             vocabulary=int(config.get("vocab_size", 250112)),
             buckets=int(config.get("relative_attention_num_buckets", 32)),
             gated=str(config.get("feed_forward_proj", "gated-gelu")).startswith("gated"),
+            wide=dtype == "float16",
         )
 
     @property
@@ -53,8 +57,10 @@ class TextCosts:
     def layer(self) -> Parameters:
         """One layer: attention with a bias for relative positions, feed-forward, two norms."""
         attention = 4 * self.width * self.inner + self.buckets * self.heads
-        feed_forward = (3 if self.gated else 2) * self.width * self.ffn
-        return Parameters(attention + feed_forward + 2 * self.width)
+        outer = self.width * self.ffn
+        inner = (2 if self.gated else 1) * outer
+        cast = attention + inner + 2 * self.width
+        return Parameters(cast, outer) if self.wide else Parameters(cast + outer)
 
     @property
     def last_norm(self) -> Parameters:
