@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from local_line import LocalLine
 from oracle import assert_equal
+from PIL import Image
 from pretended_family import assert_in_good_order
 from random_families import save_qwen_image
 from safetensors.torch import save_file
@@ -30,6 +32,7 @@ from cineline import (
     RequestCancelled,
     VideoRequest,
 )
+from cineline.cli import main
 from cineline.core.config import DeviceConfig, Dtype, Place, TextEncoder
 from cineline.core.family import plannable
 from cineline.families.qwen_image.known import KNOWN
@@ -104,6 +107,19 @@ def test_levels_that_are_given_equal_diffusers(folder: Path) -> None:
     arguments = {"prompt": request.prompt, "height": request.height, "width": request.width, "true_cfg_scale": 1.0}
     packed = pipeline(generator=noise, output_type="latent", sigmas=[1.0, 0.6, 0.3], **arguments).images
     assert torch.equal(found, pipeline._unpack_latents(packed, request.height, request.width, 8)[0])
+
+
+def test_the_command_writes_a_picture(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = requests()[1]
+    told = {name: str(getattr(request, name)) for name in ("height", "width", "guidance_scale", "seed")}
+    options = [word for name, value in told.items() for word in (f"--{name.replace('_', '-')}", value)]
+    output = tmp_path / "cat.png"
+    words = ["generate", request.prompt, "--model", str(folder), "--num-inference-steps", "2", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["cineline", *words, *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert np.array_equal(np.asarray(Image.open(output)), _by_pipeline(folder, "float32", 1)[1][0])
 
 
 def test_half_precision_equals_diffusers(folder: Path) -> None:
