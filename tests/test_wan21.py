@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from foreign import original_transformer, state_of
+from local_line import LocalLine
 from lora_files import Loaded, pipeline_with, shapes_of
 from oracle import FIELDS, Checkpoint, Oracle, assert_equal
 from PIL import Image
@@ -21,13 +22,14 @@ from safetensors.torch import save_file
 from test_pretended_device import Pretend
 
 from cineline import CheckpointError, Engine, InvalidRequest, ModelFiles, ParallelConfig, RequestCancelled, VideoRequest
-from cineline.core.config import Dtype, Place
+from cineline.core.config import DeviceConfig, Dtype, Place
 from cineline.families.wan.convert import convert
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
+from cineline.families.wan.stages import WanStages
 from cineline.families.wan.tensors import transformer_tensors
 from cineline.planning.cut import default_cut
 from cineline.planning.hardware import LINKS, devices_of
@@ -79,6 +81,17 @@ def test_a_first_and_a_last_frame_equal_diffusers(dtype: Dtype, checkpoint: Chec
     with Engine(folder, ParallelConfig(pp=3), dtype=dtype, device="cpu", in_flight=2) as engine:
         for handle, one in zip([engine.submit(one) for one in wanted], wanted, strict=True):
             assert_equal(handle.result(60), oracle.run(folder, dtype, one))
+
+
+def test_a_request_goes_on_from_a_snapshot_on_another_line(checkpoint: Checkpoint, oracle: Oracle) -> None:
+    folder, request = checkpoint(config("i2v")), requests("i2v")[0]
+    spec, stages, options = WanSpec.open(folder), WanStages, DeviceConfig(dtype="bfloat16")
+    first = LocalLine(spec, ParallelConfig(pp=2), None, stages_class=stages, snapshot_every=1, config=options)
+    first.run([request])
+    again = LocalLine(spec, ParallelConfig(pp=3), None, stages_class=stages, config=options)
+    ((latents, frames),) = again.run([request], resumed={0: first.snapshots(0)[0]}).values()
+    expected = oracle.run(folder, "bfloat16", request)
+    assert torch.equal(latents, expected[0]) and frames is not None and np.array_equal(frames, expected[1])
 
 
 def test_as_many_images_as_the_encoder_sees_are_needed(checkpoint: Checkpoint) -> None:
