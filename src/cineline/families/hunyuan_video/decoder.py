@@ -7,10 +7,10 @@ from diffusers import AutoencoderKLHunyuanVideo15
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
+from cineline.families.frames import quantise
 from cineline.families.hunyuan_video.spec import HunyuanVideoSpec
 from cineline.families.hunyuan_video.vae import HunyuanVae
 from cineline.families.pipeline_parallel import StagePart
-from cineline.families.wan.decoder import quantise
 from cineline.weights.files import Weights
 from cineline.weights.sources import open_source
 
