@@ -9,6 +9,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import json
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from forked_ranks import start_forked
 from oracle import Checkpoint, Oracle
 
 from cineline.core.faults import VARIABLE
-from cineline.engine import launch
+from cineline.engine import blueprint, launch
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 
 torch.set_num_threads(1)
@@ -91,3 +92,17 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
         monkeypatch.setenv(VARIABLE, json.dumps(faults))
 
     return to_environment
+
+
+@pytest.fixture
+def pretending(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    """Has engines start ranks that pretend to have a device."""
+    from pretended_ranks import Pretence, starter  # late: few tests need it
+
+    def pretend(**options: Any) -> Pretence:
+        pretence = Pretence(tmp_path, **options)
+        monkeypatch.setattr(launch, "start_ranks", starter(pretence))
+        monkeypatch.setattr(blueprint, "_check_devices", lambda parallel, config: None)
+        return pretence
+
+    return pretend

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
+from transformers import CLIPVisionModel
 
 from cineline import Video, VideoRequest
 from cineline.core.request import drawn
@@ -31,7 +32,11 @@ FIELDS = (
 def _pipeline(folder: Path, dtype: str, with_image: bool, vae_dtype: str) -> Any:
     vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=getattr(torch, vae_dtype))
     cls = WanImageToVideoPipeline if with_image else WanPipeline
-    pipeline = cls.from_pretrained(folder, vae=vae, dtype=getattr(torch, dtype))
+    parts = {"vae": vae}
+    if (folder / "image_encoder").exists():  # in the VAE's dtype, as diffusers documents it
+        eyes = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=getattr(torch, vae_dtype))
+        parts["image_encoder"] = eyes
+    pipeline = cls.from_pretrained(folder, dtype=getattr(torch, dtype), **parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

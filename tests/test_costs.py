@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_tensors import LiveTensors
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from cineline.core.config import ParallelConfig, Place
 from cineline.core.request import VideoRequest
 from cineline.core.work import Parameters
 from cineline.families.wan.constants import TEXT_TOKENS
+from cineline.families.wan.costs.clip import ClipCosts
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.costs.text import TextCosts
 from cineline.families.wan.costs.transformer import TransformerCosts
@@ -26,7 +27,7 @@ from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.known import KNOWN
 from cineline.planning.cut import default_cut
 
-TI2V, T2V, I2V = KNOWN.values()
+TI2V, T2V, I2V, *WAN_21 = KNOWN.values()
 
 _SMALL = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024, "num_layers": 30, "text_dim": 256}
 
@@ -94,10 +95,15 @@ def check_text(config: dict[str, Any]) -> None:
     assert half.whole == counted(model.encoder, tuple(UMT5EncoderModel._keep_in_fp32_modules))
 
 
-@pytest.mark.parametrize("spec", KNOWN.values(), ids=["ti2v", "t2v", "i2v"])
+@pytest.mark.parametrize("spec", KNOWN.values(), ids=list(KNOWN))
 def test_weights_of_the_real_models(spec: Any) -> None:
     check_transformer(dict(spec.transformer))
     check_vae(dict(spec.vae))
+    if spec.image:
+        model = on_meta(CLIPVisionModel, CLIPVisionConfig(**spec.image))
+        seen = ClipCosts.of(spec.image, spec.picture_rows, spec.pictures)
+        unused = counted(model.encoder.layers[-1]) + counted(model.post_layernorm)
+        assert seen.parameters + unused == counted(model)
 
 
 def test_weights_of_the_real_text_encoder() -> None:
@@ -172,10 +178,11 @@ def test_weights_of_random_text_encoders(heads: int, layers: int, gated: bool, v
 
 
 def test_sizes_that_are_published() -> None:
-    sizes = [ModelCosts.of(spec, "bfloat16", "float32") for spec in (TI2V, T2V)]
-    assert [round(costs.transformer.whole.count / 1e9, 2) for costs in sizes] == [5.00, 14.29]
-    assert [round(costs.vae.whole.count / 1e6, 1) for costs in sizes] == [704.7, 126.9]
-    assert [round(costs.transformer.block.nbytes("bfloat16") / 1e9, 3) for costs in sizes] == [0.327, 0.703]
+    sizes = [ModelCosts.of(spec, "bfloat16", "float32") for spec in (TI2V, T2V, *WAN_21)]
+    billions = [round(costs.transformer.whole.count / 1e9, 2) for costs in sizes]
+    assert billions == [5.00, 14.29, 1.42, 14.29, 16.39, 16.39, 16.40]
+    assert [round(costs.vae.whole.count / 1e6, 1) for costs in sizes[:2]] == [704.7, 126.9]
+    assert [round(costs.transformer.block.nbytes("bfloat16") / 1e9, 3) for costs in sizes[:2]] == [0.327, 0.703]
 
 
 @pytest.mark.parametrize(
@@ -199,12 +206,14 @@ def test_flop_of_a_forward_that_are_published(
     assert work.attention / work.flop == pytest.approx(attention, abs=0.01)
 
 
-@pytest.mark.parametrize("spec", [TI2V, T2V], ids=["ti2v", "a14b"])
+@pytest.mark.parametrize("spec", [TI2V, T2V, WAN_21[-1]], ids=["ti2v", "a14b", "of images"])
 def test_flop_of_a_block_are_what_torch_counts(spec: Any) -> None:
-    costs, tokens = TransformerCosts.of(spec.transformer), 300
-    block = on_meta(WanTransformerBlock, costs.width, costs.ffn, costs.heads, cross_attn_norm=True)
+    costs, tokens = TransformerCosts.of(spec.transformer, spec.image_rows), 300
+    added = {"added_kv_proj_dim": spec.transformer.get("added_kv_proj_dim")}
+    block = on_meta(WanTransformerBlock, costs.width, costs.ffn, costs.heads, cross_attn_norm=True, **added)
     with torch.device("meta"):
-        hidden, text = torch.empty(1, tokens, costs.width), torch.empty(1, TEXT_TOKENS, costs.width)
+        hidden = torch.empty(1, tokens, costs.width)
+        text = torch.empty(1, costs.image_rows + TEXT_TOKENS, costs.width)
         rotary = (torch.empty(1, tokens, 1, costs.width // costs.heads),) * 2
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             block(hidden, text, torch.empty(1, 6, costs.width), rotary)
@@ -283,7 +292,7 @@ def test_expert_steps_that_are_published() -> None:
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("spec", KNOWN.values(), ids=["ti2v", "t2v", "i2v"])
+@pytest.mark.parametrize("spec", KNOWN.values(), ids=list(KNOWN))
 def test_default_cut_is_near_an_even_share(spec: Any, stages: int) -> None:
     costs = ModelCosts.of(spec, "bfloat16", "float32")
     cut = default_cut(costs, spec.place(ParallelConfig(pp=stages)))
@@ -293,8 +302,8 @@ def test_default_cut_is_near_an_even_share(spec: Any, stages: int) -> None:
     assert cut.vae_split is not None
     assert sum(cut.text_split) == costs.text.layers
     assert sum(cut.vae_split) == len(costs.vae.decoder)
-    # The head's embedding and embedders cannot be cut: on eight stages they are above a share by themselves.
-    assert max(held) <= (1.15 if stages < 8 else 1.4) * costs.whole.total / stages
+    # The head's embedding, embedders and image encoder cannot be cut: on eight stages they are above a share.
+    assert max(held) <= (1.15 if stages < 8 else 1.6 if spec.image else 1.4) * costs.whole.total / stages
 
 
 @pytest.mark.parametrize("stages", [2, 4])

@@ -160,8 +160,6 @@ STRANGE: list[tuple[Change, list[str]]] = [
     (put("motion_encoder.dec.direction.weight", 4), ["an Animate model"]),
     (put("casual_audio_encoder.encoder.weight", 4), ["S2V"]),
     (put("control_adapter.conv.weight", 4), ["control adapter"]),
-    (put("img_emb.proj.0.weight", 4), ["image encoder (Wan 2.1)"]),
-    (put("blocks.0.cross_attn.k_img.weight", 4), ["image encoder (Wan 2.1)"]),
     (put("diffusion_model.blocks.0.self_attn.q.lora_A.weight", 4), ["a LoRA"]),
     (quantised({"format": "nvfp4"}), ["stored as 'nvfp4'", "blocks.0.self_attn.q", "float8_e4m3fn and float8_e5m2"]),
     (quantised({"format": "int8_tensorwise"}), ["stored as 'int8_tensorwise'", "use a file in one of them"]),

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pretended_ranks
 import pytest
 import torch
 from local_line import LocalLine
@@ -26,7 +25,6 @@ from cineline import Engine, NotFinite, ParallelConfig, RankFailed, RequestCance
 from cineline.core.config import DeviceConfig
 from cineline.core.faults import VARIABLE
 from cineline.core.request import Solver
-from cineline.engine import blueprint, launch
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
@@ -169,21 +167,8 @@ EXACT = ("pp", "cfg", "expert_placement")
 """Axes that leave the CPU's bits as they are, whatever the sizes: a single rank's are what they are compared with."""
 
 
-@pytest.fixture
-def pretending(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pretence]:
-    """Has engines start ranks that pretend."""
-
-    def pretend(**options: Any) -> Pretence:
-        pretence = Pretence(tmp_path, **options)
-        monkeypatch.setattr(launch, "start_ranks", pretended_ranks.starter(pretence))
-        monkeypatch.setattr(blueprint, "_check_devices", lambda parallel, config: None)
-        return pretence
-
-    return pretend
-
-
 Pretend = Callable[..., Pretence]
-"""What the fixture `pretending` is."""
+"""What the fixture `pretending` (conftest.py) is."""
 
 
 def run(folder: Path, axes: dict[str, Any], requests: Sequence[VideoRequest], **options: Any) -> list[Video]:

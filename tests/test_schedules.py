@@ -26,7 +26,7 @@ from cineline.families.wan.random_checkpoint import RandomConfig, save_random_ch
 from cineline.families.wan.schedules import CLASSES, solver_of
 from cineline.families.wan.spec import DEFAULTS_FILE, WanSpec
 
-TI2V, T2V, I2V = KNOWN.values()
+TI2V, T2V, I2V = list(KNOWN.values())[:3]
 
 
 def resolved(spec: WanSpec = T2V, **fields: Any) -> WanJob:

@@ -272,8 +272,8 @@ def test_a_folder_that_is_no_wan_checkpoint_is_refused(copy: Copy, tmp_path: Pat
         change(folder / name / "config.json", in_channels=17)
     assert "17 input channels" in refusal(folder)
     for name in ("transformer", "transformer_2"):
-        change(folder / name / "config.json", image_dim=1280)
-    assert "Wan 2.1" in refusal(folder)
+        change(folder / name / "config.json", in_channels=16, image_dim=1280)
+    assert "names no 'image_encoder'" in refusal(folder)
     (folder / "vae" / "config.json").unlink()
     assert "vae/config.json' does not exist" in refusal(folder)
 

@@ -14,9 +14,10 @@ from benchmarks.gpu.clock import forget, peak_gb, timed
 from benchmarks.gpu.random_wan import RandomSpec, RandomWeights, random_spec
 from benchmarks.gpu.transformer import SIZES, SMALL_SIZES
 from cineline.core.config import ParallelConfig
+from cineline.families.frames import quantise
 from cineline.families.wan import vae
 from cineline.families.wan.costs.model import ModelCosts
-from cineline.families.wan.decoder import DecoderSlice, quantise
+from cineline.families.wan.decoder import DecoderSlice
 from cineline.families.wan.vae import DECODER, load_half, statistics
 from cineline.planning.cut import default_cut
 

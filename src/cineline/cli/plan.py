@@ -43,7 +43,8 @@ def plan(
     *,
     devices: Annotated[str, typer.Option(help="Such as 4xL40S, or 2xL40S,1xRTX4090 in the order of the stages.")],
     model: Annotated[
-        str | None, typer.Option(help="A hub id of Wan 2.2 (nothing is downloaded), or a folder.", show_default=False)
+        str | None,
+        typer.Option(help="A hub id of docs/models.md (no download), or a folder.", show_default=False),
     ] = None,
     files: Annotated[Given, Fields(ModelFiles)],
     lora: Annotated[

@@ -17,8 +17,8 @@ from cineline.weights.layout import files_of
 from cineline.weights.lora import CONFIG
 from cineline.weights.sources import GGUF, PICKLES, SAFETENSORS, open_source
 
-CONFIGS = ("model_index.json", "*/config.json", "*/scheduler_config.json")
-TOKENIZER = "tokenizer/[!.]*"
+CONFIGS = ("model_index.json", "*/config.json", "*/*_config.json")
+TOKENIZER = "tokenizer*/[!.]*"
 
 TOLD_ELSEWHERE = ("variant", "defaults", "files", "loras")
 """Fields of a stored family's spec that change no bits by themselves: the files say what the variant is, and each

@@ -15,8 +15,13 @@ from cineline.families.configs import read_json
 SPECS: Mapping[str, str] = {
     "WanPipeline": "cineline.families.wan.spec:WanSpec",
     "WanImageToVideoPipeline": "cineline.families.wan.spec:WanSpec",
+    "QwenImagePipeline": "cineline.families.qwen_image.spec:QwenImageSpec",
+    "HunyuanVideo15Pipeline": "cineline.families.hunyuan_video.spec:HunyuanVideoSpec",
 }
 """diffusers' pipeline class to "module:Class" of a `FamilySpec`, whose `open(folder, variant)` reads configs alone."""
+
+KNOWN = tuple(f"cineline.families.{family}.known" for family in ("wan", "qwen_image", "hunyuan_video"))
+"""Modules with models by their hub ids."""
 
 
 def open_checkpoint(folder: Path, variant: str | None = None) -> FamilySpec:
@@ -34,7 +39,7 @@ def open_checkpoint(folder: Path, variant: str | None = None) -> FamilySpec:
     pipeline = str(index.get("_class_name"))
     if pipeline not in SPECS:
         raise CheckpointError(
-            f"{shown(folder)} holds a {shown(pipeline)}: Cineline runs {' and '.join(SPECS)} checkpoints."
+            f"{shown(folder)} holds a {shown(pipeline)}: Cineline runs {', '.join(SPECS)} checkpoints."
         )
     module, name = SPECS[pipeline].split(":")
     spec: FamilySpec = getattr(importlib.import_module(module), name).open(folder, variant)
@@ -73,6 +78,8 @@ def with_loras(spec: FamilySpec, loras: Sequence[Lora], mode: LoraMode) -> Famil
 
 def known_model(name: str) -> FamilySpec | None:
     """The spec of a model that is known by its hub id, without any of its files; None for others."""
-    from cineline.families.wan.known import KNOWN  # late: it need not be there to run a checkpoint
-
-    return KNOWN.get(name)
+    for module in KNOWN:
+        known: Mapping[str, FamilySpec] = importlib.import_module(module).KNOWN  # late: a checkpoint runs without
+        if name in known:
+            return known[name]
+    return None

@@ -1,1 +1,1 @@
-"""Wan 2.2, all of it."""
+"""Wan 2.1 and 2.2, all of it."""

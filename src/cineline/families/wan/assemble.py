@@ -89,6 +89,12 @@ def _known(files: ModelFiles, found: Mapping[str, Found]) -> WanSpec:
             f"{OPTIONS[first]} {shown(files.given[first])} is given alone: give the model's other files, --transformer "
             "first, or its folder or hub id with --model."
         )
+    if found["transformer"].sees:
+        raise CheckpointError(
+            f"--transformer {shown(files.given['transformer'])} is of an image-to-video model of Wan 2.1, whose image "
+            f"encoder is in no file of these: give the folder or hub id of such a model with --model, such as "
+            f"{shown('Wan-AI/Wan2.1-I2V-14B-480P-Diffusers')}."
+        )
     kind = kind_of(found["transformer"])
     spec = next(spec for spec in KNOWN.values() if spec.kind == kind)
     for name in (*spec.experts, "vae", "text_encoder"):
@@ -168,6 +174,12 @@ def _transformers(spec: WanSpec, found: Mapping[str, Found], beside: bool) -> Ma
             raise CheckpointError(
                 f"{OPTIONS[name]} {shown(one.source.path)} has {one.channels[0]} channels in and {one.channels[1]} "
                 f"out, and {shown(spec.folder)} has {asked[0]} and {asked[1]}: give files of one model."
+            )
+        if one.sees != (spec.image is not None):
+            which = "an" if one.sees else "no"
+            raise CheckpointError(
+                f"{OPTIONS[name]} {shown(one.source.path)} is of a model with {which} image encoder (Wan 2.1), unlike "
+                f"{shown(spec.folder)}: give files of one model."
             )
         size = int(spec.transformer["attention_head_dim"]) if beside else _head_size(one)
         configs.append({**spec.transformer, **transformer_config(one, size)})

@@ -1,4 +1,4 @@
-"""What the head makes once a request for all stages: projected prompts, time embeddings, the first frame.
+"""What the head makes once a request for all stages: projected prompts and images, time embeddings, the first frame.
 
 Legend: S tokens, D model width, B rows of a product, K distinct rows of a time embedding (1, or with
 `expand_timesteps` as many as `TIME_ROWS` and S allow).
@@ -15,6 +15,7 @@ from torch import Tensor
 from cineline.core.request import Branch, WorkItem
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.prompts import Prompts
+from cineline.families.wan.clip import ClipEncoder
 from cineline.families.wan.constants import TEXT_TOKENS, TIME_ROWS
 from cineline.families.wan.denoise import Step
 from cineline.families.wan.experts import Experts
@@ -27,22 +28,25 @@ log = logging.getLogger(__name__)
 
 
 class Conditioner:
-    """Makes it on the head, which has the VAE's encoder where the model takes images; all stages know the shapes.
+    """Makes it on the head, which has the VAE's encoder where the model takes images, and the CLIP encoder of Wan 2.1;
+    all stages know the shapes.
 
     Args:
         experts: of which the head has the condition embedders.
 
     Attributes:
-        bytes_read: of the VAE encoder's weights.
+        bytes_read: of both encoders' weights.
     """
 
     def __init__(self, spec: WanSpec, part: StagePart, experts: Experts) -> None:
         self._spec, self._part, self._experts = spec, part, experts
         self._device, self._dtype = part.device, getattr(torch, part.config.dtype)
-        self._images = None
+        self._images = self._clip = None
+        self._vae_dtype = getattr(torch, part.config.vae_dtype)
         if spec.kind != "t2v" and part.is_head and part.place.is_first_lane:
-            self._images = ImageEncoder(spec.component("vae"), getattr(torch, part.config.vae_dtype), part.device)
-        self.bytes_read = self._images.bytes_read if self._images else 0
+            self._images = ImageEncoder(spec.component("vae"), self._vae_dtype, part.device)
+            self._clip = ClipEncoder(spec, self._vae_dtype, part.device) if spec.image else None
+        self.bytes_read = sum(each.bytes_read for each in (self._images, self._clip) if each)
         self._prompts = Prompts(part.parallel.cfg)
         self._axes = [part.axis(name) for name in ("ring", "ulysses", "tp")]
 
@@ -54,14 +58,15 @@ class Conditioner:
     def specs(self, state: WanState) -> dict[str, TensorSpec]:
         """Names, order, shapes and dtypes of what is made."""
         width = self._spec.transformer["num_attention_heads"] * self._spec.transformer["attention_head_dim"]
-        rows = min(TIME_ROWS, state.tokens) if self._spec.kind == "ti2v" else 1
+        times = min(TIME_ROWS, state.tokens) if self._spec.kind == "ti2v" else 1
         specs = {}
         for expert in state.experts:
             steps = sum(step.expert == expert for step in state.steps)
             for branch in self._part.branches(state.job):
-                specs[text_name(expert, branch)] = TensorSpec((1, TEXT_TOKENS, width), self._dtype)
-            specs[f"time.{expert}"] = TensorSpec((steps, rows, width), self._dtype)
-            specs[f"modulation.{expert}"] = TensorSpec((steps, rows, 6, width), self._dtype)
+                rows = self._spec.image_rows + TEXT_TOKENS
+                specs[text_name(expert, branch)] = TensorSpec((1, rows, width), self._dtype)
+            specs[f"time.{expert}"] = TensorSpec((steps, times, width), self._dtype)
+            specs[f"modulation.{expert}"] = TensorSpec((steps, times, 6, width), self._dtype)
             if self._spec.kind == "ti2v":
                 specs[f"row.{expert}"] = TensorSpec((steps, state.tokens), torch.uint8)
         _, channels, _, height, width_ = state.latent_shape
@@ -86,11 +91,13 @@ class Conditioner:
         """All of it, in the order of `specs`; the prompts' embeddings are used up."""
         self._experts.take_turn(state)
         embeddings = {branch: self._embedding(state, branch) for branch in self._part.branches(state.job)}
+        pictures = self._pictures(state) if self._spec.image else None
         made = {}
         for expert in state.experts:
             embedder = self._experts.models[expert].condition_embedder
+            before = [] if pictures is None else [embedder.image_embedder(pictures)]
             for branch, embedding in embeddings.items():
-                made[text_name(expert, branch)] = embedder.text_embedder(embedding)
+                made[text_name(expert, branch)] = torch.cat([*before, embedder.text_embedder(embedding)], dim=1)
             rows = [self._embed_time(state, expert, step) for step in state.steps if step.expert == expert]
             for name, stacked in zip(("time", "modulation", "row"), zip(*rows, strict=True), strict=True):
                 made[f"{name}.{expert}"] = torch.stack(stacked)
@@ -113,6 +120,17 @@ class Conditioner:
         for axis in self._axes:
             axis.broadcast(tensor)
         return tensor
+
+    def _pictures(self, state: WanState) -> Tensor:
+        """What the CLIP encoder sees in the images, [images, rows, its width], in the transformer's dtype."""
+        if self._clip is not None:
+            assert state.image is not None
+            seen = self._clip.encode([image for image in state.image if image is not None]).contiguous()
+        else:
+            assert self._spec.image is not None
+            shape = self._spec.pictures, self._spec.picture_rows, int(self._spec.image["hidden_size"])
+            seen = torch.empty(shape, dtype=self._vae_dtype, device=self._device)
+        return self._hand_out(seen).to(self._dtype)
 
     def _encoded(self, state: WanState, frames: int) -> Tensor:
         """The image as latents of a clip of so many frames that begins with it, and may end with another."""

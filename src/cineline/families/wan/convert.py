@@ -40,6 +40,9 @@ PLAIN |= {str(dtype).removeprefix("torch."): dtype for dtype in PLAIN.values()}
 
 CLASSES = {"vae": "AutoencoderKLWan", "transformer": "WanTransformer3DModel", "transformer_2": "WanTransformer3DModel"}
 
+IMAGES = {"image_encoder": "CLIPVisionModel", "image_processor": "CLIPImageProcessor"}
+"""Wan 2.1's, which are copied as they are."""
+
 
 def convert(
     spec: WanSpec,
@@ -89,6 +92,8 @@ def _write_configs(spec: WanSpec, to: Path) -> None:
     _write_json(to / "scheduler" / "scheduler_config.json", scheduler)
     with unpacked(spec.tokenizer_home) as tokenizer:
         shutil.copytree(tokenizer, to / "tokenizer")
+    for name in IMAGES if spec.image else ():
+        shutil.copytree(spec.folder / name, to / name)
     _write_json(to / "model_index.json", _index(spec))
     if (spec.folder / DEFAULTS_FILE).is_file():
         shutil.copy(spec.folder / DEFAULTS_FILE, to)
@@ -97,7 +102,7 @@ def _write_configs(spec: WanSpec, to: Path) -> None:
 def _index(spec: WanSpec) -> dict[str, Any]:
     """As diffusers writes it."""
     experts = {name: ["diffusers", CLASSES[name]] for name in spec.experts}
-    images = {"image_encoder": [None, None], "image_processor": [None, None]} if spec.kind == "i2v" else {}
+    images = {name: ["transformers", kind] if spec.image else [None, None] for name, kind in IMAGES.items()}
     return {
         "_class_name": "WanImageToVideoPipeline" if spec.kind == "i2v" else "WanPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -109,7 +114,7 @@ def _index(spec: WanSpec) -> dict[str, Any]:
         "transformer_2": [None, None],
         "vae": ["diffusers", CLASSES["vae"]],
         **experts,
-        **images,
+        **(images if spec.kind == "i2v" else {}),
     }
 
 

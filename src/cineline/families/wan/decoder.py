@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import CACHE_T, WanCausalC
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor, nn
 
+from cineline.families.frames import quantise
 from cineline.families.snapshot import copied
 from cineline.families.wan.constants import TILE, TILE_STRIDE
 from cineline.families.wan.costs.vae import VaeCosts
@@ -174,12 +175,6 @@ class DecoderSlice:
         if self.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=self.config.patch_size)
         return quantise(self._processor, torch.clamp(pixels, min=-1.0, max=1.0))
-
-
-def quantise(processor: VideoProcessor, pixels: Tensor) -> Tensor:
-    """Frames uint8 [F, H, W, 3] of pixels [1, 3, F, H, W] in -1 to 1."""
-    frames: Tensor = processor.postprocess_video(pixels, output_type="pt")[0].permute(0, 2, 3, 1).float()
-    return (frames * 255).round().to(torch.uint8).contiguous()
 
 
 def _modules_of(unit: str) -> list[str]:

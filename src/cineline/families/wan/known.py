@@ -1,5 +1,5 @@
-"""The three Wan 2.2 models as data, so that they can be planned for without a checkpoint, and run from files of weights
-that have no configs (no torch).
+"""The Wan 2.2 and 2.1 models as data, so that they can be planned for without a checkpoint, and run from files of
+weights that have no configs (no torch).
 
 The VAEs' statistics of latents are those of the public repository (Wan2.2, wan/modules/vae2_1.py and vae2_2.py).
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cineline.families.wan.shapes import WanKind
-from cineline.families.wan.spec import WAN_DEFAULTS, WanSpec
+from cineline.families.wan.spec import WanSpec, default_request
 
 _TRANSFORMER: Mapping[str, Any] = {
     "patch_size": [1, 2, 2],
@@ -22,10 +22,16 @@ _TRANSFORMER: Mapping[str, Any] = {
     "qk_norm": "rms_norm_across_heads",
     "eps": 1e-6,
     "rope_max_seq_len": 1024,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
 }
 
 _5B = {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
-_A14B = {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824, "out_channels": 16}
+_14B = {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824, "out_channels": 16}
+_1_3B = {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960, "in_channels": 16, "out_channels": 16}
+_OF_IMAGES = {**_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+"""Wan 2.1's, with a CLIP encoder."""
 
 _UMT5_XXL: Mapping[str, Any] = {
     "num_layers": 24,
@@ -81,31 +87,56 @@ _VAE_22: Mapping[str, Any] = {
 }
 
 
+_CLIP: Mapping[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
+"""ViT-H/14."""
+
+
 def _spec(
-    name: str, kind: WanKind, shape: Mapping[str, Any], vae: Mapping[str, Any], shift: float, boundary: float | None
+    name: str,
+    kind: WanKind,
+    shape: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    shift: float,
+    boundary: float | None = None,
 ) -> WanSpec:
     experts = ("transformer",) if boundary is None else ("transformer", "transformer_2")
+    transformer = {**_TRANSFORMER, **shape}
     scheduler = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     return WanSpec(
         folder=Path(name),
         kind=kind,
-        transformer={**_TRANSFORMER, **shape},
+        transformer=transformer,
         experts=experts,
         vae=vae,
         text=_UMT5_XXL,
         scheduler=scheduler | {"num_train_timesteps": 1000},
         scheduler_class="UniPCMultistepScheduler",
         boundary_ratio=boundary,
-        defaults=WAN_DEFAULTS[kind],
+        defaults=default_request(kind, transformer, len(experts)),
+        image=_CLIP if transformer["image_dim"] else None,
     )
 
 
 KNOWN: Mapping[str, WanSpec] = {
     str(spec.folder): spec
     for spec in (
-        _spec("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "ti2v", _5B, _VAE_22, 5.0, None),
-        _spec("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "t2v", {**_A14B, "in_channels": 16}, _VAE_21, 12.0, 0.875),
-        _spec("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "i2v", {**_A14B, "in_channels": 36}, _VAE_21, 5.0, 0.900),
+        _spec("Wan-AI/Wan2.2-TI2V-5B-Diffusers", "ti2v", _5B, _VAE_22, 5.0),
+        _spec("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "t2v", {**_14B, "in_channels": 16}, _VAE_21, 12.0, 0.875),
+        _spec("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "i2v", {**_14B, "in_channels": 36}, _VAE_21, 5.0, 0.900),
+        _spec("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "t2v", _1_3B, _VAE_21, 5.0),
+        _spec("Wan-AI/Wan2.1-T2V-14B-Diffusers", "t2v", {**_14B, "in_channels": 16}, _VAE_21, 5.0),
+        _spec("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "i2v", _OF_IMAGES, _VAE_21, 3.0),
+        _spec("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", "i2v", _OF_IMAGES, _VAE_21, 5.0),
+        _spec("Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "i2v", {**_OF_IMAGES, "pos_embed_seq_len": 514}, _VAE_21, 16.0),
     )
 }
 """By hub id, with the official flow shifts (some converted checkpoints carry 3.0; a checkpoint on disk is read)."""

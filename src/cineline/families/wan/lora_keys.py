@@ -12,6 +12,7 @@ from cineline.core.lora import Level
 from cineline.errors import CheckpointError, shown
 from cineline.families.wan.naming import TRANSFORMER, TRANSFORMER_BLOCK
 from cineline.families.wan.shapes import WanShapes
+from cineline.families.wan.tensors import transformer_tensors
 from cineline.weights.lora import Adapter, Delta, Multiplier, role_of
 from cineline.weights.sources import Source, open_source
 
@@ -28,7 +29,7 @@ EXPERTS: Mapping[Level, str] = {"high": "transformer", "low": "transformer_2"}
 IMAGE_ENCODER = re.compile(
     r"(?:^|[._])(?:norm_k_img|k_img|v_img|img_emb|add_k_proj|add_v_proj|image_embedder)(?:[._]|$)"
 )
-"""Modules of Wan 2.1's image-to-video models, which Wan 2.2's have not. Their LoRAs run here without them, as in
+"""Modules of Wan 2.1's image-to-video models, which the others have not. Their LoRAs run there without them, as in
 diffusers."""
 
 
@@ -53,7 +54,7 @@ def deltas_of(spec: WanShapes, source: Source, level: Level) -> dict[str, Delta]
     Raises:
         CheckpointError: a tensor of the file belongs to nothing, or has no partner.
     """
-    shapes = tensors(spec)
+    shapes = transformer_tensors(spec.transformer)
     targets = _targets(tuple(shapes))
     multiplier = Multiplier.of(source)
     levels = levels_of(source)
@@ -67,7 +68,7 @@ def deltas_of(spec: WanShapes, source: Source, level: Level) -> dict[str, Delta]
         if levels[stored] not in (None, level):
             continue
         module = (role[0] if role else stored)[prefix.end() :]
-        if IMAGE_ENCODER.search(module):
+        if spec.image is None and IMAGE_ENCODER.search(module):
             continue
         target = role and targets.get((module, "bias" if role[1] in ("bias", "up_bias") else "weight"))
         if role is None or target is None:
@@ -110,39 +111,6 @@ def levels_of(source: Source) -> dict[str, Level | None]:
         name: LEVELS[match["expert"]] if match["expert"] else unnumbered if match["first"] else None
         for name, match in found.items()
     }
-
-
-def tensors(spec: WanShapes) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors of a transformer, by diffusers' names."""
-    config = spec.transformer
-    width = int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    inner, patch = int(config["ffn_dim"]), math.prod(spec.patch)
-    embedder = "condition_embedder"
-    shapes: dict[str, tuple[int, ...]] = {
-        "scale_shift_table": (1, 2, width),
-        **_linear("patch_embedding", width, int(config["in_channels"]), *spec.patch),
-        **_linear(f"{embedder}.time_embedder.linear_1", width, int(config["freq_dim"])),
-        **_linear(f"{embedder}.time_embedder.linear_2", width, width),
-        **_linear(f"{embedder}.time_proj", 6 * width, width),
-        **_linear(f"{embedder}.text_embedder.linear_1", width, int(config["text_dim"])),
-        **_linear(f"{embedder}.text_embedder.linear_2", width, width),
-        **_linear("proj_out", int(config["out_channels"]) * patch, width),
-    }
-    for block in range(spec.layers):
-        for attention in ("attn1", "attn2"):
-            for linear in ("to_q", "to_k", "to_v", "to_out.0"):
-                shapes |= _linear(f"blocks.{block}.{attention}.{linear}", width, width)
-            shapes |= {f"blocks.{block}.{attention}.norm_{part}.weight": (width,) for part in "qk"}
-        if config["cross_attn_norm"]:
-            shapes |= _linear(f"blocks.{block}.norm2", width)
-        shapes |= _linear(f"blocks.{block}.ffn.net.0.proj", inner, width)
-        shapes |= _linear(f"blocks.{block}.ffn.net.2", width, inner)
-        shapes[f"blocks.{block}.scale_shift_table"] = (1, 6, width)
-    return shapes
-
-
-def _linear(name: str, *weight: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
 
 
 @cache

@@ -121,9 +121,9 @@ def _check(spec: WanSpec, lora: Lora, mode: LoraMode) -> None:
     if not any(found.values()):
         raise CheckpointError(f"{shown(lora.path)} has no tensor of a LoRA: give another file.")
     left_out = sum(IMAGE_ENCODER.search(name) is not None for name in source.stored)
-    if left_out:
+    if left_out and spec.image is None:
         log.warning(
-            "LoRA %s: %d tensors for the image encoder of Wan 2.1 are left out, which Wan 2.2 has not.",
+            "LoRA %s: %d tensors for the image encoder of Wan 2.1 are left out, which this model has not.",
             shown(lora.path),
             left_out,
         )

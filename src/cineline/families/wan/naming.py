@@ -30,10 +30,18 @@ TRANSFORMER: Mapping[str, str] = {
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
     "head.head": "proj_out",
     "head.modulation": "scale_shift_table",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
 }
 TRANSFORMER_BLOCK: Mapping[str, str] = {
     **_attention("self_attn", "attn1"),
     **_attention("cross_attn", "attn2"),
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
+    "cross_attn.norm_k_img": "attn2.norm_added_k",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
     "norm2": "norm3",  # they change places

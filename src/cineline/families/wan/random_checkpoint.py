@@ -1,4 +1,4 @@
-"""Small Wan 2.2 checkpoints with random weights, in diffusers format: for tests and benchmarks.
+"""Small Wan checkpoints with random weights, in diffusers format: for tests and benchmarks.
 
 They have the real classes and file layout, and make noise instead of pictures.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -18,10 +18,20 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from cineline.families.wan.shapes import WanKind
+
+IMAGE_SIDE, IMAGE_WIDTH, IMAGE_ROWS = 12, 20, 10
+"""Pixels a side, width and rows of what the image encoder makes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class RandomConfig:
     """Shapes of a random checkpoint.
 
     Attributes:
-        kind: which Wan 2.2 model it is like.
+        kind, generation: which Wan model it is like. pictures: that the image encoder of generation 2.1 sees.
         layers, heads, head_dim, ffn_dim: of the transformer(s).
         text_layers, text_width: of the text encoder. vae_width: channels of the VAE at full size.
         seed: of the weights.
@@ -52,6 +62,13 @@ class RandomConfig:
     boundary_ratio: float = 0.875
     flow_shift: float = 5.0
     max_shard_size: str = "5GB"
+    generation: Literal["2.1", "2.2"] = "2.2"
+    pictures: int = 1
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is an image encoder."""
+        return self.kind == "i2v" and self.generation == "2.1"
 
 
 def save_random_checkpoint(folder: Path, config: RandomConfig) -> Path:
@@ -68,7 +85,7 @@ def save_random_checkpoint(folder: Path, config: RandomConfig) -> Path:
 
 
 def _build(config: RandomConfig) -> WanPipeline | WanImageToVideoPipeline:
-    two_experts = config.kind != "ti2v"
+    two_experts = config.kind != "ti2v" and config.generation == "2.2"
     vae = random_vae(config.kind, config.vae_width, config.latent_channels)
     channels = vae.config.z_dim
     tokenizer = _tokenizer()
@@ -87,6 +104,8 @@ def _build(config: RandomConfig) -> WanPipeline | WanImageToVideoPipeline:
         "boundary_ratio": config.boundary_ratio if two_experts else None,
         "expand_timesteps": config.kind == "ti2v",
     }
+    if config.sees:
+        components |= {"image_encoder": _image_encoder(), "image_processor": _image_processor()}
     return WanImageToVideoPipeline(**components) if config.kind == "i2v" else WanPipeline(**components)
 
 
@@ -100,6 +119,9 @@ def _transformer(config: RandomConfig, latent_channels: int) -> WanTransformer3D
         freq_dim=64,
         ffn_dim=config.ffn_dim,
         num_layers=config.layers,
+        image_dim=IMAGE_WIDTH if config.sees else None,
+        added_kv_proj_dim=config.heads * config.head_dim if config.sees else None,
+        pos_embed_seq_len=2 * IMAGE_ROWS if config.sees and config.pictures == 2 else None,
     )
 
 
@@ -120,6 +142,16 @@ def random_vae(kind: WanKind, width: int = 4, channels: int = 16, **changes: Any
             "scale_factor_spatial": 16,
         }
     return AutoencoderKLWan(**shape | statistics | changes)
+
+
+def _image_encoder() -> CLIPVisionModel:
+    shape = {"hidden_size": IMAGE_WIDTH, "intermediate_size": 2 * IMAGE_WIDTH, "num_attention_heads": 2}
+    patches = {"image_size": IMAGE_SIDE, "patch_size": IMAGE_SIDE // 3}
+    return CLIPVisionModel(CLIPVisionConfig(num_hidden_layers=3, hidden_act="gelu", **shape, **patches))
+
+
+def _image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIDE}, crop_size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
 
 
 def _text_encoder(tokens: int, layers: int, width: int) -> UMT5EncoderModel:

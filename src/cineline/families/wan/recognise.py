@@ -31,9 +31,6 @@ STRANGERS: Mapping[str, str] = {
     "cond_encoder": "a speech-to-video model (S2V)",
     "control_adapter": "a model with a control adapter",
     "ref_conv": "a model with a control adapter",
-    "img_emb": "an image-to-video model with an image encoder (Wan 2.1)",
-    "image_embedder": "an image-to-video model with an image encoder (Wan 2.1)",
-    "k_img": "an image-to-video model with an image encoder (Wan 2.1)",
     "lora_": "a LoRA",
 }
 """How parts of tensors' names begin in models that are not run here."""
@@ -46,6 +43,9 @@ CALLED: Mapping[str, str] = {
     "vae": "a Wan VAE",
     "text_encoder": "a UMT5 text encoder",
 }
+
+IMAGES = "condition_embedder.image_embedder"
+"""Where Wan 2.1's transformers embed what an image encoder makes."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class Found:
         if name not in self.names:
             raise CheckpointError(f"{shown(self.source.path)} lacks tensor {shown(name)}: download it again.")
         return self.source.stored[self.names[name]].shape
+
+    @property
+    def sees(self) -> bool:
+        """Whether a transformer embeds what an image encoder makes (Wan 2.1)."""
+        return f"{IMAGES}.norm1.weight" in self.names
 
     def count(self, pattern: str) -> int:
         """How many different numbers stand at the pattern's one group, where it begins a name."""
@@ -143,6 +148,9 @@ def transformer_config(found: Found, head_size: int) -> dict[str, Any]:
         "text_dim": found.size("condition_embedder.text_embedder.linear_1.weight")[1],
         "freq_dim": found.size("condition_embedder.time_embedder.linear_1.weight")[1],
         "cross_attn_norm": "blocks.0.norm2.weight" in found.names,
+        "image_dim": found.size(f"{IMAGES}.norm1.weight")[0] if found.sees else None,
+        "added_kv_proj_dim": found.size("blocks.0.attn2.add_k_proj.weight")[1] if found.sees else None,
+        "pos_embed_seq_len": found.size(f"{IMAGES}.pos_embed")[1] if f"{IMAGES}.pos_embed" in found.names else None,
     }
 
 

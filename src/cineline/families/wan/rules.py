@@ -113,11 +113,15 @@ class Rules:
             )
         if self._wan.kind == "i2v" and request.image is None:
             raise InvalidRequest(f"{shown(self._wan.folder)} is an image-to-video model and needs an image: give one.")
-
-        if request.last_image is not None and self._wan.kind != "i2v":
+        takes_last = self._wan.kind == "i2v" and self._wan.pictures != 1
+        if request.last_image is not None and not takes_last:
             raise InvalidRequest(
-                f"{shown(self._wan.folder)} is no image-to-video model with two experts (I2V-A14B) and takes no "
-                "last_image: leave it out."
+                f"{shown(self._wan.folder)} is no image-to-video model with two experts (I2V-A14B), nor one of a first "
+                "and a last frame, and takes no last_image: leave it out."
+            )
+        if request.last_image is None and self._wan.pictures == 2:
+            raise InvalidRequest(
+                f"{shown(self._wan.folder)} is a model of a first and a last frame and needs a last_image: give one."
             )
 
     def _size(self, request: VideoRequest) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A Wan 2.2 model's configs, and what follows from them alone (no torch)."""
+"""A Wan model's configs, and what follows from them alone (no torch)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Component:
     """One of a model's parts: its config, and where its weights are.
 
     Attributes:
-        name: transformer, transformer_2, text_encoder or vae.
+        name: transformer, transformer_2, text_encoder, image_encoder or vae.
         path: a folder as diffusers has it. variant: of its weights; None for the plain ones.
         is_given: instead, a file or a folder that the user has named, with names of tensors as they may be.
     """
@@ -44,7 +44,7 @@ class Component:
 
 @dataclass(frozen=True)
 class WanShapes:
-    """A Wan 2.2 checkpoint's configs.
+    """A Wan 2.1 or 2.2 checkpoint's configs.
 
     Attributes:
         folder: holds `model_index.json` and a folder for each component; where there is none, the transformer's file.
@@ -52,6 +52,7 @@ class WanShapes:
         transformer: config of the (high-noise) expert. Both experts have the same.
         experts: component names, high noise first.
         text, vae, scheduler: their configs; scheduler_class names a diffusers scheduler.
+        image: config of the CLIP encoder that Wan 2.1's image-to-video models have; None where there is none.
         boundary_ratio: share of the training timesteps where the low-noise expert takes over, if any.
         variant: of the weights; None for the plain ones.
         files: by component, the file or folder that its weights come from instead.
@@ -77,11 +78,13 @@ class WanShapes:
     tokenizer: Path | None = None
     loras: tuple[Lora, ...] = ()
     lora_mode: LoraMode = "merge"
+    image: Mapping[str, Any] | None = None
     beside: tuple[tuple[int, ...], ...] = ()
 
     def component(self, name: str) -> Component:
         """One of the model's parts that have weights."""
-        config = {"vae": self.vae, "text_encoder": self.text}.get(name, self.transformer)
+        others = {"vae": self.vae, "text_encoder": self.text, "image_encoder": self.image or {}}
+        config = others.get(name, self.transformer)
         if name in self.files:
             return Component(name, config, self.files[name], is_given=True)
         return Component(name, config, self.folder / name, self.variant)
@@ -99,6 +102,24 @@ class WanShapes:
     def tokenizer_home(self) -> Path:
         """Where the tokenizer is."""
         return self.tokenizer or self.folder / "tokenizer"
+
+    @property
+    def pictures(self) -> int:
+        """Images that the CLIP encoder sees: the first frame, or with a table of positions the first and the last."""
+        if self.image is None:
+            return 0
+        return int(self.transformer["pos_embed_seq_len"] or self.picture_rows) // self.picture_rows
+
+    @property
+    def picture_rows(self) -> int:
+        """Rows that the CLIP encoder makes of an image: one a patch, and one for the whole."""
+        side = int(self.image["image_size"]) // int(self.image["patch_size"]) if self.image else 0
+        return side * side + 1
+
+    @property
+    def image_rows(self) -> int:
+        """Rows of images before those of a prompt, in what the cross attention sees."""
+        return self.pictures * self.picture_rows
 
     @property
     def layers(self) -> int:

@@ -1,4 +1,4 @@
-"""The Wan 2.2 models as data: shapes from a checkpoint's config files, default requests, rules (no torch)."""
+"""The Wan 2.1 and 2.2 models as data: shapes from a checkpoint's config files, default requests, rules (no torch)."""
 
 from __future__ import annotations
 
@@ -57,6 +57,20 @@ WAN_DEFAULTS: Mapping[WanKind, Defaults] = {
 }
 """Official default requests of Wan 2.2 (github.com/Wan-Video/Wan2.2, wan/configs)."""
 
+_WAN_21: Defaults = {"height": 720, "width": 1280, "num_frames": 81, "fps": 16, "guidance_scale": 5.0}
+
+WAN_21_DEFAULTS: Mapping[WanKind, Defaults] = {
+    "t2v": {**_WAN_21, "num_inference_steps": 50},
+    "i2v": {**_WAN_21, "num_inference_steps": 40},
+}
+"""The same of Wan 2.1 (github.com/Wan-Video/Wan2.1, generate.py)."""
+
+SMALL: Defaults = {"height": 480, "width": 832}
+"""Of its 1.3B model, which was trained for that size, and of checkpoints that say so in a `cineline.json`."""
+
+SMALL_HEADS = 12
+"""Attention heads of that model."""
+
 DEFAULTS_FILE = "cineline.json"
 
 TRANSFORMER_DEFAULTS: Mapping[str, Any] = {
@@ -83,13 +97,23 @@ NULLABLE = ("out_channels", "cross_attn_norm", "qk_norm", "image_dim", "added_kv
 """Keys whose null means something there. Of null for another one it builds no model, or none that runs; `ffn_dim` alone
 it takes for 4 times the width then, which no Wan 2.2 has."""
 
+CLIP_DEFAULTS: Mapping[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+}
+"""What transformers' `CLIPVisionConfig` takes where a config leaves a key out."""
+
 NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras", "last_image", "num_videos", "fit", "preview")
 """Request fields that a checkpoint cannot have defaults for."""
 
 
 @dataclass(frozen=True)
 class WanSpec(WanShapes):
-    """A Wan 2.2 checkpoint in diffusers format: what `FamilySpec` and `PlannedFamily` ask for."""
+    """A Wan 2.1 or 2.2 checkpoint in diffusers format: what `FamilySpec` and `PlannedFamily` ask for."""
 
     stages_class: ClassVar[str] = "cineline.families.wan.stages:WanStages"
 
@@ -98,7 +122,7 @@ class WanSpec(WanShapes):
         """Read the configs of a folder in diffusers format; no weights.
 
         Raises:
-            CheckpointError: the folder is no Wan 2.2 checkpoint.
+            CheckpointError: the folder is no Wan 2.1 or 2.2 checkpoint.
         """
         try:
             return replace(cls._open(folder), variant=variant)
@@ -139,7 +163,8 @@ class WanSpec(WanShapes):
             scheduler=scheduler,
             scheduler_class=str(_class_of(index, "scheduler")),
             boundary_ratio=boundary,
-            defaults=_defaults(kind, _own_defaults(folder)),
+            defaults=_defaults(default_request(kind, configs[0], len(experts)), _own_defaults(folder)),
+            image=_image_encoder(folder, index, configs[0]),
         )
         if not (spec.layers > 0 and min(spec.grid) > 0):
             raise CheckpointError(
@@ -152,10 +177,6 @@ class WanSpec(WanShapes):
     def _kind(
         folder: Path, index: Mapping[str, Any], transformer: Mapping[str, Any], vae: Mapping[str, Any]
     ) -> WanKind:
-        if transformer.get("image_dim") is not None:
-            raise CheckpointError(
-                f"{shown(folder)} is an image-to-video model with an image encoder (Wan 2.1): use a Wan 2.2 checkpoint."
-            )
         if index.get("expand_timesteps"):
             return "ti2v"
         channels, latent_channels = transformer["in_channels"], vae["z_dim"]
@@ -217,7 +238,9 @@ class WanSpec(WanShapes):
         if self.kind != "i2v":
             return VideoRequest(prompt="an example", **fields)
         sizes = {name: int(self.defaults[name]) for name in ("height", "width")}
-        return VideoRequest(prompt="an example", image=Image.new("RGB", (1, 1)), **{**sizes, **fields})
+        image = Image.new("RGB", (1, 1))
+        last = image if self.pictures == 2 else None
+        return VideoRequest(prompt="an example", image=image, last_image=last, **{**sizes, **fields})
 
     def resolve(self, request: VideoRequest, number: int) -> WanJob:
         """See `FamilySpec.resolve`."""
@@ -256,7 +279,7 @@ def _filled(file: Path) -> dict[str, Any]:
     for name, value in filled.items():
         if value is None and name not in NULLABLE:
             raise CheckpointError(
-                f"{shown(file)}: {shown(name)} is null, and Wan 2.2's transformers have a value there: give it, "
+                f"{shown(file)}: {shown(name)} is null, and Wan's transformers have a value there: give it, "
                 "leave the key out for diffusers' default, or download the checkpoint again."
             )
     filled["out_channels"] = filled["out_channels"] or filled["in_channels"]
@@ -287,9 +310,44 @@ def _check_solver(folder: Path, name: str | None, config: Mapping[str, Any]) -> 
         )
 
 
-def _defaults(kind: WanKind, own: Mapping[str, Any]) -> dict[str, Any]:
+def default_request(kind: WanKind, transformer: Mapping[str, Any], experts: int) -> Defaults:
+    """The official one of a model of that kind: with one expert that takes text, or text and image, it is Wan 2.1's."""
+    if kind == "ti2v" or experts > 1:
+        return WAN_DEFAULTS[kind]
+    small = kind == "t2v" and int(transformer["num_attention_heads"]) <= SMALL_HEADS
+    return {**WAN_21_DEFAULTS[kind], **(SMALL if small else {})}
+
+
+def _image_encoder(folder: Path, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The config of the CLIP encoder that a transformer asks for.
+
+    Raises:
+        CheckpointError: it is not there, or not of this transformer.
+    """
+    if transformer["image_dim"] is None:
+        return None
+    if _class_of(index, "image_encoder") is None:
+        raise CheckpointError(
+            f"{shown(folder / 'model_index.json')} names no 'image_encoder', and the transformer's image_dim="
+            f"{shown(transformer['image_dim'])} needs one (Wan 2.1): use a whole checkpoint."
+        )
+    config = read_json(folder / "image_encoder" / "config.json", "each component has one")
+    read_json(folder / "image_processor" / "preprocessor_config.json", "each component has one")
+    config = {**CLIP_DEFAULTS, **config}
+    rows = (int(config["image_size"]) // int(config["patch_size"])) ** 2 + 1
+    seen = transformer["pos_embed_seq_len"] or rows
+    if config["hidden_size"] != transformer["image_dim"] or seen not in (rows, 2 * rows):
+        raise CheckpointError(
+            f"{shown(folder)}: the image encoder makes {rows} rows of width {shown(config['hidden_size'])}, and the "
+            f"transformer takes {shown(seen)} of width {shown(transformer['image_dim'])}: use the components of one "
+            "checkpoint."
+        )
+    return config
+
+
+def _defaults(official: Defaults, own: Mapping[str, Any]) -> dict[str, Any]:
     """The kind's, with a checkpoint's own before them; a first guidance scale alone means both there, too."""
-    defaults = {**WAN_DEFAULTS[kind], **own}
+    defaults = {**official, **own}
     if "guidance_scale" in own and "guidance_scale_2" not in own:
         defaults.pop("guidance_scale_2", None)
     return defaults

@@ -1,4 +1,4 @@
-"""Wan 2.2 cut over stages: which of its parts does what for an item.
+"""Wan cut over stages: which of its parts does what for an item.
 
 The head holds patch and condition embedders, tokenizer and VAE encoder, the tail the output projection; the blocks of
 all experts, the text encoder's layers and the VAE decoder's units are shared out.
@@ -21,20 +21,11 @@ from cineline.families.guidance import combine
 from cineline.families.part import Part
 from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
 from cineline.families.snapshot import copied
+from cineline.families.solver import contents, export_solver, history_bytes, restore_solver
 from cineline.families.wan.conditioning import Conditioner
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.decoding import DecoderPart
-from cineline.families.wan.denoise import (
-    Step,
-    contents,
-    export_solver,
-    history_bytes,
-    make_solver,
-    make_steps,
-    noise_generator,
-    restore_solver,
-    take_step,
-)
+from cineline.families.wan.denoise import Step, make_solver, make_steps, noise_generator, take_step
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.preview import Previewer
@@ -51,7 +42,7 @@ REHEARSED_STEPS = 6
 
 
 class WanStages(PipelineParallelMixin[WanState]):
-    """One stage of a Wan 2.2 model: its parts of text encoder, experts, image encoder and decoder."""
+    """One stage of a Wan model: its parts of text encoder, experts, image encoder and decoder."""
 
     spec: WanSpec
 
@@ -109,8 +100,9 @@ class WanStages(PipelineParallelMixin[WanState]):
             fields |= {"boundary_ratio": 0.5, "flow_shift": 1.0}
         image = Image.new("RGB", (fields["width"], fields["height"]))
         given = None if spec.kind == "t2v" else image
-        request = VideoRequest(prompt="a rehearsal", image=given, **fields)
-        yield spec.resolve(request, 0), None if given is None else KeyFrames(given)
+        last = image if spec.pictures == 2 else None
+        request = VideoRequest(prompt="a rehearsal", image=given, last_image=last, **fields)
+        yield spec.resolve(request, 0), None if given is None else KeyFrames(given, last)
 
     def expert(self, state: WanState, step: int) -> int:
         return state.steps[step].expert

@@ -1,9 +1,5 @@
-"""Tensor parallelism inside a stage: attention by heads, feed-forward by columns (Shoeybi et al. 2019, arXiv
-1909.08053), applied to diffusers' Wan blocks from outside, before their weights are read.
-
-torch's `parallelize_module` does this with DTensors that are whole at first; here a rank never holds more than its
-shard, and Wan's RMS norm over all heads needs the others' sums.
-"""
+"""Tensor parallelism of diffusers' Wan blocks: attention by heads, feed-forward by columns; Wan's RMS norm over all
+heads needs the others' sums."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from cineline.families.tensor_parallel import share_linears
 from cineline.transport.axis import Axis
 from cineline.weights.files import Shard
 
@@ -25,17 +21,8 @@ ROWS = ("attn1.to_out.0", "attn2.to_out.0", "ffn.net.2")
 NORMS = ("attn1.norm_q", "attn1.norm_k", "attn2.norm_q", "attn2.norm_k")
 """RMS norms over all heads."""
 
-
-class RowLinear(nn.Linear):
-    """A linear layer whose input is shared out over the ranks of an axis."""
-
-    def __init__(self, inputs: int, outputs: int, axis: Axis) -> None:
-        super().__init__(inputs, outputs, device="meta")
-        self._axis = axis
-
-    def forward(self, own: Tensor) -> Tensor:
-        """[..., inputs of this rank] to [..., outputs]."""
-        return self._axis.all_reduce(F.linear(own, self.weight)) + self.bias
+ADDED_COLUMNS, ADDED_NORMS = ("attn2.add_k_proj", "attn2.add_v_proj"), ("attn2.norm_added_k",)
+"""The same for the keys and values of images, in the blocks that have some (Wan 2.1)."""
 
 
 class SharedRMSNorm(nn.Module):
@@ -57,16 +44,9 @@ class SharedRMSNorm(nn.Module):
 
 def shard_block(block: Any, axis: Axis) -> dict[str, Shard]:
     """Replace a block's layers by this rank's shares of them (on the meta device); what to read of each tensor."""
-    shards: dict[str, Shard] = {}
-    for name in COLUMNS:
-        whole = block.get_submodule(name)
-        block.set_submodule(name, nn.Linear(whole.in_features, whole.out_features // axis.size, device="meta"))
-        shards |= {f"{name}.{tensor}": Shard(0, axis.index, axis.size) for tensor in ("weight", "bias")}
-    for name in ROWS:
-        whole = block.get_submodule(name)
-        block.set_submodule(name, RowLinear(whole.in_features // axis.size, whole.out_features, axis))
-        shards[f"{name}.weight"] = Shard(1, axis.index, axis.size)
-    for name in NORMS:
+    added = block.attn2.add_k_proj is not None
+    shards = share_linears(block, axis, COLUMNS + ADDED_COLUMNS * added, ROWS)
+    for name in NORMS + ADDED_NORMS * added:
         whole = block.get_submodule(name)
         features = whole.weight.numel() // axis.size
         block.set_submodule(name, SharedRMSNorm(features, whole.eps, axis))

@@ -15,7 +15,7 @@ from cineline.errors import CheckpointError, shown
 from cineline.families.wan.costs.text import TextCosts
 from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.costs.vae_units import Conv, Unit
-from cineline.families.wan.recognise import Found
+from cineline.families.wan.recognise import IMAGES, Found
 from cineline.weights.sources import listed, without_leading_ones
 
 Shape = tuple[int, ...]
@@ -57,13 +57,15 @@ def check_tensors(found: Found, config: Mapping[str, Any]) -> None:
 
 
 def transformer_tensors(config: Mapping[str, Any]) -> Shapes:
-    """Of diffusers' `WanTransformer3DModel` without an image encoder."""
+    """Of diffusers' `WanTransformer3DModel`."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     patch = tuple(config["patch_size"])
     made = _biased("patch_embedding", width, config["in_channels"], *patch)
     made |= _embedder("condition_embedder.time_embedder", width, config["freq_dim"])
     made |= _embedder("condition_embedder.text_embedder", width, config["text_dim"])
     made |= _biased("condition_embedder.time_proj", 6 * width, width)
+    if config["image_dim"]:
+        made |= _image_embedder(IMAGES, width, config["image_dim"], config["pos_embed_seq_len"])
     for number in range(config["num_layers"]):
         block = f"blocks.{number}"
         for attention in (f"{block}.attn1", f"{block}.attn2"):
@@ -72,6 +74,11 @@ def transformer_tensors(config: Mapping[str, Any]) -> Shapes:
             made |= {f"{attention}.{norm}.weight": (width,) for norm in ("norm_q", "norm_k")}
         if config["cross_attn_norm"]:
             made |= _biased(f"{block}.norm2", width)
+        if added := config["added_kv_proj_dim"]:
+            made |= _biased(f"{block}.attn2.add_k_proj", width, added) | _biased(
+                f"{block}.attn2.add_v_proj", width, added
+            )
+            made[f"{block}.attn2.norm_added_k.weight"] = (width,)
         made |= _biased(f"{block}.ffn.net.0.proj", config["ffn_dim"], width)
         made |= _biased(f"{block}.ffn.net.2", width, config["ffn_dim"])
         made[f"{block}.scale_shift_table"] = (1, 6, width)
@@ -143,6 +150,13 @@ def _convs(convs: Sequence[Conv], *names: str) -> Shapes:
     for name, conv in zip(names, convs, strict=False):
         made |= _biased(name, conv.given.channels, conv.taken.channels, *KERNELS[conv.volume])
     return made
+
+
+def _image_embedder(name: str, width: int, taken: int, positions: int | None) -> Shapes:
+    """Wan 2.1's, of what an image encoder makes."""
+    made = _biased(f"{name}.norm1", taken) | _biased(f"{name}.norm2", width)
+    made |= _biased(f"{name}.ff.net.0.proj", taken, taken) | _biased(f"{name}.ff.net.2", width, taken)
+    return made | ({f"{name}.pos_embed": (1, positions, taken)} if positions else {})
 
 
 def _embedder(name: str, width: int, taken: int) -> Shapes:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from cineline.core.config import Dtype, ParallelConfig, Place
 from cineline.core.request import Job
 from cineline.core.work import ITEMSIZE
+from cineline.families.wan.costs.clip import ClipCosts
 from cineline.families.wan.costs.text import TextCosts
 from cineline.families.wan.costs.transformer import TransformerCosts
 from cineline.families.wan.costs.vae import VaeCosts
@@ -31,6 +32,12 @@ class Shapes(Protocol):
     def vae(self) -> Mapping[str, Any]: ...
     @property
     def vae_scale(self) -> int: ...
+    @property
+    def image(self) -> Mapping[str, Any] | None: ...
+    @property
+    def pictures(self) -> int: ...
+    @property
+    def picture_rows(self) -> int: ...
 
     def latent_shape(self, job: Job) -> tuple[int, int, int, int, int]: ...
     def high_steps(self, job: Job) -> int: ...
@@ -45,16 +52,17 @@ class Held:
     """Bytes of the weights that a rank holds.
 
     Attributes:
-        transformer: of all experts. text: of the encoder. vae: of both halves.
+        transformer: of all experts. text: of the encoder. vae: of both halves. image: of the CLIP encoder.
     """
 
     transformer: int
     text: int
     vae: int
+    image: int = 0
 
     @property
     def total(self) -> int:
-        return self.transformer + self.text + self.vae
+        return self.transformer + self.text + self.vae + self.image
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ class ModelCosts:
     Attributes:
         kind: ti2v, t2v or i2v; only t2v has no use for the VAE's encoder.
         experts: transformers.
-        dtype, vae_dtype: of transformers and text encoder, and of the VAE.
+        dtype, vae_dtype: of transformers and text encoder, and of the VAE and the CLIP encoder.
         beside: of each expert, the numbers of LoRAs that are kept beside each block.
     """
 
@@ -75,6 +83,7 @@ class ModelCosts:
     vae: VaeCosts
     dtype: Dtype
     vae_dtype: Dtype
+    image: ClipCosts
     beside: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
@@ -83,11 +92,12 @@ class ModelCosts:
         return cls(
             shapes.kind,
             len(shapes.experts),
-            TransformerCosts.of(shapes.transformer),
+            TransformerCosts.of(shapes.transformer, shapes.pictures * shapes.picture_rows),
             TextCosts.of(shapes.text, dtype),
             VaeCosts.of(shapes.vae),
             dtype,
             vae_dtype,
+            ClipCosts.of(shapes.image, shapes.picture_rows, shapes.pictures),
             shapes.beside,
         )
 
@@ -121,7 +131,11 @@ class ModelCosts:
         transformer = self.transformer.whole.nbytes(self.dtype) * self.experts
         transformer += sum(map(sum, self.beside)) * ITEMSIZE[self.dtype]
         vae = sum(self.decoder_bytes) + self._ends_of_vae()
-        return Held(transformer, self.text.whole.nbytes(self.dtype), vae)
+        return Held(transformer, self.text.whole.nbytes(self.dtype), vae, self._image_bytes)
+
+    @property
+    def _image_bytes(self) -> int:
+        return self.image.parameters.nbytes(self.vae_dtype)
 
     def _ends_of_vae(self) -> int:
         encoder = self.vae.encoder_parameters.nbytes(self.vae_dtype) if self.encodes_images else 0
@@ -133,6 +147,7 @@ class ModelCosts:
             self.held_of_experts(parallel, place),
             self._held_of_text(parallel, place),
             self._held_of_vae(parallel, place),
+            self._image_bytes if place == Place(cfg=place.cfg) else 0,
         )
 
     def held_bytes(self, parallel: ParallelConfig, place: Place) -> int:

@@ -118,6 +118,7 @@ class TimedLine:
         if job.has_image:
             chunks = 1 if self.spec.kind == "ti2v" else self.spec.latent_shape(job)[2]
             work += self.costs.vae.encode_work(self.cells(job), chunks, self.vae_itemsize)
+            work += self.costs.image.work(self.vae_itemsize)
         return self.rates(0).seconds(work)
 
     def denoise_s(self, stage: int, expert: int, job: Job) -> float:
@@ -232,7 +233,8 @@ class TimedLine:
     def conditioning_bytes(self, job: Job) -> int:
         """What the head hands to all stages."""
         width, experts = self.costs.transformer.width, self.costs.experts
-        texts = experts * self.branches(job) * TEXT_TOKENS * width * self.itemsize
+        shown = TEXT_TOKENS + self.costs.transformer.image_rows
+        texts = experts * self.branches(job) * shown * width * self.itemsize
         rows = TIME_ROWS if self.spec.kind == "ti2v" else 1
         times = job.steps * rows * 7 * width * self.itemsize
         return texts + times + (job.steps * self.tokens(job) if self.spec.kind == "ti2v" else 0)

@@ -1,6 +1,6 @@
 """Costs of Wan's transformer (diffusers' `WanTransformer3DModel`).
 
-Legend: S tokens, D model width, F feed-forward width, T text tokens (512), e bytes of a number.
+Legend: S tokens, D model width, F feed-forward width, T text tokens (512), I rows of images, e bytes of a number.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class TransformerCosts:
         channels_in, channels_out: of the latents.
         text_width, frequencies: of the text embedding and of the timestep's.
         norm_weights: whether the cross attention's norm has weights.
+        image_width: of what an image encoder makes (Wan 2.1); 0 without one. added_width: of what keys and values of
+            images are made of, 0 likewise. image_rows: I. positions: of the images' embedder.
     """
 
     layers: int
@@ -44,9 +46,13 @@ class TransformerCosts:
     text_width: int
     frequencies: int
     norm_weights: bool
+    image_width: int = 0
+    added_width: int = 0
+    image_rows: int = 0
+    positions: int = 0
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> TransformerCosts:
+    def of(cls, config: Mapping[str, Any], image_rows: int = 0) -> TransformerCosts:
         """From a `transformer/config.json`; what it leaves out is as in diffusers."""
         heads = int(config.get("num_attention_heads", 40))
         channels = int(config.get("in_channels", 16))
@@ -61,6 +67,10 @@ class TransformerCosts:
             text_width=int(config.get("text_dim", 4096)),
             frequencies=int(config.get("freq_dim", 256)),
             norm_weights=bool(config.get("cross_attn_norm", True)),
+            image_width=int(config.get("image_dim") or 0),
+            added_width=int(config.get("added_kv_proj_dim") or 0),
+            image_rows=image_rows,
+            positions=int(config.get("pos_embed_seq_len") or 0),
         )
 
     # Weights. Time embedder, scale and shift tables and the norms stay float32 (`_keep_in_fp32_modules`).
@@ -76,6 +86,9 @@ class TransformerCosts:
         columns = (6 * (d * d + d) + d * f + f) // tp
         rows = 2 * (d * d // tp + d) + d * f // tp + d
         norms = 4 * d // tp
+        if self.added_width:
+            columns += 2 * (self.added_width * d + d) // tp
+            norms += d // tp
         return Parameters(columns + rows + norms, 6 * d + (2 * d if self.norm_weights else 0))
 
     @property
@@ -95,7 +108,15 @@ class TransformerCosts:
         d = self.width
         time = self.frequencies * d + d + d * d + d
         text = self.text_width * d + d + d * d + d
-        return Parameters(6 * (d * d + d) + text, time)
+        return Parameters(6 * (d * d + d) + text, time) + self._image_embedder
+
+    @property
+    def _image_embedder(self) -> Parameters:
+        """Norm, feed-forward without another width inside, norm, and a table of positions."""
+        i, d = self.image_width, self.width
+        if not i:
+            return Parameters()
+        return Parameters(i * i + i + i * d + d + self.positions * i, 2 * i + 2 * d)
 
     @property
     def whole(self) -> Parameters:
@@ -113,7 +134,8 @@ class TransformerCosts:
         """
         own, d = tokens / sequence, self.width
         linear = 12 * own * d * d + 4 * TEXT_TOKENS * d * d + 4 * own * d * self.ffn
-        attention = 4 * own * tokens * d + 4 * own * TEXT_TOKENS * d
+        linear += 4 * self.image_rows * self.added_width * d
+        attention = 4 * own * tokens * d + 4 * own * (TEXT_TOKENS + self.image_rows) * d
         shared = own * (d * (MOVED_BY_HEADS[0] * itemsize + MOVED_BY_HEADS[1] * FLOAT) + self.ffn * 2 * itemsize)
         whole = own * d * (MOVED[0] * itemsize + MOVED[1] * FLOAT)
         casts = itemsize != FLOAT
@@ -137,7 +159,8 @@ class TransformerCosts:
         d = self.width
         time = 2 * rows * (self.frequencies * d + d * d + 6 * d * d)
         text = 2 * TEXT_TOKENS * (self.text_width * d + d * d)
-        return Work(linear=steps * time + texts * text, calls=steps + texts)
+        image = 2 * self.image_rows * self.image_width * (self.image_width + d)
+        return Work(linear=steps * time + texts * text + image, calls=steps + texts)
 
     # Bytes.
 

@@ -1,0 +1,1 @@
+"""Qwen-Image: pictures from text, by two streams of tokens."""
