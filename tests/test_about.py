@@ -22,7 +22,7 @@ from cineline.core.output import STILL_SUFFIXES, VIDEO_SUFFIXES
 from cineline.engine.about import _given, line_of
 from cineline.engine.hub import open_model, public_name
 from cineline.families.wan.known import KNOWN
-from cineline.media.about import read_about
+from cineline.media.about import picture_options, read_about
 from cineline.media.result import save_latents
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
@@ -132,9 +132,10 @@ def test_loras_and_files_are_told_without_their_paths(tmp_path: Path, capsys: py
     model = _given(spec)
     assert model == {
         "files": ["vae"],
-        "loras": ["a=low:FILE@0.5", "b=lightx2v/Lightning/v1/high.safetensors@1.0"],
+        "loras": ["low:FILE@0.5", "lightx2v/Lightning/v1/high.safetensors@1.0"],
         "lora_mode": "merge",
     }
+    model = _given(replace(spec, lora_mode="runtime"))  # where requests name them
     path = tmp_path / "a.png"
     Video(torch.zeros(1), FRAMES, 8, lambda: json.dumps({"request": {"prompt": "x"}, "model": model})).save(path)
     show(path)
@@ -142,10 +143,39 @@ def test_loras_and_files_are_told_without_their_paths(tmp_path: Path, capsys: py
     assert out == '{"prompt": "x"}\n'
     assert "It needs files of the model: --vae\n" in said
     assert (
-        "It needs LoRAs: --lora a=low:FILE@0.5 --lora b=lightx2v/Lightning/v1/high.safetensors@1.0 --lora-mode merge"
+        "It needs LoRAs: --lora a=low:FILE@0.5 --lora b=lightx2v/Lightning/v1/high.safetensors@1.0 --lora-mode runtime"
     ) in said
 
 
 def test_only_a_public_name_is_told() -> None:
     assert public_name(open_model("mini-t2v")) == "mini-t2v"
     assert public_name(KNOWN["Wan-AI/Wan2.2-T2V-A14B-Diffusers"]) is None  # here a folder of that name
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"request": {}, "model": ["a"]},
+        {"request": {}, "images": [1]},
+        {"request": {}, "model": {"files": 5}},
+        {"request": {}, "model": {"loras": [1]}},
+    ],
+)
+def test_what_others_have_written_is_not_cinelines(about: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(file, **picture_options(file, json.dumps(about)))
+    with pytest.raises(OutputError, match="does not say what made it"):
+        read_about(file)
+
+
+def test_a_strangers_file_says_nothing_to_the_terminal_and_names_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a.png"
+    about = {"cineline": "\x1b[2J", "request": {"prompt": "a", "image": "/etc/passwd"}, "model": {"name": "[red]x\x1b"}}
+    Image.new("RGB", (8, 8)).save(file, **picture_options(file, json.dumps(about)))
+    show(file)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"prompt": "a"}
+    assert "\x1b" not in err
+    assert "[red]x?" in err

@@ -33,7 +33,7 @@ def batch(tmp_path: Path) -> Batch:
         out = tmp_path / "out"
         out.mkdir(exist_ok=True)
         outputs = Outputs(None, out, out if latents else None, **options)
-        check_name(outputs)
+        check_name(outputs, True)
         return settle_files(TI2V, tasks_of_file(file, {}, outputs), file, outputs, begun)
 
     return settle
@@ -73,7 +73,7 @@ def test_a_template_of_anything_else_is_refused(template: str, batch: Batch) -> 
         batch(name=template)
 
 
-@pytest.mark.parametrize("template", ["", "/", "a/{line}", "../{line}", ".", "..", "a\0"])
+@pytest.mark.parametrize("template", ["", "/", "a/{line}", "../{line}", ".", "..", "a\0", "a\nb", "\x1b[2J"])
 def test_a_template_that_names_no_file_is_refused(template: str, batch: Batch) -> None:
     with pytest.raises(OutputError, match="which is no file's name: leave folders out"):
         batch(name=template)
@@ -98,7 +98,9 @@ def test_two_requests_with_one_file_are_refused(batch: Batch) -> None:
 
 def test_a_name_without_a_folder_is_refused() -> None:
     with pytest.raises(OutputError, match=r"--name 'a' is for files in a folder: give --output-dir"):
-        check_name(Outputs("b.mp4", None, None, name="a"))
+        check_name(Outputs("b.mp4", None, None, name="a"), False)
+    with pytest.raises(OutputError, match="is for files in a folder"):
+        check_name(Outputs("b.mp4", None, Path("b.safetensors"), name="a"), False)
 
 
 def test_what_is_there_is_refused_replaced_or_kept(batch: Batch, tmp_path: Path) -> None:
@@ -166,3 +168,36 @@ def test_what_torchrun_starts_anew_has_the_seeds_and_files_that_it_began_with(
 def test_a_line_that_breaks_a_rule_is_named_before_files_are_looked_at(batch: Batch) -> None:
     with pytest.raises(InvalidRequest, match=r"line 2: num_frames=6"):
         batch({}, {"num_frames": 6}, name="{seed}")
+
+
+def test_skip_and_overwrite_contradict_each_other(batch: Batch) -> None:
+    with pytest.raises(OutputError, match="Both --skip-existing and --overwrite"):
+        batch(skip_existing=True, overwrite=True)
+
+
+def test_a_drawn_seed_is_not_given_to_half_a_request(batch: Batch, tmp_path: Path) -> None:
+    line = {"seed": "random"}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0001.mp4").touch()
+    with pytest.raises(OutputError, match=r"0001\.safetensors' is missing beside what is there, whose seed was drawn"):
+        batch(line, latents=True, skip_existing=True)
+    (tmp_path / "out" / "0001.safetensors").touch()
+    assert batch(line, latents=True, skip_existing=True)[0] == []
+
+
+def test_only_folders_with_frames_are_kept(batch: Batch, tmp_path: Path) -> None:
+    for name in ("5", "6"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / "6" / "0001.png").touch()
+    (tmp_path / "out" / "6" / ".DS_Store").touch()
+    tasks, kept = batch(name="{seed}/", skip_existing=True)
+    assert ([path.name for path in kept], [name for (name,) in names(tasks)]) == (["6"], ["5", "9"])
+
+
+def test_a_preview_takes_no_files_place(batch: Batch, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0001.preview.webp").write_text("mine")
+    with pytest.raises(OutputError, match=r"0001\.preview\.webp' is there already, and the preview"):
+        batch({"preview": 1})
+    assert len(batch({"preview": 1}, overwrite=True)[0]) == 1
+    assert len(batch({})[0]) == 1

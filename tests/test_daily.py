@@ -137,7 +137,7 @@ def cineline(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys.modules["cineline.cli.generate"], "Engine", InstantEngine)
     monkeypatch.setattr(sys.modules["cineline.cli.generate"], "POLL_S", 0.0)
-    monkeypatch.setattr("cineline.engine.sink.save_latents", lambda latents, path: path.write_text("latents"))
+    monkeypatch.setattr("cineline.engine.sink.save_latents", lambda latents, path, about: path.write_text("latents"))
     sizes = [part for name, value in SMALL.items() for part in (f"--{name.replace('_', '-')}", str(value))]
 
     def run(*words: str) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from toy_family import ToySpec
 from cineline import CheckpointError, CinelineError, OutputError, RankFailed, RequestHandle, Video, VideoRequest
 from cineline.cli.batch import Task, check_tasks
 from cineline.cli.generate import _run, _told
-from cineline.core.output import VIDEO_SUFFIXES, whole_file
+from cineline.core.output import VIDEO_SUFFIXES, is_changed, time_of, whole_file
 from cineline.core.request import Branch, Kind, WorkItem
 from cineline.core.streams import console
 from cineline.core.trace import Slice, write_trace
@@ -35,6 +35,7 @@ from cineline.engine.hub import open_model
 from cineline.engine.sink import Sink
 from cineline.errors import shown
 from cineline.media.compare import _video
+from cineline.media.video import frames_writer, write_video
 
 
 def colours(frames: int) -> np.ndarray:
@@ -243,3 +244,68 @@ def test_what_was_not_made_is_told_in_one_sentence(paths: list[Path], kind: Cine
 def test_a_single_file_that_the_error_names_is_not_told_twice() -> None:
     error = OutputError(f"{shown(Path('a.mp4'))} cannot be written: make room.")
     assert str(_told({Path("a.mp4"): error})) == "'a.mp4' cannot be written: make room."
+
+
+def frames_at(path: Path, grey: int, count: int = 2) -> None:
+    write_video(np.full((count, 8, 8, 3), grey, np.uint8), 8, path, as_folder=True)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in path.iterdir()}
+
+
+def test_frames_take_the_place_of_older_ones_through_a_link(tmp_path: Path) -> None:
+    frames_at(tmp_path / "real", 1, 3)
+    (tmp_path / "link").symlink_to("real")
+    frames_at(tmp_path / "link", 2)
+    assert sorted(contents(tmp_path / "real")) == ["0001.png", "0002.png"]
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_what_comes_into_a_folder_while_frames_are_made_stays(tmp_path: Path) -> None:
+    frames_at(tmp_path / "own", 1)
+    with frames_writer(tmp_path / "own") as write:
+        write(np.full((1, 8, 8, 3), 2, np.uint8))
+        (tmp_path / "own" / "notes.txt").write_text("mine")
+        (tmp_path / "own" / "sub").mkdir()
+    assert sorted(contents_of(tmp_path / "own")) == ["0001.png", "notes.txt", "sub"]
+    assert (tmp_path / "own" / "notes.txt").read_text() == "mine"
+    assert [each.name for each in tmp_path.iterdir()] == ["own"]
+
+
+def contents_of(path: Path) -> list[str]:
+    return [each.name for each in path.iterdir()]
+
+
+def test_a_folder_whose_place_cannot_be_taken_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames_at(tmp_path / "own", 1)
+    before = contents(tmp_path / "own")
+    rename = Path.rename
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == tmp_path / "own" and "old" not in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OutputError, match="cannot be written"):
+        frames_at(tmp_path / "own", 2)
+    assert contents(tmp_path / "own") == before
+    assert contents_of(tmp_path) == ["own"]
+
+
+def test_what_a_process_of_the_same_number_left_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / f".own.{os.getpid()}").mkdir()
+    frames_at(tmp_path / "own", 1)
+    assert contents_of(tmp_path) == ["own"]
+
+
+def test_a_folder_is_changed_by_new_frames_alone(tmp_path: Path) -> None:
+    frames_at(tmp_path / "own", 1)
+    before = time_of(tmp_path / "own")
+    (tmp_path / "own" / ".DS_Store").touch()
+    (tmp_path / "own" / ".DS_Store").unlink()
+    assert not is_changed(tmp_path / "own", before)
+    frames_at(tmp_path / "own", 1)
+    assert is_changed(tmp_path / "own", before)

@@ -51,7 +51,9 @@ def test_whatever_has_been_done_something_is_said(states: list[tuple[int, int, i
     pace = Pace()
     for now in (0.0, later):
         said = pace.say([state(*each) for each in states], now)
-        assert said.startswith(f"{sum(chunks == 2 for _, chunks, _ in states)} of {len(states)} videos")
+        assert said.startswith(
+            f"{sum((steps, chunks) == (8, 2) for steps, chunks, _ in states)} of {len(states)} videos"
+        )
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -15,10 +15,11 @@ from test_simulator import Costs
 
 from cineline import Engine, InvalidConfig, ParallelConfig, VideoRequest
 from cineline.core.config import TextEncoder
-from cineline.core.request import Group, Job, Kind
+from cineline.core.request import Group, Job, Kind, PromptKey
 from cineline.engine.prompts import prompts_in
 from cineline.families.wan.known import KNOWN
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.schedule.prompts import PromptCache, keys_of
 from cineline.schedule.scheduler import Scheduler
 from cineline.schedule.simulator import simulate
 
@@ -132,3 +133,18 @@ def test_embeddings_that_are_kept_have_diffusers_bits(
     events = json.loads(trace.read_text())["traceEvents"]
     names = [event["name"] for event in events if event["ph"] == "X" and event["tid"] == 0]
     assert Counter(name for name in names if "text" in name) == items
+
+
+def test_what_a_second_line_is_to_forget_waits_for_a_request_that_it_hears_of() -> None:
+    """One without guidance is not known there."""
+    cache, held = PromptCache(2, lines=2), set[PromptKey]()
+    for number in range(20):
+        guided = replace(prompted(2 * number, "a", f"no {number}"), branches=2)
+        for one in (guided, replace(prompted(2 * number + 1, "b"), branches=1)):
+            settled = cache.settle(one)
+            assert settled.prompts is not None
+            assert {line for line, _ in settled.prompts.gone} <= set(range(one.branches))
+            held = (held | set(keys_of(one, 2).values())) - set(settled.prompts.gone)
+            cache.encoded(one.id)
+        cache.forget(guided.id)
+        assert sum(line == 1 for line, _ in held) <= 3

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from string import Formatter
 
 from cineline.cli.batch import Outputs, Task, in_line
 from cineline.core.family import FamilySpec
-from cineline.core.output import STILL_SUFFIXES, VIDEO_SUFFIXES, check_frames_folder, check_output
+from cineline.core.output import (
+    STILL_SUFFIXES,
+    VIDEO_SUFFIXES,
+    check_frames_folder,
+    check_output,
+    is_made,
+    preview_beside,
+)
 from cineline.core.request import RANDOM, videos_of
 from cineline.errors import OutputError, shown
 
@@ -23,15 +30,20 @@ DIGITS = re.compile(r"0?[0-9]{0,2}")
 DEFAULT_NAME = "{line:04}"
 
 
-def check_name(outputs: Outputs) -> None:
-    """Refuse a template that names no file.
+def check_name(outputs: Outputs, is_batch: bool) -> None:
+    """Refuse a template that names no file, and contradictions.
+
+    Args:
+        is_batch: requests are in a file, so that latents go into a folder.
 
     Raises:
         OutputError: it is none, or there is no folder for its files.
     """
+    if outputs.skip_existing and outputs.overwrite:
+        raise OutputError("Both --skip-existing and --overwrite are given: use one.")
     if outputs.name is None:
         return
-    if outputs.output_dir is None and outputs.save_latents is None:
+    if outputs.output_dir is None and not (is_batch and outputs.save_latents):
         raise OutputError(f"--name {shown(outputs.name)} is for files in a folder: give --output-dir.")
     fields_of(outputs.name)
     name_of(outputs.name, 1, 0, 1)
@@ -64,7 +76,7 @@ def name_of(template: str, line: int, seed: int, video: int) -> str:
     """
     name = template.format(line=line, seed=seed, video=video)
     inner = name.removesuffix("/")
-    if inner in ("", ".", "..") or "/" in inner or "\0" in inner:
+    if inner in ("", ".", "..") or "/" in inner or not inner.isprintable():
         raise OutputError(f"--name {shown(template)} makes {shown(name)}, which is no file's name: leave folders out.")
     return name
 
@@ -87,14 +99,23 @@ def settle_files(
     Raises:
         InvalidRequest, OutputError: a request or a file cannot be used.
     """
-    videos = [video for task in tasks for video in _videos_of(spec, task, file, outputs)]
+    pairs = [(task, video) for task in tasks for video in _videos_of(spec, task, file, outputs)]
+    videos = [video for _, video in pairs]
     _refuse_twice(videos)
     named = file is None and outputs.output_dir is None and len(videos) == 1
-    kept = [path for task in videos for path in task.outputs.values() if path.exists()] if outputs.skip_existing else []
-    if not (outputs.skip_existing or outputs.overwrite or named or begun):
-        _refuse_existing(videos)
+    files = [path for task in videos for path in task.outputs.values()] if outputs.skip_existing else []
+    kept = dict.fromkeys(path for path in files if is_made(path))
+    if not (outputs.skip_existing or outputs.overwrite or begun):
+        _refuse_existing([] if named else videos)
     left = [_without(task, kept) for task in videos]
-    return [task for task in left if task.outputs], kept
+    for (asked, video), task in zip(pairs, left, strict=True):
+        if asked.request.seed == RANDOM and 0 < len(task.outputs) < len(video.outputs):
+            raise OutputError(
+                f"{shown(next(iter(task.outputs.values())))} is missing beside what is there, whose seed was drawn: "
+                "give that seed (cineline show says it), or remove what is there."
+            )
+    _check_files([task for task in left if task.outputs], outputs.overwrite or begun)
+    return [task for task in left if task.outputs], list(kept)
 
 
 def _videos_of(spec: FamilySpec, task: Task, file: Path | None, outputs: Outputs) -> Iterator[Task]:
@@ -139,17 +160,29 @@ def _marked(task: Task, mark: str, frames_too: bool, latents_too: bool) -> Task:
 def _refuse_twice(tasks: Sequence[Task]) -> None:
     lines: dict[Path, int] = {}
     for task in tasks:
-        for what, path in task.outputs.items():
+        for path in task.outputs.values():
             if path.absolute() in lines:
                 raise OutputError(
                     f"Both line {lines[path.absolute()]} and line {task.line} would write {shown(path)}: put "
                     "{line}, {seed} and {video} into --name."
                 )
             lines[path.absolute()] = task.line
+
+
+def _check_files(tasks: Sequence[Task], replaces: bool | None) -> None:
+    """Those that will be written can be, and no preview takes the place of what is there."""
+    for task in tasks:
+        for what, path in task.outputs.items():
             if what == "frames":
                 check_frames_folder(path)
             else:
                 check_output(path, (path.suffix.lower(),))
+        preview = preview_beside(next(iter(task.outputs.values())))
+        if task.request.preview is not None and preview.exists() and not replaces:
+            raise OutputError(
+                f"{shown(preview)} is there already, and the preview would be written there: move or remove it, or use "
+                "--overwrite."
+            )
 
 
 def _refuse_existing(tasks: Sequence[Task]) -> None:
@@ -162,7 +195,7 @@ def _refuse_existing(tasks: Sequence[Task]) -> None:
         )
 
 
-def _without(task: Task, kept: Sequence[Path]) -> Task:
+def _without(task: Task, kept: Container[Path]) -> Task:
     """The task without the files that are kept; latents alone need no decoding."""
 
     def missing(path: Path | None) -> Path | None:

@@ -238,7 +238,7 @@ def _tell_of_download(spec: FamilySpec, quiet: bool, screen: Console) -> None:
 
 
 def _tasks(prompt: str | None, requests: Path | None, fields: Given, outputs: Outputs) -> list[Task]:
-    check_name(outputs)
+    check_name(outputs, requests is not None)
     if requests is None:
         if prompt is None and "image" not in fields:
             raise InvalidRequest("There is no prompt: give one, an --image, or --requests FILE.jsonl.")

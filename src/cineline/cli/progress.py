@@ -75,9 +75,12 @@ class Pace:
         Args:
             now: seconds, of any clock.
         """
-        of_work = sum(state.size * state.count[1] for state in states)
-        work = sum(state.size * state.count[1 if state.done else 0] for state in states)
-        finished = f"{sum(state.done for state in states)} of {len(states)} videos"
+        of_work = sum(state.size * state.count[0 if state.done else 1] for state in states)
+        work = sum(state.size * state.count[0] for state in states)
+        left_over = [
+            state for state in states if state.done and state.count[0] < state.count[1]
+        ]  # failed, or cancelled
+        finished = f"{sum(state.done for state in states) - len(left_over)} of {len(states)} videos"
         if self._since is None:
             if work:
                 self._since, self._first = now, work
@@ -85,7 +88,8 @@ class Pace:
         if now <= self._since or work <= self._first:
             return finished
         a_second = (work - self._first) / (now - self._since)
-        an_hour = 3600 * a_second / of_work * len(states)
+        lost = sum(state.size * state.count[0] for state in left_over)
+        an_hour = 3600 * a_second / max(1, of_work - lost) * (len(states) - len(left_over))
         return f"{finished}, about {(of_work - work) / a_second:.0f} s left, {an_hour:.1f} videos an hour"
 
 

@@ -10,7 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from cineline.core.request import IMAGES, VideoRequest
 from cineline.core.streams import console
+
+LINE = set(VideoRequest.model_fields) - set(IMAGES)
+"""What a line of requests has; no file's place, which a stranger's file could name."""
 
 NOT_SETTINGS = ("name", "identity", "files", "loras", "lora_mode")
 """Of a model: what has a sentence of its own."""
@@ -27,10 +31,10 @@ def show(
     from cineline.media.about import read_about
 
     about = read_about(file)
-    print(json.dumps(about["request"]))
+    print(json.dumps({name: value for name, value in about["request"].items() if name in LINE}))
     aside = console(stderr=True)
     for words in _aside(about, about.get("model") or {}):
-        aside.print(words, highlight=False, soft_wrap=True)
+        aside.print(_harmless(words), markup=False, highlight=False, soft_wrap=True)
 
 
 def _aside(about: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
@@ -45,6 +49,11 @@ def _aside(about: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
         yield f"It needs LoRAs: {options} --lora-mode {model.get('lora_mode')}"
     for name, image in (about.get("images") or {}).items():
         yield f"It needs {_option(name)}, whose pixels are not in the file: size and SHA-256 {image}"
+
+
+def _harmless(words: str) -> str:
+    """A file may be anybody's, and a terminal does what control characters say."""
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def _option(name: str) -> str:

@@ -83,9 +83,9 @@ def fitted(image: Image.Image, width: int, height: int, fit: Fit) -> Image.Image
     return ImageOps.pad(image, (width, height), resample, color="black")
 
 
-def fitting(image: Image.Image, width: int, height: int, fit: Fit) -> str:
+def fitting(image: Image.Image, width: int, height: int, fit: Fit, name: str = "image") -> str:
     """What `fitted`, and whoever resizes, make of it, in words."""
-    own = f"image {image.width}x{image.height}"
+    own = f"{name} {image.width}x{image.height}"
     shape = width * image.height / (height * image.width)
     if image.width * height == image.height * width:
         return own if (image.width, image.height) == (width, height) else f"{own} scaled"
@@ -93,7 +93,8 @@ def fitting(image: Image.Image, width: int, height: int, fit: Fit) -> str:
         taken = round(image.width * min(1, shape)), round(image.height * min(1, 1 / shape))
         return f"{own} cropped to {taken[0]}x{taken[1]}"
     if fit == "pad":
-        return f"{own} scaled to {round(width * min(1, 1 / shape))}x{round(height * min(1, shape))} and padded"
+        own_size = max(1, round(width * min(1, 1 / shape))), max(1, round(height * min(1, shape)))
+        return f"{own} scaled to {own_size[0]}x{own_size[1]} and padded"
     times, side = (shape, "wide") if shape > 1 else (1 / shape, "high")
     return f"{own} stretched {times:.2f} times as {side}"
 
@@ -101,7 +102,8 @@ def fitting(image: Image.Image, width: int, height: int, fit: Fit) -> str:
 def fitted_frames(frames: KeyFrames, width: int, height: int, fit: Fit) -> tuple[KeyFrames, str]:
     """Each of them `fitted`, and in words, each behind a comma, what became of it."""
     there = [frame for frame in frames if frame is not None]
-    words = "".join(f", {fitting(frame, width, height, fit)}" for frame in there)
+    names = ("image", "last image")
+    words = "".join(f", {fitting(frame, width, height, fit, names[number])}" for number, frame in enumerate(there))
     return KeyFrames(*(fitted(frame, width, height, fit) for frame in there)), words
 
 

@@ -75,10 +75,10 @@ class Lora:
         """As `of` reads it, wherever it is read."""
         return self.told(str(self.path.absolute()))
 
-    def told(self, path: str) -> str:
-        """The same, with another path."""
+    def told(self, path: str, named: bool = True) -> str:
+        """The same, with another path, and perhaps without its name."""
         level = "" if self.level is None else f"{self.level}:"
-        return f"{self.name}={level}{path}@{self.scale!r}"
+        return f"{f'{self.name}=' if named else ''}{level}{path}@{self.scale!r}"
 
 
 def choice(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,15 +91,17 @@ def check_frames_folder(path: Path) -> None:
 
 
 def time_of(path: Path) -> int | None:
-    """When a file was written last, in nanoseconds; None where there is none."""
+    """When a file was written last, in nanoseconds, and of a folder its number, for whatever is put into one changes
+    its time; None where there is none."""
     try:
-        return path.stat().st_mtime_ns
+        status = path.stat()
     except OSError:
         return None
+    return status.st_ino if stat.S_ISDIR(status.st_mode) else status.st_mtime_ns
 
 
 def is_changed(path: Path, before: int | None) -> bool:
-    """Whether a file is there that was not at that time."""
+    """Whether a file or folder is there that was not at that time."""
     return time_of(path) not in (None, before)
 
 
@@ -153,24 +156,53 @@ def renamed_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """As `whole_file`, for a folder of frames: a new one beside it, which takes its place at the end.
+    """As `whole_file`, for a folder of frames: a new one beside it, which takes its place at the end. What others have
+    put into the old one meanwhile is in the new one then.
 
     Raises:
         OutputError: it cannot be written, or holds something else than frames.
     """
     check_frames_folder(path)
+    path = path.resolve()  # the folder that a link leads to
     temporary = _temporary(path, os.getpid())
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this one's number
         try:
             temporary.mkdir()
             yield temporary
-            for old in path.iterdir() if path.exists() else ():
-                old.unlink()
-            temporary.replace(path)  # which may be empty, and no more
+            _take_place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise OutputError(unwritable(path, error)) from None
+
+
+def _take_place(new: Path, path: Path) -> None:
+    """The old folder is there until the new one is, and stays where that cannot be."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(old)
+    try:
+        others = [each for each in old.iterdir() if not FRAME.fullmatch(each.name)]
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    for other in others:
+        other.rename(path / other.name)
+    shutil.rmtree(old)
+
+
+def is_made(path: Path) -> bool:
+    """Whether a file is there, or a folder with a frame in it."""
+    return any(FRAME.fullmatch(each.name) for each in path.iterdir()) if path.is_dir() else path.exists()
+
+
+def preview_beside(path: Path) -> Path:
+    """The file of a preview, until that one is there."""
+    return path.with_name(f"{path.stem}.preview.webp")
 
 
 def _temporary(path: Path, process: int) -> Path:

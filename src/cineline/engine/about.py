@@ -87,6 +87,7 @@ def _given(spec: FamilySpec) -> Mapping[str, Any]:
         return {}
     given: dict[str, Any] = {"variant": spec.variant, "files": [OPTION_OF.get(name, name) for name in spec.files]}
     if spec.loras:
-        given["loras"] = [lora.told(public_path(lora.path) or "FILE") for lora in spec.loras]
+        named = spec.lora_mode == "runtime"  # by which requests call them, and which are files' names if none is given
+        given["loras"] = [lora.told(public_path(lora.path) or "FILE", named) for lora in spec.loras]
         given["lora_mode"] = spec.lora_mode
     return {name: value for name, value in given.items() if value}

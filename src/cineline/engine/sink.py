@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cineline.core.output import unwritable
+from cineline.core.output import preview_beside, unwritable
 from cineline.engine.handle import RequestHandle
 from cineline.errors import CinelineError, OutputError
 from cineline.media.result import save_latents
@@ -95,7 +95,7 @@ class Sink:
     def _preview(self) -> Path:
         """Beside the file that is wanted, until that is there."""
         beside = next(iter(self.handle.outputs.values()), self._latents or Path("preview"))
-        return beside.with_name(f"{beside.stem}.preview.webp")
+        return preview_beside(beside)
 
     def _forget_preview(self) -> None:
         """Also what a process that has ended left; a file of that name beside a request without previews is others'."""

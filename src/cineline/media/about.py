@@ -24,6 +24,9 @@ DESCRIPTION = 0x010E
 
 TENSORS_KEY = "cineline"
 
+MOV_LIMIT = 60_000
+"""Characters of a MOV's comment, whose size has 16 bits."""
+
 EXIF_LIMIT = 60_000
 """Bytes of a JPEG's EXIF, which takes 64 KiB."""
 
@@ -68,12 +71,23 @@ def read_about(path: Path) -> dict[str, Any]:
         about = json.loads(text or "null")
     except (ValueError, RecursionError):
         about = None
-    if not (isinstance(about, dict) and isinstance(about.get("request"), dict)):
+    if not _is_about(about):
         raise OutputError(
             f"{shown(path)} does not say what made it: it is not Cineline's, was made with --no-metadata, or another "
             "program has changed it."
         )
-    return about
+    return about  # type: ignore[no-any-return]
+
+
+def _is_about(about: Any) -> bool:
+    """Whether it has the shape that `engine.about` gives it."""
+    if not (isinstance(about, dict) and isinstance(about.get("request"), dict)):
+        return False
+    images, model = about.get("images") or {}, about.get("model") or {}
+    if not (isinstance(images, dict) and isinstance(model, dict)):
+        return False
+    lists = [model.get(name) or [] for name in ("files", "loras")]
+    return all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in lists)
 
 
 def _text(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count, pairwise
@@ -23,7 +24,9 @@ from cineline.core.output import (
     whole_folder,
 )
 from cineline.errors import OutputError, shown
-from cineline.media.about import picture_options
+from cineline.media.about import MOV_LIMIT, picture_options
+
+log = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95
 """Above it Pillow's documentation advises against."""
@@ -118,7 +121,9 @@ def _animation(path: Path, fps: int, about: str | None) -> Iterator[Callable[[np
 def _h264(path: Path, fps: int, about: str | None) -> Iterator[Callable[[np.ndarray], None]]:
     options = {} if path.suffix.lower() == ".mkv" else {"movflags": "+faststart"}
     with av.open(str(path), "w", options=options) as container:
-        if about is not None:
+        if about is not None and path.suffix.lower() == ".mov" and len(about) > MOV_LIMIT:
+            log.warning("A .mov does not say what made it: it has no room for so long a prompt.")
+        elif about is not None:
             container.metadata["comment"] = about
         stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium"})
         stream.pix_fmt = "yuv420p"

@@ -61,8 +61,10 @@ class PromptCache:
         for key in keys.values():
             self._known[key] = None
             self._known.move_to_end(key)
-        gone, self._gone = [key for key in self._gone if key not in self._known], []
-        for line in range(self._lines):
+        lines = min(self._lines, job.branches)  # a second line hears nothing of a request without guidance
+        waiting = [key for key in self._gone if key not in self._known]
+        gone, self._gone = [key for key in waiting if key[0] < lines], [key for key in waiting if key[0] >= lines]
+        for line in range(lines):
             of_line = [key for key in self._known if key[0] == line]
             gone += of_line[: max(0, len(of_line) - self._entries)]
         for key in gone:
