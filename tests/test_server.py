@@ -71,7 +71,7 @@ def generated(model: Path, folder: Path, requests: list[VideoRequest]) -> list[b
 
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 def test_the_stock_client_makes_videos(stock: openai.OpenAI, model: Path, tmp_path: Path) -> None:
-    made = stock.videos.create(prompt="a cat", model="sora-2", seconds="1", size="96x64")  # type: ignore[arg-type]
+    made = stock.videos.create(prompt="a cat", model="sora-2", seconds="1", size="64x32")  # type: ignore[arg-type]
     assert (made.object, made.model, made.status, made.seconds, made.size) == (
         "video",
         "sora-2",
@@ -87,7 +87,7 @@ def test_the_stock_client_makes_videos(stock: openai.OpenAI, model: Path, tmp_pa
     assert stock.videos.list(order="asc").data[0].id == made.id
     assert stock.videos.retrieve(made.id).prompt == "a cat"
     requests = [
-        VideoRequest(prompt="a cat", num_frames=9, width=96, height=64),
+        VideoRequest(prompt="a cat", num_frames=9, width=64, height=32),
         VideoRequest(prompt="a dog", seed=3, num_frames=9),
     ]
     for video, content in zip((made, done), generated(model, tmp_path, requests), strict=True):
@@ -253,7 +253,7 @@ def test_sizes_may_be_fitted(model: Path, tmp_path: Path) -> None:
         made = asked(client, size="70x33")
         assert (made["size"], made["requested_size"]) == ("64x32", "70x33")
         made = asked(client, height=50)
-        assert (made["size"], made["requested_size"]) == ("64x64", "x50")
+        assert (made["size"], made["requested_size"]) == ("32x64", "x50")
         assert asked(client, size="64x32")["requested_size"] is None
 
 
