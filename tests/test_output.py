@@ -247,7 +247,7 @@ def test_a_single_file_that_the_error_names_is_not_told_twice() -> None:
 
 
 def test_videos_are_made_without_what_differs_from_run_to_run(tmp_path: Path) -> None:
-    """By the settings that libx264 writes into the file: whether the same frames then give several depends on what is in
-    its memory, so that trying says little. See `media.video.H264`."""
+    """By the settings that libx264 writes into the file: whether the same frames then give several depends on what is
+    in its memory, so that trying says little. See `media.video.H264`."""
     write_video(np.zeros((5, 32, 32, 3), np.uint8), 8, tmp_path / "a.mp4")
     assert b" mbtree=0 " in (tmp_path / "a.mp4").read_bytes()
