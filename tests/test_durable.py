@@ -31,9 +31,11 @@ from served import (
 )
 from test_server import generated
 
-from cineline import OutputError, RankFailed, VideoRequest
+from cineline import InvalidRequest, OutputError, RankFailed, VideoRequest
 from cineline.core.faults import VARIABLE
+from cineline.core.request import Job
 from cineline.engine import sink
+from cineline.engine.room import Room
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.media.video import video_writer
 from cineline.server import files
@@ -143,6 +145,32 @@ def test_a_file_that_is_there_completes_its_job_and_one_that_is_not_whole_does_n
     with serving(model, data) as client:
         assert_all_made(client, jobs, model, data, 4, tmp_path)
     assert paths[0].stat().st_mtime_ns == before
+
+
+def test_what_these_devices_cannot_hold_any_more_fails_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has a snapshot, and one that waits; the service goes on with the other, and is free of them later."""
+    data = tmp_path / "data"
+    with serving(model, data, step_s=0.05, in_flight=2) as client:
+        jobs = [create(client, **fields_of(number, 12))["id"] for number in range(6)]
+        while min(get(client, job)["step"] for job in jobs[:2]) < 3:
+            time.sleep(0.01)
+
+    def check(room: Room, job: Job) -> None:
+        if job.seed in (1, 5):
+            raise InvalidRequest("It needs 2 GB: use a smaller size.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Room, "check", check)
+        with serving(model, data, in_flight=2) as client:
+            for number, job in enumerate(jobs):
+                done = wait_done(client, job)
+                if number in (1, 5):
+                    assert (done["status"], done["error"]["code"]) == ("failed", "invalid_request")
+                else:
+                    assert done["status"] == "completed"
+    assert not list((data / "snapshots").glob("0*"))
 
 
 def test_a_full_disk_refuses_new_jobs_and_keeps_the_old(

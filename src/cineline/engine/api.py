@@ -215,13 +215,14 @@ class Engine:
         return [self._resume(kept) for kept in self._record.resume(Path(directory), self.spec)]
 
     def _resume(self, kept: Kept) -> RequestHandle:
-        """Where it is refused, as too large for these devices, others go on, and its entry stays."""
+        """Where it is refused, as too large for these devices, others go on, and its entry stays, unless its caller says
+        that it need not."""
         try:
             return self._submit(kept.request, kept.outputs, kept)
         except InvalidRequest as error:
             ticket = Ticket(self.spec.resolve(kept.request, -1), outputs=kept.outputs)
             ticket.fail(error)
-            return RequestHandle(ticket, lambda *_: False)
+            return RequestHandle(ticket, lambda *_: False, lambda _: self._record.forget(kept.name))
 
     def _submit(self, request: VideoRequest, outputs: Mapping[str, Path], kept: Kept | None = None) -> RequestHandle:
         check_process(self._process)

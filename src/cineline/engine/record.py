@@ -149,6 +149,11 @@ class Record:
         with self._lock:
             self._names.pop(number, None)
 
+    def forget(self, name: str) -> None:
+        """Nobody will go on with an entry of a request that was not submitted."""
+        if self._folder is not None:
+            self._folder.remove(name)
+
     def delivered(self, number: int) -> None:
         """All outputs of a request that is done are written."""
         self._remove(number)

@@ -188,6 +188,7 @@ class Dispatcher:
             resumed = begun.pop(path.stem, None)
             if resumed is None or path != self._folder.video(path.stem):  # deleted since
                 handle.cancel()
+                handle.delivered()
             else:
                 self._watch(resumed, handle)
         for job in begun.values():
