@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import commit
+from lora_files import truth, write
 from oracle import Checkpoint
 from served import (
     LIMIT_S,
@@ -31,7 +33,7 @@ from served import (
 )
 from test_server import generated
 
-from cineline import InvalidRequest, OutputError, RankFailed, VideoRequest
+from cineline import Engine, InvalidRequest, ModelFiles, OutputError, ParallelConfig, RankFailed, VideoRequest
 from cineline.core.faults import VARIABLE
 from cineline.core.request import Job
 from cineline.engine import sink
@@ -45,10 +47,27 @@ from cineline.server.store import Store
 
 STEP_S = 0.1
 
+Start = Callable[..., ServerProcess]
+
 
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_model(checkpoint(RandomConfig("ti2v", seed=3)), tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts services, none of which outlives a test that fails."""
+    started: list[ServerProcess] = []
+
+    def one(*arguments: Any, **options: Any) -> ServerProcess:
+        started.append(ServerProcess(*arguments, **options))
+        return started[-1]
+
+    yield one
+    for server in started:
+        if server.process.poll() is None:
+            server.kill()
 
 
 def all_jobs(client: httpx.Client) -> dict[str, dict[str, Any]]:
@@ -86,11 +105,11 @@ def assert_gone_on(client: httpx.Client, before: dict[str, int]) -> None:
 @pytest.mark.real_start
 @pytest.mark.parametrize(("kills", "count", "steps"), [(1, 5, 8), pytest.param(20, 10, 40, marks=pytest.mark.serve)])
 def test_a_service_that_is_killed_and_one_that_is_told_to_end_lose_no_job_and_make_none_twice(
-    kills: int, count: int, steps: int, model: Path, tmp_path: Path
+    kills: int, count: int, steps: int, start: Start, model: Path, tmp_path: Path
 ) -> None:
     chance, data = random.Random(commit()), tmp_path / "data"
     options = ("--pp", "2", "--in-flight", "2", "--keep-for", "1h", "--grace", "20s")
-    server = ServerProcess(model, data, *options, step_s=STEP_S)
+    server = start(model, data, *options, step_s=STEP_S)
     jobs = [create(server.client, **fields_of(number, steps))["id"] for number in range(count)]
     finished: dict[str, int] = {}
     for kill in range(kills):
@@ -107,7 +126,7 @@ def test_a_service_that_is_killed_and_one_that_is_told_to_end_lose_no_job_and_ma
                 if video["status"] == "completed":
                     finished.setdefault(job, (data / "videos" / f"{job}.mp4").stat().st_mtime_ns)
         server.kill()
-        server = ServerProcess(model, data, *options, step_s=STEP_S)
+        server = start(model, data, *options, step_s=STEP_S)
         if before:
             wait_ready(server.client)
             assert_gone_on(server.client, before)
@@ -125,6 +144,34 @@ def test_a_service_that_is_killed_and_one_that_is_told_to_end_lose_no_job_and_ma
     assert not list((data / "snapshots").glob("0*"))
     for job, changed in finished.items():
         assert (data / "videos" / f"{job}.mp4").stat().st_mtime_ns == changed
+
+
+@pytest.mark.real_start
+def test_what_a_model_is_made_of_is_given_as_to_generate_and_stays_until_its_jobs_are_done(
+    start: Start, model: Path, tmp_path: Path
+) -> None:
+    data, files = tmp_path / "data", ModelFiles(vae=model / "vae" / "diffusion_pytorch_model.safetensors")
+    lora = f"style={write(truth(model, 1), 'diffusers', tmp_path / 'lora.safetensors')}@0.5"
+    given = ["--vae", str(files.vae), "--lora-mode", "runtime", "--skip-guidance-at-one", "--pp", "2"]
+    server = start(model, data, *given, "--lora", lora)
+    asks: list[dict[str, Any]] = [{"prompt": "a cat", "loras": ["style@2"]}, {"prompt": "a cat", "loras": []}]
+    jobs = [create(server.client, **fields)["id"] for fields in asks]
+    refused = server.client.post("/v1/videos", json={"prompt": "a cat", "loras": ["other"]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "loras")
+    found = []
+    for job in jobs:
+        assert wait_done(server.client, job)["status"] == "completed"
+        found.append(server.client.get(f"/v1/videos/{job}/content").content)
+    jobs.append(create(server.client, prompt="a dog", num_inference_steps=5_000)["id"])
+    assert server.terminate() == 0
+    engine = Engine(model, ParallelConfig(pp=2), device="cpu", files=files, loras=[lora], lora_mode="runtime")
+    assert found == generated(engine, tmp_path, [VideoRequest(**fields) for fields in asks]) and found[0] != found[1]
+    other = [sys.executable, "-m", "cineline", "serve", "--model", str(model), "--data-dir", str(data), "--port", "0"]
+    told = subprocess.run([*other, *given], capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert told.returncode == 2 and "1 jobs are not done that were taken for" in told.stderr
+    with sqlite3.connect(data / "jobs.sqlite3") as stored:
+        assert all(json.loads(row[0])["skip_guidance_at_one"] for row in stored.execute("SELECT request FROM jobs"))
+    stored.close()
 
 
 def test_a_file_that_is_there_completes_its_job_and_one_that_is_not_whole_does_not(model: Path, tmp_path: Path) -> None:

@@ -129,6 +129,12 @@ def strange_values() -> Iterator[Sent]:
     for text in ("\ud800", "\udfff\ud800", "a\0", "\ud83d"):
         for name in ("prompt", "negative_prompt", "user", "model", "size", text):
             yield json.dumps({"prompt": "a", name: text}).encode(), JSON
+        yield json.dumps({"prompt": "a", "loras": [text]}).encode(), JSON
+    for depth in (1, 100, 900):
+        for name in ("loras", "sigmas", "prompt", "seed"):
+            yield f'{{"prompt": "a", "{name}": {"[" * depth}"x"{"]" * depth}}}'.encode(), JSON
+    yield json.dumps({"prompt": "a", "sigmas": [1e-9] * 100_000}).encode(), JSON
+    yield json.dumps({"prompt": "a", "loras": ["../../x"] * 100_000}).encode(), JSON
 
 
 def strange_texts() -> Iterator[Sent]:

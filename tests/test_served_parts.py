@@ -172,7 +172,7 @@ def test_a_folder_is_of_one_model_while_jobs_wait(tmp_path: Path) -> None:
     store.of_model("a")
     store.of_model("b")
     job = stored(store)
-    with pytest.raises(InvalidConfig, match="1 jobs are not done that were taken for model='b': serve that one"):
+    with pytest.raises(InvalidConfig, match="1 jobs are not done that were taken for 'b': serve that"):
         store.of_model("a")
     store.remove(job)
     store.of_model("a")

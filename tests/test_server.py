@@ -23,6 +23,8 @@ from served import LIMIT_S, NAME, create, get, serving, small_model, wait_done
 
 from cineline import Engine, ParallelConfig, VideoRequest
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.server.fields import listed, typed
+from cineline.server.refusal import Refusal
 
 KEY = "a key of sixteen or more"
 
@@ -56,10 +58,10 @@ def data_url(content: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def generated(model: Path, folder: Path, requests: list[VideoRequest]) -> list[bytes]:
-    """The files of an engine without a service."""
+def generated(model: Path | Engine, folder: Path, requests: list[VideoRequest]) -> list[bytes]:
+    """The files of an engine without a service, which is closed then."""
     found = []
-    with Engine(model, ParallelConfig(pp=2), device="cpu") as engine:
+    with model if isinstance(model, Engine) else Engine(model, ParallelConfig(pp=2), device="cpu") as engine:
         for number, handle in enumerate([engine.submit(request) for request in requests]):
             handle.result(LIMIT_S).save(folder / f"{number}.mp4")
             found.append((folder / f"{number}.mp4").read_bytes())
@@ -187,6 +189,53 @@ def test_a_form_says_the_same_as_json(client: httpx.Client) -> None:
     client.delete(f"/v1/videos/{form.json()['id']}")
 
 
+def test_every_field_of_a_request_reaches_the_engine(client: httpx.Client, model: Path, tmp_path: Path) -> None:
+    """The same bits, whether they come as JSON or in a form; and other bits than without each of them."""
+    ways: list[dict[str, Any]] = [
+        {"solver": "euler"},
+        {"sigmas": [1, 0.75, 0.5, 0.25], "num_inference_steps": 4},
+        {"preset": "lightning", "guidance_scale": 1.0, "skip_guidance_at_one": True},
+        {"flow_shift": 3.0, "negative_prompt": "a dog"},
+    ]
+    asks = [{"prompt": "a cat", **way} for way in ways]
+    found: list[list[bytes]] = [[], []]
+    for fields in asks:
+        parts = [(name, (None, text)) for name, value in fields.items() for text in texts_of_form(value)]
+        answers = client.post("/v1/videos", json=fields), client.post("/v1/videos", files=parts)
+        for answer, contents in zip(answers, found, strict=True):
+            assert answer.status_code == 200, answer.text
+            assert wait_done(client, answer.json()["id"])["status"] == "completed"
+            contents.append(client.get(f"/v1/videos/{answer.json()['id']}/content").content)
+            client.delete(f"/v1/videos/{answer.json()['id']}")
+    wanted = generated(model, tmp_path, [VideoRequest(**fields) for fields in [*asks, {"prompt": "a cat"}]])
+    assert found == [wanted[:-1]] * 2
+    assert len(set(wanted)) == len(wanted)
+
+
+def texts_of_form(value: Any) -> list[str]:
+    """As clients write a field's value."""
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [str(value).lower() if isinstance(value, bool) else str(value)]
+
+
+def test_forms_say_lists_in_every_clients_way() -> None:
+    assert typed({}, {"sigmas": ["1,0.5"]}) == {"sigmas": "1,0.5"}
+    assert typed({}, {"sigmas": ["1", "0.5"], "loras": ["a"]}) == {"sigmas": [1.0, 0.5], "loras": ["a"]}
+    assert [listed(name) for name in ("loras", "loras[]", "seed[]", "seed")] == ["loras", "loras", None, None]
+    assert typed({"skip_guidance_at_one": "false", "seed": "3", "fps": "8", "flow_shift": "2.5"}, {}) == {
+        "skip_guidance_at_one": False,
+        "seed": 3,
+        "fps": 8,
+        "flow_shift": 2.5,
+    }
+    for name, text in (("skip_guidance_at_one", "yes"), ("seed", "x"), ("flow_shift", "nan"), ("fps", "2.5")):
+        with pytest.raises(Refusal, match=f"{name}='{text}' is no"):
+            typed({name: text}, {})
+    with pytest.raises(Refusal, match="sigmas='x' is no number"):
+        typed({}, {"sigmas": ["1", "x"]})
+
+
 REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": None}, "prompt", "has no 'prompt'"),
     ({"prompt": " "}, "prompt", "is empty"),
@@ -221,6 +270,15 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"guidance_scale": "3"}, "guidance_scale", "it is no number"),
     ({"guidance_scale_2": 3}, "guidance_scale_2", "two experts"),
     ({"timeout_s": 0}, "timeout_s", "above 0"),
+    ({"solver": "heun"}, "solver", "use 'unipc', 'euler', 'dpm++' or 'lcm'"),
+    ({"sigmas": [0.5, 1.0], "num_inference_steps": 2}, "sigmas", "fall"),
+    ({"sigmas": [1.0, "x"]}, "sigmas", "cannot be used"),
+    ({"preset": "fast"}, "preset", "use 'lightning'"),
+    ({"switch_step": 2}, "switch_step", "two experts"),
+    ({"skip_guidance_at_one": "yes"}, "skip_guidance_at_one", "cannot be used"),
+    ({"loras": ["a"]}, "loras", "lora_mode='runtime'"),
+    ({"loras": "a"}, "loras", "cannot be used"),
+    ({"lora": {"name": "a"}}, "lora", "the nearest known one is 'loras'"),
     ({"priority": "urgent"}, "priority", "use low, normal, high"),
     ({"user": "u" * 257}, "user", "256"),
     ({"input_reference": "../../etc/passwd"}, "input_reference", "is no image"),

@@ -215,8 +215,7 @@ class Engine:
         return [self._resume(kept) for kept in self._record.resume(Path(directory), self.spec)]
 
     def _resume(self, kept: Kept) -> RequestHandle:
-        """Where it is refused, as too large for these devices, others go on, and its entry stays, unless its caller says
-        that it need not."""
+        """Where it is refused, as too large for these devices, others go on, and its entry stays until `delivered`."""
         try:
             return self._submit(kept.request, kept.outputs, kept)
         except InvalidRequest as error:

@@ -15,7 +15,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from cineline.errors import reason, shown
-from cineline.server.orders import REFERENCE, SECOND_NAMES, typed
+from cineline.server.fields import listed, typed
+from cineline.server.orders import REFERENCE, SECOND_NAMES
 from cineline.server.refusal import Refusal, invalid
 
 BODY_LIMIT = 32 * 2**20
@@ -128,7 +129,7 @@ async def _form(request: Request, raw: bytes, content_type: str) -> dict[str, An
         words = error.message if isinstance(error, MultiPartException) else reason(error)
         raise invalid(f"The form cannot be read ({words}): send multipart/form-data.", code="invalid_form") from None
     try:
-        texts, files = await _parts(form)
+        texts, lists, files = await _parts(form)
     finally:
         await form.close()
     strange = [name for name in files if name not in (REFERENCE, *SECOND_NAMES)]
@@ -138,19 +139,25 @@ async def _form(request: Request, raw: bytes, content_type: str) -> dict[str, An
     objects: dict[str, dict[str, str]] = {}
     for name, found in nested.items():
         objects.setdefault(found[1], {})[found[2]] = texts.pop(name)
-    return objects | typed(texts) | files
+    return objects | typed(texts, lists) | files
 
 
-async def _parts(form: FormData) -> tuple[dict[str, str], dict[str, bytes]]:
-    texts, files = {}, {}
+async def _parts(form: FormData) -> tuple[dict[str, str], dict[str, list[str]], dict[str, bytes]]:
+    """Texts, items of lists, files."""
+    texts: dict[str, str] = {}
+    lists: dict[str, list[str]] = {}
+    files: dict[str, bytes] = {}
     for name, value in form.multi_items():
+        if (base := listed(name)) is not None and isinstance(value, str):
+            lists.setdefault(base, []).append(value)
+            continue
         if name in texts or name in files:
             raise invalid(f"The form has {shown(name)} twice: give it once.", name[:100])
         if isinstance(value, UploadFile):
             files[name] = await value.read()
         else:
             texts[name] = value
-    return texts, files
+    return texts, lists, files
 
 
 def _split(given: dict[str, Any]) -> Body:

@@ -10,9 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args
 
 from PIL import Image
 
@@ -20,6 +18,7 @@ from cineline.core.family import FamilySpec, GriddedFamily
 from cineline.core.request import Job, VideoRequest
 from cineline.errors import InvalidRequest, shown
 from cineline.server.fair import WEIGHTS
+from cineline.server.fields import OFFERED
 from cineline.server.refusal import Refusal, invalid, refused
 
 Priority = Literal["low", "normal", "high"]
@@ -28,9 +27,6 @@ REFERENCE = "input_reference"
 
 SECOND_NAMES: Mapping[str, str] = {"image": REFERENCE, "image_reference": REFERENCE}
 """vLLM-Omni's, LLMGateway's and `VideoRequest`'s own for the first frame."""
-
-NOT_OFFERED = ("image", "decode")
-"""Fields of a `VideoRequest` that no client gives as such: an image comes along, and a video is always wanted."""
 
 TEXT_LIMIT = 20_000
 """Characters of a prompt; the model reads 512 tokens."""
@@ -41,26 +37,6 @@ DECIMAL = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6})?")
 NEAR = 1e-6
 """Of a frame: what decimal seconds may be off."""
 
-
-def kind_of(name: str) -> type | None:
-    """Of a request's field: int, float or str; None where a client cannot give it."""
-    kinds = _types_in(VideoRequest.model_fields[name].annotation)
-    if name in NOT_OFFERED or Path in kinds:
-        return None
-    return next((kind for kind in (int, float, str) if kind in kinds), None)
-
-
-def _types_in(hint: Any) -> list[Any]:
-    """Of a union, and of what annotations are beside."""
-    if get_origin(hint) is Annotated:
-        return _types_in(get_args(hint)[0])
-    if get_origin(hint) in (Union, UnionType):
-        return [kind for part in get_args(hint) for kind in _types_in(part)]
-    return [hint]
-
-
-OFFERED: Mapping[str, type] = {name: kind for name in VideoRequest.model_fields if (kind := kind_of(name)) is not None}
-"""The fields of a request that a client may give, with their types."""
 
 KNOWN = (*OFFERED, "model", "seconds", "size", REFERENCE, *SECOND_NAMES, "priority", "user")
 
@@ -91,12 +67,14 @@ class Orders:
     """Reads what clients send.
 
     Attributes:
-        spec: the model's. names: it goes by, its own first. fit_sizes: take the nearest size.
+        spec: the model's. names: it goes by, its own first. defaults: of a request's fields.
+        fit_sizes: take the nearest size.
         check: the request as it would run; raises `InvalidRequest`.
     """
 
     spec: FamilySpec
     names: Sequence[str]
+    defaults: Mapping[str, Any]
     fit_sizes: bool
     check: Callable[[VideoRequest], Job]
 
@@ -110,7 +88,7 @@ class Orders:
         Raises:
             Refusal: a field that is unknown, or cannot be used.
         """
-        fields = {name: value for name, value in given.items() if value is not None}
+        fields = {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
         _check_known(fields)
         for name, value in fields.items():
             _check_text(name, value)
@@ -191,25 +169,6 @@ class Orders:
             )
 
 
-def typed(texts: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a form, whose values are all texts, with numbers where numbers are wanted.
-
-    Raises:
-        Refusal: one that is none.
-    """
-    return {name: _number(name, text) if OFFERED.get(name) in (int, float) else text for name, text in texts.items()}
-
-
-def _number(name: str, text: str) -> int | float:
-    try:
-        number = int(text) if len(text) < 30 and OFFERED[name] is int else float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise invalid(f"{name}={shown(text)} is no number: give one.", name)
-    return number
-
-
 def _check_known(fields: Mapping[str, Any]) -> None:
     for name in fields:
         if name not in KNOWN:
@@ -221,12 +180,15 @@ def _check_known(fields: Mapping[str, Any]) -> None:
 
 def _check_text(name: str, value: object) -> None:
     """What can be kept and read again: no half of a character, no zero, not too long."""
-    if not isinstance(value, str):
-        return
-    if len(value) > TEXT_LIMIT:
-        raise invalid(f"{name}={shown(value)} has {len(value)} characters: use {TEXT_LIMIT} at most.", name)
-    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise invalid(f"{name} has a character that is none (a zero or half of a surrogate pair): leave it out.", name)
+    for text in value if isinstance(value, list) else [value]:
+        if not isinstance(text, str):
+            continue
+        if len(text) > TEXT_LIMIT:
+            raise invalid(f"{name}={shown(text)} has {len(text)} characters: use {TEXT_LIMIT} at most.", name)
+        if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise invalid(
+                f"{name} has a character that is none (a zero or half of a surrogate pair): leave it out.", name
+            )
 
 
 def _priority(given: object, highest: str) -> str:

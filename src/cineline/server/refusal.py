@@ -7,7 +7,7 @@ from typing import Any
 
 from cineline.errors import InvalidRequest
 
-FIELD = re.compile(r"(\w+)=")
+FIELD = re.compile(r"(\w+)[=:]")
 """How a sentence of `InvalidRequest` begins that is about a field."""
 
 

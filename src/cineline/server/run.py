@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from cineline.core.config import ParallelConfig
-from cineline.core.family import FamilySpec
+from cineline.core.family import FamilySpec, StoredFamily
 from cineline.engine.api import Engine
 from cineline.engine.hub import name_of
 from cineline.errors import InvalidConfig, reason, shown
@@ -49,6 +50,7 @@ class Served:
     Attributes:
         spec: the model's. names: it goes by, its own first.
         parallel, in_flight: how the line is divided, and what it holds. make_engine: with snapshots in that folder.
+        defaults: of requests, for fields that they leave out.
     """
 
     spec: FamilySpec
@@ -56,6 +58,19 @@ class Served:
     parallel: ParallelConfig
     in_flight: int | None
     make_engine: Callable[[Path], Engine]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def made_of(self) -> str:
+        """The model with all that its videos depend on, in words."""
+        spec = self.spec
+        if not isinstance(spec, StoredFamily):
+            return type(spec).__name__
+        named = name_of(spec)
+        words = [] if named is None else [named if spec.variant is None else f"{named} ({spec.variant})"]
+        words += [f"{component} {path.absolute()}" for component, path in sorted(spec.files.items())]
+        words += [f"LoRA {lora.text} ({spec.lora_mode})" for lora in spec.loras]
+        return ", ".join(words)
 
 
 def serve(served: Served, settings: ServeConfig, tell: Tell) -> None:
@@ -82,7 +97,7 @@ def opened(served: Served, settings: ServeConfig) -> Iterator[Server]:
         stack.callback(folder.close)
         store = Store(folder.jobs)
         stack.callback(store.close)
-        store.of_model(name_of(served.spec) or type(served.spec).__name__)
+        store.of_model(served.made_of)
         listening = _listen(settings.host, settings.port)
         stack.callback(listening.close)
         metrics = Metrics(lambda: service.now)
@@ -94,7 +109,7 @@ def opened(served: Served, settings: ServeConfig) -> Iterator[Server]:
             served.in_flight,
             lambda: server.end(),
         )
-        service = Service(served.spec, served.names, outcomes, dispatcher)
+        service = Service(served.spec, served.names, served.defaults, outcomes, dispatcher)
         app = make_app(Parts(service, folder, keys, Images(settings.image_hosts), metrics))
         server = Server(app, service, dispatcher, listening, settings.grace_s)
         yield server

@@ -8,7 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from cineline.core.request import VideoRequest
-from cineline.server.orders import OFFERED, REFERENCE, SECOND_NAMES, TEXT_LIMIT, USER_LIMIT, Priority
+from cineline.server.fields import OFFERED
+from cineline.server.orders import REFERENCE, SECOND_NAMES, TEXT_LIMIT, USER_LIMIT, Priority
 
 
 class Problem(BaseModel):
@@ -125,16 +126,19 @@ LIMITS: Mapping[str, Mapping[str, Any]] = {
     "fps": {"minimum": 1},
     "flow_shift": {"exclusiveMinimum": 0},
     "boundary_ratio": {"minimum": 0, "maximum": 1},
+    "switch_step": {"minimum": 0},
+    "sigmas": {"minItems": 1},
     "timeout_s": {"exclusiveMinimum": 0},
 }
 """Of fields, whatever the model; it has further rules."""
 
-NAMES: Mapping[type, str] = {int: "integer", float: "number", str: "string"}
-
 
 def _described(name: str) -> dict[str, Any]:
+    """A field's schema with what the command line's help says of it."""
     texts = [text for text in VideoRequest.model_fields[name].metadata if isinstance(text, str)]
-    return {"type": NAMES[OFFERED[name]], **({"description": texts[0]} if texts else {}), **LIMITS.get(name, {})}
+    several = OFFERED[name]
+    schema = several[0] if len(several) == 1 else {"anyOf": several}
+    return {**schema, **({"description": texts[0]} if texts else {}), **LIMITS.get(name, {})}
 
 
 def create_schema(is_form: bool) -> dict[str, Any]:

@@ -65,12 +65,19 @@ class Service:
         stopping: no more jobs are taken.
     """
 
-    def __init__(self, spec: FamilySpec, names: Sequence[str], outcomes: Outcomes, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        spec: FamilySpec,
+        names: Sequence[str],
+        defaults: Mapping[str, Any],
+        outcomes: Outcomes,
+        dispatcher: Dispatcher,
+    ) -> None:
         self.stopping = False
         self.names = names
         self._spec, self._dispatcher, self._pace = spec, dispatcher, outcomes.pace
         self._settings, self._store, self._folder = outcomes.settings, outcomes.store, outcomes.folder
-        self._orders = Orders(spec, names, self._settings.fit_sizes, self._check)
+        self._orders = Orders(spec, names, defaults, self._settings.fit_sizes, self._check)
         self._taking = threading.Lock()
 
     @property

@@ -138,7 +138,7 @@ class Store:
         open_jobs = sum(self.counts()[state] for state in OPEN)
         if before and before[0][0] != model and open_jobs:
             raise InvalidConfig(
-                f"{open_jobs} jobs are not done that were taken for model={shown(before[0][0])}: serve that one, not "
+                f"{open_jobs} jobs are not done that were taken for {shown(before[0][0])}: serve that, not "
                 f"{shown(model)}, until they are, or give another --data-dir."
             )
         self._change("INSERT OR REPLACE INTO facts VALUES ('model', ?)", (model,))
