@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Annotated, Any, Literal
@@ -92,8 +92,8 @@ def make_app(parts: Parts) -> FastAPI:
     return app
 
 
-def _client_of(keys: Keys) -> Callable[[Request], Client]:
-    def client(request: Request) -> Client:
+def _client_of(keys: Keys) -> Callable[[Request], Awaitable[Client]]:
+    async def client(request: Request) -> Client:  # else a thread of a pool would be asked
         return keys.client(request.headers.get("authorization"))
 
     return client
