@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import string
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -267,6 +268,16 @@ def test_slow_clients_are_let_go(client: httpx.Client, monkeypatch: pytest.Monke
         for connection in (silent, slow):
             assert connection.recv(1000).startswith(b"HTTP/1.1 408")
             assert connection.recv(1000) == b""
+    with raw(client) as kept:
+        for _ in range(2):
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += kept.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 200")
+            time.sleep(0.8)  # nothing is asked, which is no offence
+        kept.sendall(b"GET /health HT")
+        assert kept.recv(1000).startswith(b"HTTP/1.1 408")
     head = b"POST /v1/videos HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
     with raw(client) as cut:
         cut.sendall(head + b'{"prompt"')

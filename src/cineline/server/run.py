@@ -27,7 +27,7 @@ from cineline.server.images import Images
 from cineline.server.keys import Keys
 from cineline.server.metrics import Metrics
 from cineline.server.outcomes import Outcomes
-from cineline.server.protocol import PatientProtocol
+from cineline.server.protocol import KEEP_ALIVE_S, PatientProtocol
 from cineline.server.service import Service
 from cineline.server.settings import ServeConfig
 from cineline.server.store import Store
@@ -133,6 +133,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 limit_concurrency=MOST_CONNECTIONS,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=max(1, int(grace_s * ANSWERS_SHARE)),
             )
         )
