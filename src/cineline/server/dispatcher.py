@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,7 @@ class Dispatcher:
                 self._folder.video(job.id).unlink(missing_ok=True)
         open_jobs = {job.id for job in self._store.in_state("queued")} | begun.keys()
         self._folder.tidy(open_jobs | {job.id for job in self._store.in_state("completed")})
+        import_module("torch")  # which a request's end needs: not while others are answered
         engine = self._engine = self._make_engine()
         for handle in engine.resume(self._folder.snapshots):
             path = handle.outputs.get("video", Path())
