@@ -116,7 +116,7 @@ def test_all_are_served_once(waiting: list[Waiting]) -> None:
 
 def stored(store: Store, owner: str = "", key: str | None = None) -> str:
     job = new_id()
-    store.add(NewJob(job, owner, "normal", 1.0, {"prompt": "a"}, False, {"num_frames": 5}, key, "f" if key else None))
+    store.add(NewJob(job, owner, "normal", 1.0, {"prompt": "a"}, [], {"num_frames": 5}, key, "f" if key else None))
     return job
 
 
@@ -183,7 +183,13 @@ def test_only_files_of_no_job_are_tidied_away(tmp_path: Path) -> None:
     folder = DataFolder(tmp_path / "data")
     kept, lost = new_id(), new_id()
     others = [folder.videos / "mine.mp4", folder.inputs / f"{lost}.txt"]
-    for path in (folder.video(kept), folder.video(lost), folder.videos / f".{kept}.1.mp4", folder.image(lost), *others):
+    for path in (
+        folder.video(kept),
+        folder.video(lost),
+        folder.videos / f".{kept}.1.mp4",
+        folder.image(lost, "image"),
+        *others,
+    ):
         path.write_bytes(b"x")
     folder.tidy({kept})
     assert sorted([*folder.videos.iterdir(), *folder.inputs.iterdir()]) == sorted([folder.video(kept), *others])

@@ -239,6 +239,7 @@ def test_forms_say_lists_in_every_clients_way() -> None:
 REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": None}, "prompt", "has no 'prompt'"),
     ({"prompt": " "}, "prompt", "is empty"),
+    ({"prompt": ""}, "prompt", "is empty"),
     ({"prompt": 3}, "prompt", "cannot be used"),
     ({"prompt": "a\0b"}, "prompt", "a zero"),
     ({"prompt": "x" * 20_001}, "prompt", "20001 characters"),
@@ -278,6 +279,12 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ({"skip_guidance_at_one": "yes"}, "skip_guidance_at_one", "cannot be used"),
     ({"loras": ["a"]}, "loras", "lora_mode='runtime'"),
     ({"loras": "a"}, "loras", "cannot be used"),
+    ({"num_videos": 2}, "num_videos", "send a request for each"),
+    ({"preview": 0}, "preview", "not from 1"),
+    ({"fit": "squeeze"}, "fit", "use 'stretch', 'crop' or 'pad'"),
+    ({"seed": "four"}, "seed", "give one, or random"),
+    ({"last_image": data_url(picture())}, None, "image"),
+    ({"last_frame": "x", "last_image": "y"}, "last_frame", "mean the same"),
     ({"lora": {"name": "a"}}, "lora", "the nearest known one is 'loras'"),
     ({"priority": "urgent"}, "priority", "use low, normal, high"),
     ({"user": "u" * 257}, "user", "256"),
@@ -484,6 +491,29 @@ def test_events_tell_all_without_polling(model: Path, tmp_path: Path) -> None:
         assert {each["rank"] for each in ranks} == {0, 1}
         assert any(each["video"] == job and each["item"].startswith("denoise") for each in ranks)
         assert client.get("/v1/videos/video_1/events").status_code == 404
+
+
+def test_events_show_what_is_coming(client: httpx.Client) -> None:
+    job = create(client, num_inference_steps=40, preview=5)["id"]
+    found = events_of(client, f"/v1/videos/{job}/events")
+    assert found[-1][1]["status"] == "completed"
+    previews = [each for name, each in found if name == "preview"]
+    assert previews and [each["step"] for each in previews] == sorted({each["step"] for each in previews})
+    for each in previews:
+        head, _, content = each["image"].partition(",")
+        assert (each["id"], head) == (job, "data:image/webp;base64")
+        with Image.open(io.BytesIO(base64.b64decode(content))) as shown:
+            assert (shown.format, shown.n_frames) == ("WEBP", 2)  # type: ignore[attr-defined]
+    client.delete(f"/v1/videos/{job}")
+
+
+def test_a_seed_may_be_drawn_and_is_told(client: httpx.Client) -> None:
+    seeds = [asked(client, seed="random")["seed"] for _ in range(3)]
+    assert len(set(seeds)) == 3 and all(0 <= seed < 2**32 for seed in seeds)
+    assert asked(client, seed=2**64 - 1)["seed"] == 2**64 - 1
+    form = client.post("/v1/videos", files={"prompt": (None, "a cat"), "seed": (None, "random")})
+    assert form.status_code == 200, form.text
+    client.delete(f"/v1/videos/{form.json()['id']}")
 
 
 def test_metrics_count_what_happens(model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
 from cineline.cli.files import check_name, settle_files
-from cineline.cli.options import FILES, Fields, Given, Lora, LoraWay, one_of, spread
+from cineline.cli.options import FILES, Fields, Given, Lora, LoraWay, PromptCache, one_of, spread
 from cineline.cli.progress import RequestProgress, make_view
 from cineline.cli.resume import (
     Order,
@@ -103,9 +103,7 @@ def generate(
     ] = False,
     trace: Annotated[Path | None, _option(_RUN, "Write a timeline for ui.perfetto.dev, .json.")] = None,
     recovery: Annotated[Given, Fields(Recovery, panel=_RUN, unset=_UNLESS_TORCHRUN)],
-    prompt_cache: Annotated[
-        str, _option(_RUN, f"Bytes of prompts' embeddings that are kept, so that none is made twice; {PROMPT_CACHE}.")
-    ] = PROMPT_CACHE,
+    prompt_cache: PromptCache = PROMPT_CACHE,
     resume: Annotated[
         Path | None, _option(_RUN, "Go on with what a --snapshot-dir has; model, requests and outputs come from there.")
     ] = None,

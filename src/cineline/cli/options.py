@@ -14,6 +14,7 @@ import typer
 from cineline.core.config import AXES, LEAST, ParallelConfig, texts_of
 from cineline.core.output import check_output
 from cineline.core.streams import console
+from cineline.engine.prompts import PROMPT_CACHE
 from cineline.errors import InvalidConfig, shown
 
 
@@ -45,6 +46,14 @@ LoraWay = Annotated[
         "--lora-mode",
         help="merge: into the weights; runtime: requests name theirs (loras); merge.",
         rich_help_panel=FILES,
+        show_default=False,
+    ),
+]
+PromptCache = Annotated[
+    str,
+    typer.Option(
+        help=f"Bytes of prompts' embeddings that are kept, so that none is made twice; {PROMPT_CACHE}.",
+        rich_help_panel="The run",
         show_default=False,
     ),
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cineline.cli.options import FILES, Fields, Given, Lora, LoraWay, one_of, spread
+from cineline.cli.options import FILES, Fields, Given, Lora, LoraWay, PromptCache, one_of, spread
 from cineline.core.config import DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.extras import need
 from cineline.core.lora import LoraMode
@@ -18,6 +18,7 @@ from cineline.core.streams import console
 from cineline.engine.api import Engine
 from cineline.engine.hub import MINIS, open_model
 from cineline.engine.lora import add_loras
+from cineline.engine.prompts import PROMPT_CACHE
 from cineline.server.settings import ServeConfig
 
 _LINE, _RUN, _SERVICE = "The line", "The run", "The service"
@@ -45,6 +46,7 @@ def serve(
     in_flight: Annotated[int | None, _option(_LINE, "Requests that denoise at once; fills the line.", min=1)] = None,
     devices: Annotated[Given, Fields(DeviceConfig, panel=_LINE, unset=_CHOSEN, given=True)],
     recovery: Annotated[Given, Fields(Recovery, _KEPT, panel=_RUN)],
+    prompt_cache: PromptCache = PROMPT_CACHE,
     defaults: Annotated[Given, Fields(VideoRequest, list(_DEFAULTS), panel=_RUN, unset=_DEFAULTS)],
     service: Annotated[Given, Fields(ServeConfig, panel=_SERVICE, unset=_UNSET)],
     alias: Annotated[
@@ -65,7 +67,8 @@ def serve(
     from cineline.server.run import Served, serve
 
     def make_engine(snapshots: Path) -> Engine:
-        return Engine(spec, parallel, in_flight=in_flight, snapshot_dir=snapshots, **devices, **recovery)
+        own: Given = {"in_flight": in_flight, "prompt_cache": prompt_cache, "snapshot_dir": snapshots}
+        return Engine(spec, parallel, **own, **devices, **recovery)
 
     screen = console(stderr=True)
     names = list(dict.fromkeys([_name(model, files), *settings.aliases]))

@@ -107,8 +107,8 @@ def _making(parts: Parts) -> APIRouter:
 
     async def made(request: Request, client: Client, key: str | None) -> VideoObject:
         body = await reader.read(request)
-        image = None if body.reference is None else await parts.images.load(body.reference)
-        return await run_in_threadpool(service.create, client, body.fields, image, key)
+        images = {name: await parts.images.load(reference) for name, reference in body.references.items()}
+        return await run_in_threadpool(service.create, client, body.fields, images, key)
 
     @router.post("/v1/videos", openapi_extra=dict(CREATE_BODY), tags=["videos"])
     async def create(request: Request, client: Asks, idempotency_key: Key = None) -> VideoObject:
@@ -196,12 +196,12 @@ def _looking(parts: Parts) -> APIRouter:
 
     @router.get("/v1/videos/{video_id}/events", tags=["events"], response_class=Response, responses={200: STREAM})
     async def job_events(video_id: str, client: Asks) -> Response:
-        """A job's state, phase and step as they change, to its end."""
+        """A job's state, phase, step and previews as they change, to its end."""
         return events.of_job(client, video_id)
 
     @router.get("/v1/events", tags=["events"], response_class=Response, responses={200: STREAM})
     async def all_events(client: Asks) -> Response:
-        """All jobs' state, phase and step as they change, and which item is on which rank."""
+        """All jobs' state, phase, step and previews as they change, and which item is on which rank."""
         return events.of_all(client)
 
     @router.get("/v1/models", tags=["models"])

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from cineline.errors import reason, shown
 from cineline.server.fields import listed, typed
-from cineline.server.orders import REFERENCE, SECOND_NAMES
+from cineline.server.orders import PICTURES
 from cineline.server.refusal import Refusal, invalid
 
 BODY_LIMIT = 32 * 2**20
@@ -40,10 +40,14 @@ Reference = bytes | str | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Body:
-    """What a client sent: fields, and at most one image."""
+    """What a client sent.
+
+    Attributes:
+        references: to images, by the request's fields.
+    """
 
     fields: Mapping[str, Any]
-    reference: Reference | None
+    references: Mapping[str, Reference]
 
 
 @dataclass
@@ -132,9 +136,11 @@ async def _form(request: Request, raw: bytes, content_type: str) -> dict[str, An
         texts, lists, files = await _parts(form)
     finally:
         await form.close()
-    strange = [name for name in files if name not in (REFERENCE, *SECOND_NAMES)]
+    strange = [name for name in files if name not in PICTURES]
     if strange:
-        raise invalid(f"The form has a file {shown(strange[0])}: files are for {REFERENCE}.", strange[0][:100])
+        raise invalid(
+            f"The form has a file {shown(strange[0])}: files are for {' and '.join(PICTURES)}.", strange[0][:100]
+        )
     nested = {name: found for name in texts if (found := NESTED.fullmatch(name))}
     objects: dict[str, dict[str, str]] = {}
     for name, found in nested.items():
@@ -161,13 +167,15 @@ async def _parts(form: FormData) -> tuple[dict[str, str], dict[str, list[str]], 
 
 
 def _split(given: dict[str, Any]) -> Body:
-    names = [name for name in (REFERENCE, *SECOND_NAMES) if given.get(name) is not None]
-    if len(names) > 1:
-        raise invalid(f"{names[0]} and {names[1]} mean the same and are both given: give one.", names[1])
-    fields = {name: value for name, value in given.items() if name not in (REFERENCE, *SECOND_NAMES)}
-    if not names:
-        return Body(fields, None)
-    reference = given[names[0]]
-    if not isinstance(reference, (bytes, str, dict)):
-        raise invalid(f"{names[0]}={shown(reference)} is no image: give a file or a data URL.", names[0])
-    return Body(fields, reference)
+    references: dict[str, Reference] = {}
+    first: dict[str, str] = {}
+    for name, image in PICTURES.items():
+        reference = given.get(name)
+        if reference is None:
+            continue
+        if image in references:
+            raise invalid(f"{first[image]} and {name} mean the same and are both given: give one.", name)
+        if not isinstance(reference, (bytes, str, dict)):
+            raise invalid(f"{name}={shown(reference)} is no image: give a file or a data URL.", name)
+        references[image], first[image] = reference, name
+    return Body({name: value for name, value in given.items() if name not in PICTURES}, references)

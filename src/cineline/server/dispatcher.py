@@ -18,6 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cineline.core.config import ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
@@ -48,6 +50,7 @@ class Running:
 
     Attributes:
         steps, restarts: counted so far. written: whether its file is.
+        preview: the newest picture of what is coming, uint8 [F, H, W, 3], and the step that it was taken at.
     """
 
     job: StoredJob
@@ -56,6 +59,7 @@ class Running:
     steps: int
     restarts: int = 0
     written: bool = False
+    preview: tuple[int, np.ndarray] | None = None
 
 
 class EngineEnded(Exception):
@@ -230,6 +234,8 @@ class Dispatcher:
         handle = running.handle
         done = handle.done  # first, so that of a finished one all is seen
         self._count(running)
+        for preview in handle.take_previews()[-1:]:
+            running.preview = running.steps, preview
         try:
             if not running.written:
                 self._write(running.sink, done)
@@ -295,9 +301,9 @@ class Dispatcher:
         if job is None:
             return
         self._metrics.waited.observe(max(0.0, time.time() - job.created_at))
-        image: dict[str, Any] = {"image": self._folder.image(job.id)} if job.has_image else {}
+        images: dict[str, Any] = {name: self._folder.image(job.id, name) for name in job.images}
         try:
-            request = VideoRequest(**job.request, **image)
+            request = VideoRequest(**job.request, **images)
             handle = self._engine.submit(request, {"video": self._folder.video(job.id)})
         except InvalidRequest as error:  # the model's rules, or the devices, are others than when it was taken
             self._outcomes.fail(job, error)

@@ -63,7 +63,7 @@ class Events:
             self._open -= 1
 
     async def _job(self, client: Client, job: str) -> AsyncIterator[ServerSentEvent]:
-        told = None
+        told, shown = None, -1
         while not self.service.stopping:
             try:
                 now = await run_in_threadpool(self.service.get, client, job)
@@ -73,6 +73,10 @@ class Events:
             if now != told:
                 yield _video(now)
                 told = now
+            preview = await run_in_threadpool(self.service.preview, client, job, shown)
+            if preview is not None:
+                shown = preview[0]
+                yield _preview(job, *preview)
             if now.status in ENDS:
                 return
             await asyncio.sleep(LOOK_EVERY_S)
@@ -80,6 +84,7 @@ class Events:
     async def _all(self, client: Client) -> AsyncIterator[ServerSentEvent]:
         told: dict[str, VideoObject] = {}
         line: list[object] | None = None
+        shown: dict[str, int] = {}
         while not self.service.stopping:
             now = {video.id: video for video in await run_in_threadpool(self.service.open_jobs, client)}
             for job in told.keys() - now.keys():
@@ -87,7 +92,11 @@ class Events:
             for job, video in now.items():
                 if video != told.get(job):
                     yield _video(video)
-            told = now
+                preview = await run_in_threadpool(self.service.preview, client, job, shown.get(job, -1))
+                if preview is not None:
+                    shown[job] = preview[0]
+                    yield _preview(job, *preview)
+            told, shown = now, {job: step for job, step in shown.items() if job in now}
             states: list[object] = list(self.service.line(client))
             if states != line:
                 yield ServerSentEvent(event="line", data=_json(states))
@@ -103,6 +112,10 @@ class Events:
 
 def _video(video: VideoObject) -> ServerSentEvent:
     return ServerSentEvent(event="video", data=video.model_dump_json())
+
+
+def _preview(job: str, step: int, image: str) -> ServerSentEvent:
+    return ServerSentEvent(event="preview", data=_json({"id": job, "step": step, "image": image}))
 
 
 def _deleted(job: str) -> ServerSentEvent:

@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cineline.core.request import VideoRequest
+from cineline.core.request import IMAGES, VideoRequest
 from cineline.errors import shown
 from cineline.server.refusal import Refusal, invalid
 
-NOT_OFFERED = ("image", "decode")
-"""An image comes along, and a video is always wanted."""
+NOT_OFFERED = (*IMAGES, "decode")
+"""Images come along, and a video is always wanted."""
 
 MOST_DIGITS = 30
 """Of a number in a form: more than any has that can be used."""

@@ -3,7 +3,7 @@
 DATA/lock                one service uses the folder at a time
 DATA/jobs.sqlite3        the jobs
 DATA/videos/ID.mp4       of a completed job, whole
-DATA/inputs/ID.png       the first frame of a job that is open
+DATA/inputs/ID.image.png the first frame of a job that is open; ID.last_image.png the last one
 DATA/snapshots           the engine's (docs/recovery.md)
 """
 
@@ -18,16 +18,22 @@ from contextlib import suppress
 from pathlib import Path
 
 import av
+import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
 from cineline.core.output import check_folder, unwritable, whole_file
+from cineline.core.request import IMAGES
 from cineline.errors import InvalidConfig, OutputError, shown
 
 ID = re.compile(r"video_[0-9a-f]{32}")
 
 RESERVE = 256 * 2**20
 """Bytes of the disk that new jobs leave free: those that run have their files to write."""
+
+
+PREVIEW_MS = 250
+"""Of a frame: a latent frame is four of 16 a second."""
 
 
 def new_id() -> str:
@@ -78,18 +84,18 @@ class DataFolder:
         """Where a job's video is, or will be."""
         return self.videos / f"{job}.mp4"
 
-    def image(self, job: str) -> Path:
-        """Where a job's first frame is."""
-        return self.inputs / f"{job}.png"
+    def image(self, job: str, name: str) -> Path:
+        """Where an image of a job is, by the request's field."""
+        return self.inputs / f"{job}.{name}.png"
 
-    def keep_image(self, job: str, image: Image.Image) -> None:
+    def keep_image(self, job: str, name: str, image: Image.Image) -> None:
         """Without loss, and on the disk when it returns.
 
         Raises:
             OutputError: it cannot be written.
         """
         image.info.clear()
-        with whole_file(self.image(job)) as temporary:
+        with whole_file(self.image(job, name)) as temporary:
             image.save(temporary, compress_level=1)
             _sync(temporary)
 
@@ -110,9 +116,15 @@ class DataFolder:
 
     def remove(self, job: str) -> None:
         """Its files."""
-        for path in (self.video(job), self.image(job)):
+        with suppress(OSError):
+            self.video(job).unlink()
+        self.remove_inputs(job)
+
+    def remove_inputs(self, job: str) -> None:
+        """Its images."""
+        for name in IMAGES:
             with suppress(OSError):
-                path.unlink()
+                self.image(job, name).unlink()
 
     def tidy(self, kept: set[str]) -> None:
         """Remove the files of jobs that are not among these, and what a process that was killed has left half
@@ -129,6 +141,14 @@ def thumbnail(video: Path) -> bytes:
         picture = Image.fromarray(next(container.decode(video=0)).to_ndarray(format="rgb24"))
     written = io.BytesIO()
     picture.save(written, "WEBP", quality=85)
+    return written.getvalue()
+
+
+def animated(frames: np.ndarray) -> bytes:
+    """Frames uint8 [F, H, W, 3] as WebP."""
+    first, *others = map(Image.fromarray, frames)
+    written = io.BytesIO()
+    first.save(written, "WEBP", save_all=True, append_images=others, duration=PREVIEW_MS, loop=0, lossless=True)
     return written.getvalue()
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from cineline.core.family import FamilySpec, GriddedFamily
-from cineline.core.request import Job, VideoRequest
+from cineline.core.request import Job, VideoRequest, with_seed
 from cineline.errors import InvalidRequest, shown
 from cineline.server.fair import WEIGHTS
 from cineline.server.fields import OFFERED
@@ -25,8 +25,14 @@ Priority = Literal["low", "normal", "high"]
 
 REFERENCE = "input_reference"
 
-SECOND_NAMES: Mapping[str, str] = {"image": REFERENCE, "image_reference": REFERENCE}
-"""vLLM-Omni's, LLMGateway's and `VideoRequest`'s own for the first frame."""
+PICTURES: Mapping[str, str] = {
+    REFERENCE: "image",
+    "image": "image",
+    "image_reference": "image",
+    "last_image": "last_image",
+    "last_frame": "last_image",
+}
+"""Fields with an image, and the request's that it is for: OpenAI's, `VideoRequest`'s, vLLM-Omni's, LLMGateway's."""
 
 TEXT_LIMIT = 20_000
 """Characters of a prompt; the model reads 512 tokens."""
@@ -38,7 +44,7 @@ NEAR = 1e-6
 """Of a frame: what decimal seconds may be off."""
 
 
-KNOWN = (*OFFERED, "model", "seconds", "size", REFERENCE, *SECOND_NAMES, "priority", "user")
+KNOWN = (*OFFERED, "model", "seconds", "size", *PICTURES, "priority", "user")
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Order:
     """What a client wants, with nothing left to be refused.
 
     Attributes:
-        request: its image, if it has one, in memory. job: the request as it will run.
+        request: its images, if it has any, in memory. job: the request as it will run.
         said: what answers repeat. priority: its share of the line.
     """
 
@@ -78,11 +84,11 @@ class Orders:
     fit_sizes: bool
     check: Callable[[VideoRequest], Job]
 
-    def read(self, given: Mapping[str, Any], image: Image.Image | None, highest: str = "high") -> Order:
+    def read(self, given: Mapping[str, Any], images: Mapping[str, Image.Image], highest: str = "high") -> Order:
         """The order.
 
         Args:
-            given: the fields, without references to images.
+            given: the fields, without references to images. images: by the request's fields.
             highest: priority that the client may ask for.
 
         Raises:
@@ -99,12 +105,16 @@ class Orders:
         said["requested_size"] = self._take_size(fields)
         if "prompt" not in fields:
             raise invalid("The request has no 'prompt': say what the video shows.", "prompt", "missing_field")
-        if image is not None:
-            fields["image"] = image
+        if fields.get("num_videos", 1) != 1:
+            raise invalid(
+                f"num_videos={shown(fields['num_videos'])} is not 1, and a job is one video: send a request for each.",
+                "num_videos",
+            )
+        fields.update(images)
         try:
             if seconds is not None:
                 self._take_seconds(fields, seconds)
-            request = VideoRequest(**fields)
+            request = with_seed(VideoRequest(**fields))
             job = self.check(request)
         except InvalidRequest as error:
             raise refused(error) from None

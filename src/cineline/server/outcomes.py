@@ -51,7 +51,7 @@ class Outcomes:
         if not self.store.complete(job.id, nbytes, self.settings.keep_for_s):  # deleted meanwhile
             self.folder.remove(job.id)
             return
-        self.folder.image(job.id).unlink(missing_ok=True)
+        self.folder.remove_inputs(job.id)
         self.metrics.jobs.labels("completed").inc()
         if job.started_at is not None:
             self.metrics.took.observe(max(0.0, time.time() - job.started_at))

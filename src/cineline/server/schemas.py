@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cineline.core.request import VideoRequest
+from cineline.core.request import MOST_SEED, VideoRequest
 from cineline.server.fields import OFFERED
-from cineline.server.orders import REFERENCE, SECOND_NAMES, TEXT_LIMIT, USER_LIMIT, Priority
+from cineline.server.orders import PICTURES, REFERENCE, TEXT_LIMIT, USER_LIMIT, Priority
 
 
 class Problem(BaseModel):
@@ -116,9 +116,11 @@ class Health(BaseModel):
 
 
 LIMITS: Mapping[str, Mapping[str, Any]] = {
-    "prompt": {"minLength": 1, "maxLength": TEXT_LIMIT, "pattern": r"\S"},
+    "prompt": {"maxLength": TEXT_LIMIT, "description": "What the video shows; may be empty beside an image."},
     "negative_prompt": {"maxLength": TEXT_LIMIT},
-    "seed": {"minimum": 0, "maximum": 2**63 - 1},
+    "seed": {"minimum": 0, "maximum": MOST_SEED},
+    "num_videos": {"minimum": 1, "maximum": 1},
+    "preview": {"minimum": 1},
     "height": {"minimum": 1},
     "width": {"minimum": 1},
     "num_frames": {"minimum": 1},
@@ -144,14 +146,14 @@ def _described(name: str) -> dict[str, Any]:
 def create_schema(is_form: bool) -> dict[str, Any]:
     """What `POST /v1/videos` takes, as JSON or as a form; with what the model says to it."""
     picture: dict[str, Any] = {
-        "description": "The first frame: a data URL, or {'image_url': a data URL}. A PNG, JPEG or WebP.",
+        "description": "A data URL, or {'image_url': a data URL}. A PNG, JPEG or WebP.",
         "anyOf": [
             {"type": "string"},
             {"type": "object", "properties": {"image_url": {"type": "string"}}, "required": ["image_url"]},
         ],
     }
     if is_form:
-        picture = {"description": "The first frame: a PNG, JPEG or WebP file, or a data URL.", "type": "string"}
+        picture = {"description": "A PNG, JPEG or WebP file, or a data URL.", "type": "string"}
     properties = {name: _described(name) for name in OFFERED}
     properties |= {
         "model": {"type": "string", "description": "The served model's name, or one of its aliases."},
@@ -162,8 +164,14 @@ def create_schema(is_form: bool) -> dict[str, Any]:
         "size": {"type": "string", "pattern": "^[0-9]{1,5}x[0-9]{1,5}$", "description": "WIDTHxHEIGHT."},
         "priority": {"enum": ["low", "normal", "high"], "description": "Its share of the line."},
         "user": {"type": "string", "maxLength": USER_LIMIT, "description": "Repeated in answers."},
-        REFERENCE: picture,
-        **{name: {**picture, "description": f"A second name of {REFERENCE}."} for name in SECOND_NAMES},
+        REFERENCE: {**picture, "description": f"The first frame. {picture['description']}"},
+        "last_image": {**picture, "description": f"The last frame. {picture['description']}"},
+    }
+    firsts = {"image": REFERENCE, "last_image": "last_image"}
+    properties |= {
+        name: {**picture, "description": f"A second name of {firsts[image]}."}
+        for name, image in PICTURES.items()
+        if name not in properties
     }
     return {"type": "object", "properties": properties, "required": ["prompt"], "additionalProperties": False}
 

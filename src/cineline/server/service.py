@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import sqlite3
@@ -13,11 +14,11 @@ from typing import Any
 from PIL import Image
 
 from cineline.core.family import FamilySpec
-from cineline.core.request import Job, VideoRequest
+from cineline.core.request import IMAGES, Job, VideoRequest
 from cineline.engine.handle import Phase, RequestHandle
 from cineline.errors import OutputError, reason
 from cineline.server.dispatcher import Dispatcher
-from cineline.server.files import ID, new_id
+from cineline.server.files import ID, animated, new_id
 from cineline.server.keys import Client
 from cineline.server.metrics import Now
 from cineline.server.orders import Order, Orders
@@ -42,7 +43,7 @@ class Idempotency:
     fingerprint: str
 
     @classmethod
-    def of(cls, key: str | None, fields: Mapping[str, Any], image: Image.Image | None) -> Idempotency | None:
+    def of(cls, key: str | None, fields: Mapping[str, Any], images: Mapping[str, Image.Image]) -> Idempotency | None:
         """None where the client gave no key.
 
         Raises:
@@ -53,8 +54,8 @@ class Idempotency:
         if not (0 < len(key) <= 255 and key.isascii() and key.isprintable()):
             raise invalid("Idempotency-Key is not 1 to 255 ASCII characters: give another.", None, "invalid_header")
         digest = hashlib.sha256(json.dumps(dict(fields), sort_keys=True).encode())
-        if image is not None:
-            digest.update(repr(image.size).encode() + image.tobytes())
+        for name, image in sorted(images.items()):
+            digest.update(repr((name, image.size)).encode() + image.tobytes())
         return cls(key, digest.hexdigest())
 
 
@@ -100,15 +101,15 @@ class Service:
         return self._spec.resolve(request, 0) if engine is None else engine.check(request)
 
     def create(
-        self, client: Client, fields: Mapping[str, Any], image: Image.Image | None, key: str | None
+        self, client: Client, fields: Mapping[str, Any], images: Mapping[str, Image.Image], key: str | None
     ) -> VideoObject:
         """Queue a job; it is on the disk when this returns.
 
         Raises:
             Refusal: it cannot be made, or not now.
         """
-        order = self._orders.read(fields, image, client.priority)
-        same = Idempotency.of(key, fields, image)
+        order = self._orders.read(fields, images, client.priority)
+        same = Idempotency.of(key, fields, images)
         if (before := self._same(client, same)) is not None:
             return before
         self._check_limits(client, order)  # before anything is written
@@ -166,17 +167,18 @@ class Service:
             )
 
     def _new(self, client: Client, order: Order, same: Idempotency | None) -> NewJob:
-        """A row to be, its image on the disk."""
+        """A row to be, its images on the disk."""
         job, request = new_id(), order.request
-        if isinstance(request.image, Image.Image):
-            try:
-                self._folder.keep_image(job, request.image)
-            except OutputError as error:
-                raise _unkept(error) from None
-        fields = request.model_dump(exclude={"image"}, exclude_unset=True)
+        images = {name: image for name in IMAGES if isinstance(image := getattr(request, name), Image.Image)}
+        try:
+            for name, image in images.items():
+                self._folder.keep_image(job, name, image)
+        except OutputError as error:
+            self._folder.remove(job)
+            raise _unkept(error) from None
+        fields = request.model_dump(exclude=set(IMAGES), exclude_unset=True)
         key, fingerprint = (None, None) if same is None else (same.key, same.fingerprint)
-        has_image = request.image is not None
-        return NewJob(job, client.name, order.priority, order.work, fields, has_image, order.said, key, fingerprint)
+        return NewJob(job, client.name, order.priority, order.work, fields, list(images), order.said, key, fingerprint)
 
     def _own(self, client: Client, job: str) -> StoredJob:
         """A client's job; others' are not there."""
@@ -213,6 +215,14 @@ class Service:
         data = [self._shown(job, handles) for job in found[:limit]]
         ends = (data[0].id, data[-1].id) if data else (None, None)
         return VideoPage(data=data, first_id=ends[0], last_id=ends[1], has_more=len(found) > limit)
+
+    def preview(self, client: Client, job: str, behind: int) -> tuple[int, str] | None:
+        """The newest picture of what is coming, if it is of a later step: that step, and a data URL of WebP."""
+        running = self._dispatcher.running.get(job)
+        taken = None if running is None or running.job.owner != client.name else running.preview
+        if taken is None or taken[0] <= behind:
+            return None
+        return taken[0], f"data:image/webp;base64,{base64.b64encode(animated(taken[1])).decode()}"
 
     def delete(self, client: Client, job: str) -> str:
         """The job and its files are gone; what runs of it stops.

@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     priority TEXT NOT NULL,
     work REAL NOT NULL,
     request TEXT NOT NULL,
-    has_image INTEGER NOT NULL,
+    images TEXT NOT NULL,
     said TEXT NOT NULL,
     idempotency_key TEXT,
     fingerprint TEXT,
@@ -59,7 +59,8 @@ class StoredJob:
 
     Attributes:
         number: in order of creation. owner: whose key made it; empty where there are no keys.
-        work: what it takes, in a unit of `orders`. request: fields of a `VideoRequest`, without the image.
+        work: what it takes, in a unit of `orders`. request: fields of a `VideoRequest`, without the images.
+        images: the names of those that it has.
         said: what answers repeat of it.
         idempotency_key, fingerprint: of the client's request, where it gave a key.
         created_at, started_at, completed_at, expires_at: seconds since 1970.
@@ -73,7 +74,7 @@ class StoredJob:
     priority: str
     work: float
     request: Mapping[str, Any]
-    has_image: bool
+    images: Sequence[str]
     said: Mapping[str, Any]
     idempotency_key: str | None
     fingerprint: str | None
@@ -90,8 +91,7 @@ class StoredJob:
     def of(cls, row: sqlite3.Row) -> StoredJob:
         """From the database."""
         values = dict(row)
-        parsed = {name: json.loads(values[name]) for name in ("request", "said")}
-        return cls(**values | parsed | {"has_image": bool(values["has_image"])})
+        return cls(**values | {name: json.loads(values[name]) for name in ("request", "images", "said")})
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class NewJob:
     priority: str
     work: float
     request: Mapping[str, Any]
-    has_image: bool
+    images: Sequence[str]
     said: Mapping[str, Any]
     idempotency_key: str | None = None
     fingerprint: str | None = None
@@ -165,10 +165,10 @@ class Store:
             sqlite3.IntegrityError: the owner has a job with that idempotency key.
         """
         self._change(
-            "INSERT INTO jobs (id, owner, state, priority, work, request, has_image, said, idempotency_key, "
+            "INSERT INTO jobs (id, owner, state, priority, work, request, images, said, idempotency_key, "
             "fingerprint, created_at) VALUES (?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?)",
             (
-                *(new.id, new.owner, new.priority, new.work, json.dumps(dict(new.request)), new.has_image),
+                *(new.id, new.owner, new.priority, new.work, json.dumps(dict(new.request)), json.dumps(new.images)),
                 *(json.dumps(dict(new.said)), new.idempotency_key, new.fingerprint, time.time()),
             ),
         )
