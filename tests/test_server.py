@@ -121,6 +121,28 @@ def test_the_stock_client_gives_a_first_frame(stock: openai.OpenAI, model: Path,
     assert found == [wanted] * 3
 
 
+def test_a_last_frame_comes_in_other_services_words(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    model = small_model(checkpoint(RandomConfig("i2v", seed=3)), tmp_path)
+    first, last = tmp_path / "first.png", tmp_path / "last.png"
+    first.write_bytes(picture())
+    last.write_bytes(picture((32, 64)))
+    fields = {"prompt": "", "fit": "crop"}
+    with serving(model, tmp_path / "data") as client:
+        pictures = {"image": data_url(first.read_bytes()), "last_frame": data_url(last.read_bytes())}
+        form = {"input_reference": first.read_bytes(), "last_image": last.read_bytes()}
+        jobs = [create(client, **fields, **pictures)["id"]]
+        jobs.append(client.post("/v1/videos", data=fields, files=form).raise_for_status().json()["id"])
+        for job in jobs:
+            assert wait_done(client, job)["status"] == "completed"
+        found = [client.get(f"/v1/videos/{job}/content").content for job in jobs]
+    requests = [
+        VideoRequest(prompt="", fit="crop", image=first, last_image=last),
+        VideoRequest(prompt="", fit="crop", image=first),
+    ]
+    wanted = generated(model, tmp_path, requests)
+    assert found == [wanted[0]] * 2 and wanted[0] != wanted[1]
+
+
 @pytest.mark.filterwarnings("ignore:The Sora API:DeprecationWarning")
 def test_the_stock_client_understands_every_refusal(stock: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:

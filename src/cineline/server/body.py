@@ -123,7 +123,7 @@ async def _form(request: Request, raw: bytes, content_type: str) -> dict[str, An
     parser = MultiPartParser(
         request.headers,
         chunks(),
-        max_files=1,
+        max_files=2,
         max_fields=FIELD_LIMIT,
         max_part_size=BODY_LIMIT,
     )
