@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: video gpu test test-plans test-rules test-products test-soak test-chaos lint types mini mini-ti2v mini-t2v mini-score setup clean
+.PHONY: video gpu test test-plans test-rules test-products test-soak test-chaos test-serve lint types mini mini-ti2v mini-t2v mini-score setup clean
 
 ## make a video with the model that ships, on two stages
 video: setup
@@ -44,6 +44,10 @@ test-soak: setup
 ## faults at a hundred random moments, of which `test` runs ten: minutes
 test-chaos: setup
 	$(BIN)/pytest -m chaos
+
+## the service killed at twenty random moments, and asked a thousand things by its own document: minutes
+test-serve: setup
+	$(BIN)/pytest -m serve
 
 lint: setup
 	$(BIN)/ruff check src training tests examples benchmarks

@@ -38,8 +38,8 @@ def commit() -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Unless marks or tests are asked for, none of the soak is run, one of the products of axes and a tenth of the
-    chaos: the commit says which."""
+    """Unless marks or tests are asked for, none of the soak and of serve is run, one of the products of axes and a
+    tenth of the chaos: the commit says which."""
     if config.option.markexpr or any("::" in argument for argument in config.args):
         return
     products = [item for item in items if item.get_closest_marker("products")]
@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         del products[commit() % len(products)]
     chaos = [item for item in items if item.get_closest_marker("chaos")]
     del chaos[commit() % 10 :: 10]
-    left_out = [*products, *chaos, *(item for item in items if item.get_closest_marker("soak"))]
+    long = [item for item in items if item.get_closest_marker("soak") or item.get_closest_marker("serve")]
+    left_out = [*products, *chaos, *long]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from oracle import Checkpoint
+from served import small_model
 
 from cineline import VideoRequest
 from cineline.bench import measure
@@ -173,3 +174,15 @@ def test_a_bad_option_is_refused(
         main()
     assert ended.value.code not in (0, None)
     assert words in capsys.readouterr().err
+
+
+def test_serve_times_clients_beside_a_batch(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "v.json"
+    model = small_model(checkpoint(RandomConfig("ti2v", seed=3)), tmp_path)
+    options = ["--model", str(model), "--clients", "2", "--steps", "8", "--runs", "1", "--asks", "5"]
+    done = bench_in_a_process("serve", *options, "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert {name: len(runs) for name, runs in result["runs"].items()} == {"a batch": 1, "clients": 1}
+    assert 0 < len(result["answers_s"]["list"]) <= 5 * (1 + result["runs"]["clients"][0]["repeats"])
+    assert "99 %" in done.stdout

@@ -73,6 +73,33 @@ def test_another_family_runs_over_real_processes(stages: int) -> None:
             assert handle.decoded == (one.num_frames, one.num_frames)
 
 
+def test_a_request_says_what_it_is_at_and_a_rank_what_it_computes() -> None:
+    with engine(FaultySpec(), 2, in_flight=1) as line:
+        handles = [line.submit(request("slow", seed=seed, num_inference_steps=40)) for seed in range(2)]
+        assert handles[1].phase == "waiting"
+        phases, items = [], set()
+        while not handles[0].done:
+            phases.append(handles[0].phase)
+            items |= {(rank.rank, rank.request) for rank in line.ranks if rank.item.startswith("denoise")}
+            time.sleep(0.005)
+        order = ["waiting", "encoding", "denoising", "decoding", "done"]
+        assert [order.index(phase) for phase in phases] == sorted(order.index(phase) for phase in phases)
+        assert "denoising" in phases and handles[0].phase == "done"
+        assert {(0, handles[0].job.id), (1, handles[0].job.id)} <= items
+        handles[1].result(LIMIT_S)
+        busy = [rank.busy_s for rank in line.ranks]
+        assert all(1.0 < each < 60.0 for each in busy), busy
+
+
+def test_an_engine_says_whether_it_would_take_a_request_and_why_it_ended() -> None:
+    with engine(FaultySpec(), 2) as line:
+        assert line.check(request(num_inference_steps=7)).steps == 7
+        assert line.failure is None
+        with pytest.raises(RankFailed) as failed:
+            line.submit(request("raise 1 3")).result(LIMIT_S)
+        assert str(line.failure) == str(failed.value)
+
+
 def test_two_engines_live_side_by_side() -> None:
     with engine(ToySpec(), 2) as first, engine(ToySpec(layers=3), 3) as second:
         handles = first.submit(request(seed=1)), second.submit(request(seed=1))

@@ -224,6 +224,20 @@ def test_what_is_too_large_for_these_devices_stays_for_others(tmp_path: Path, mo
         assert_right(handle, wanted(1))
 
 
+def test_what_is_too_large_goes_where_its_caller_gives_it_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_in_the_middle(tmp_path, [wanted(0)])
+
+    def check(room: Room, job: Job) -> None:
+        raise InvalidRequest("It needs 2 GB: use a smaller size.")
+
+    monkeypatch.setattr(Room, "check", check)
+    with engine(snapshot_dir=tmp_path) as line:
+        (handle,) = line.resume(tmp_path)
+        assert not handle.cancel()
+        handle.delivered()
+    assert entries(tmp_path) == []
+
+
 def test_what_would_give_other_bits_is_refused(tmp_path: Path, checkpoint: Checkpoint) -> None:
     left_in_the_middle(tmp_path, [wanted(0)])
     cases: list[tuple[Any, dict[str, Any], str]] = [

@@ -24,6 +24,7 @@ ROOMS = [
     "rank",
     "engine",
     "bench",
+    "server",
     "cli",
 ]
 """Whatever is in a room imports from itself and from the rooms above it only, wherever in a file the import stands."""

@@ -1,4 +1,4 @@
-"""The command line: `cineline generate | show | plan | convert | bench | eval`."""
+"""The command line: `cineline generate | serve | show | plan | convert | bench | eval`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from cineline.cli.convert import convert
 from cineline.cli.evaluate import app as eval_app
 from cineline.cli.generate import generate
 from cineline.cli.plan import plan
+from cineline.cli.serve import serve
 from cineline.cli.show import show
 from cineline.core import streams
 from cineline.engine.launch import PROGRESS, QUIET
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(generate)
+app.command()(serve)
 app.command()(show)
 app.command()(plan)
 app.command()(convert)

@@ -1,4 +1,4 @@
-"""`cineline bench line | schedule | recovery | exact`."""
+"""`cineline bench line | schedule | recovery | serve | exact`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from cineline.cli.options import Fields, Given, InFlight, Json, Runs, axes_of, one_of, spread, teller, whole_numbers
 from cineline.core.config import DeviceConfig, ModelFiles
 from cineline.core.extras import need
+from cineline.engine.hub import MINIS
 from cineline.errors import InvalidConfig, shown
 from cineline.families.wan.shapes import WanKind
 
@@ -126,6 +127,37 @@ def recovery(
         COLUMNS,
         rows(case, results),
         {"machine": machine(config.device), "case": asdict(case), "runs": plain(results)},
+        json,
+    )
+
+
+@app.command()
+@spread
+def serve(
+    *,
+    model: Annotated[str, typer.Option(help="Folder, hub id or mini.")] = MINIS[0],
+    pp: Annotated[int, typer.Option(help="Stages.", min=1)] = 2,
+    clients: Annotated[int, typer.Option(help="At once, each with one request.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 25,
+    runs: Runs = 4,
+    asks: Annotated[int, typer.Option(help="Times that get and list are timed in a run, at most.", min=1)] = 2000,
+    devices: Devices,
+    json: Json = None,
+) -> None:
+    """The service with many clients, against the same requests as a batch; and how soon it answers meanwhile."""
+    need("fastapi")
+    from cineline.bench.measure import plain
+    from cineline.bench.report import machine, report
+    from cineline.bench.serve import COLUMNS, ServeCase, rows, time_serve
+
+    config = DeviceConfig(**devices)
+    case = ServeCase(model, pp, clients, steps, runs, asks)
+    results, asked = time_serve(case, config, teller())
+    report(
+        f"{model}, pp={pp}, {clients} requests of {steps} steps, {config.dtype}, {runs} runs: median (range)",
+        COLUMNS,
+        rows(case, results, asked),
+        {"machine": machine(config.device), "case": asdict(case), "runs": plain(results), "answers_s": asked.seconds},
         json,
     )
 

@@ -14,7 +14,7 @@ import typer
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
 from cineline.cli.files import check_name, settle_files
-from cineline.cli.options import Fields, Given, one_of, spread
+from cineline.cli.options import FILES, Fields, Given, Lora, LoraWay, PromptCache, one_of, spread
 from cineline.cli.progress import RequestProgress, make_view
 from cineline.cli.resume import (
     Order,
@@ -53,7 +53,7 @@ POLL_S = 0.1
 NAMED = 5
 """Files that an error names at most, of those that are not there."""
 
-_REQUEST, _PARALLEL, _RUN, _FILES = "The request", "The line", "The run", "Files of the model"
+_REQUEST, _PARALLEL, _RUN = "The request", "The line", "The run"
 _OF_THE_MODEL = {"negative_prompt": "", "seed": "0", "skip_guidance_at_one": "", "num_videos": "1", "fit": "stretch"}
 """What a checkpoint or a line may say, which an option that is not there must not hide."""
 
@@ -73,13 +73,9 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the video shows.", show_default=False)] = None,
     model: Annotated[str | None, _option(_RUN, "A folder in diffusers format, a hub id, mini-t2v; mini-ti2v.")] = None,
     variant: Annotated[str | None, _option(_RUN, "Of its weights, such as fp16; the plain ones.")] = None,
-    files: Annotated[Given, Fields(ModelFiles, panel=_FILES)],
-    lora: Annotated[
-        list[str] | None, _option(_FILES, "A LoRA, [NAME=][high:|low:]FILE[@SCALE]; may be given again.")
-    ] = None,
-    lora_mode: Annotated[
-        str, _option(_FILES, "merge: into the weights; runtime: requests name theirs (loras); merge.")
-    ] = "merge",
+    files: Annotated[Given, Fields(ModelFiles, panel=FILES)],
+    lora: Lora = None,
+    lora_mode: LoraWay = "merge",
     fields: Annotated[Given, Fields(VideoRequest, panel=_REQUEST, unset=_OF_THE_MODEL)],
     requests: Annotated[
         Path | None, _option(_RUN, "Many requests: a JSON object of request fields a line; options are defaults.")
@@ -107,9 +103,7 @@ def generate(
     ] = False,
     trace: Annotated[Path | None, _option(_RUN, "Write a timeline for ui.perfetto.dev, .json.")] = None,
     recovery: Annotated[Given, Fields(Recovery, panel=_RUN, unset=_UNLESS_TORCHRUN)],
-    prompt_cache: Annotated[
-        str, _option(_RUN, f"Bytes of prompts' embeddings that are kept, so that none is made twice; {PROMPT_CACHE}.")
-    ] = PROMPT_CACHE,
+    prompt_cache: PromptCache = PROMPT_CACHE,
     resume: Annotated[
         Path | None, _option(_RUN, "Go on with what a --snapshot-dir has; model, requests and outputs come from there.")
     ] = None,

@@ -14,6 +14,7 @@ import typer
 from cineline.core.config import AXES, LEAST, ParallelConfig, texts_of
 from cineline.core.output import check_output
 from cineline.core.streams import console
+from cineline.engine.prompts import PROMPT_CACHE
 from cineline.errors import InvalidConfig, shown
 
 
@@ -28,6 +29,34 @@ Json = Annotated[
     typer.Option("--json", help="Also write the result there.", show_default=False, callback=_json_file),
 ]
 Runs = Annotated[int, typer.Option(help="Runs of each arm, interleaved.", min=1)]
+FILES = "Files of the model"
+"""The panel of --help that these are in."""
+
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A LoRA, \\[NAME=]\\[high:|low:]FILE\\[@SCALE]; may be given again.",  # else rich takes these for styles
+        rich_help_panel=FILES,
+        show_default=False,
+    ),
+]
+LoraWay = Annotated[
+    str,
+    typer.Option(
+        "--lora-mode",
+        help="merge: into the weights; runtime: requests name theirs (loras); merge.",
+        rich_help_panel=FILES,
+        show_default=False,
+    ),
+]
+PromptCache = Annotated[
+    str,
+    typer.Option(
+        help=f"Bytes of prompts' embeddings that are kept, so that none is made twice; {PROMPT_CACHE}.",
+        rich_help_panel="The run",
+        show_default=False,
+    ),
+]
 InFlight = Annotated[str, typer.Option(help="Requests at once, M, such as 1,3.")]
 
 KINDS = (bool, int, float, Path)

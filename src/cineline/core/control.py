@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -171,12 +171,14 @@ class Beat:
         computing_s: seconds since that item began.
         limit_s: seconds that it may take, by the longest of its kind and size so far; None where there was none.
         request: whose turn it is.
+        busy_s: seconds that it has computed since it began, all items together.
     """
 
     item: str = ""
     computing_s: float = 0.0
     limit_s: float | None = None
     request: int | None = None
+    busy_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)

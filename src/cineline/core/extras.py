@@ -6,7 +6,13 @@ from importlib.util import find_spec
 
 from cineline.errors import MissingLibrary
 
-EXTRAS = {"accelerate": "bench", "gguf": "gguf", "matplotlib": "picture", "torchmetrics": "eval"}
+EXTRAS = {
+    "accelerate": "bench",
+    "fastapi": "serve",
+    "gguf": "gguf",
+    "matplotlib": "picture",
+    "torchmetrics": "eval",
+}
 """The extra that brings each."""
 
 

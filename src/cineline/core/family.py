@@ -82,6 +82,20 @@ class PromptedFamily(FamilySpec, Protocol):
 
 
 @runtime_checkable
+class GriddedFamily(FamilySpec, Protocol):
+    """A family whose videos have sizes on a grid.
+
+    Attributes:
+        grid: height and width are multiples of these. vae_frames: so many come together, behind the first one.
+    """
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def vae_frames(self) -> int: ...
+
+
+@runtime_checkable
 class PlannedFamily(FamilySpec, Protocol):
     """A family that says what its models cost, so that the planner can divide them.
 

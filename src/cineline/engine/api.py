@@ -21,7 +21,7 @@ from cineline.core.image import KeyFrames, load_image
 from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
 from cineline.core.recovery import Recovery
-from cineline.core.request import IMAGES, VideoRequest, videos_of, with_seed
+from cineline.core.request import IMAGES, Job, VideoRequest, videos_of, with_seed
 from cineline.core.trace import write_trace
 from cineline.engine.about import About
 from cineline.engine.blueprint import Blueprint, check_launcher, default_device
@@ -32,10 +32,10 @@ from cineline.engine.launch import Launcher
 from cineline.engine.line import CLOSED, UNDONE, Line
 from cineline.engine.lora import add_loras
 from cineline.engine.prompts import PROMPT_CACHE, prompts_in
-from cineline.engine.ranks import Ranks
+from cineline.engine.ranks import Ranks, RankState
 from cineline.engine.record import Record
 from cineline.engine.supervisor import serve
-from cineline.errors import InvalidConfig, InvalidRequest, check_process, shown
+from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, check_process, shown
 
 CLOSE_LIMIT_S = 300.0
 """For the items that are under way when an engine is closed."""
@@ -122,6 +122,7 @@ class Engine:
         setup = blueprint.setup(self._trace is not None, recovery.snapshot_every if self._takes_snapshots else 0)
         fetch_weights(self.spec)
         self._process = os.getpid()
+        self._room = blueprint.room
         self._record = Record(recovery.snapshot_dir, blueprint.run)
         self._ranks = Ranks(blueprint.launch, setup)
         try:
@@ -175,6 +176,26 @@ class Engine:
             self.spec.resolve(video, 0)
         return [self.submit(video) for video in videos]
 
+    def check(self, request: VideoRequest) -> Job:
+        """The request as it would run, with nothing left open; nothing is queued.
+
+        Raises:
+            InvalidRequest: as `submit`.
+        """
+        job = self.spec.resolve(request, 0)
+        self._room.check(job)
+        return job
+
+    @property
+    def failure(self) -> CinelineError | None:
+        """Why it takes no more requests; None while it does."""
+        return self._line.ended
+
+    @property
+    def ranks(self) -> list[RankState]:
+        """What each rank computes now, and how long it has computed."""
+        return self._ranks.states
+
     def resume(self, directory: str | Path) -> list[RequestHandle]:
         """Go on with the requests of a snapshot folder that are not done, each from its last snapshot, in the order in
         which they were submitted. The folder is the engine's from now on. What is too large for this engine's devices
@@ -194,13 +215,13 @@ class Engine:
         return [self._resume(kept) for kept in self._record.resume(Path(directory), self.spec)]
 
     def _resume(self, kept: Kept) -> RequestHandle:
-        """Where it is refused, as too large for these devices, others go on, and its entry stays."""
+        """Where it is refused, as too large for these devices, others go on, and its entry stays until `delivered`."""
         try:
             return self._submit(kept.request, kept.outputs, kept)
         except InvalidRequest as error:
             ticket = Ticket(self.spec.resolve(kept.request, -1), outputs=kept.outputs)
             ticket.fail(error)
-            return RequestHandle(ticket, lambda *_: False)
+            return RequestHandle(ticket, lambda *_: False, lambda _: self._record.forget(kept.name))
 
     def _submit(self, request: VideoRequest, outputs: Mapping[str, Path], kept: Kept | None = None) -> RequestHandle:
         check_process(self._process)

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,18 @@ from cineline.media.result import Video
 
 MOST_PREVIEWS = 8
 """Of a request that wait to be taken; older ones go."""
+
+
+Phase = Literal["waiting", "encoding", "denoising", "decoding", "done"]
+
+PHASES: Mapping[Kind | None, Phase] = {
+    None: "waiting",
+    Kind.TEXT: "encoding",
+    Kind.ENCODE: "encoding",
+    Kind.DENOISE: "denoising",
+    Kind.DECODE: "decoding",
+}
+"""By the kind of the last group of items that the tail has begun."""
 
 
 class Ticket:
@@ -36,6 +49,7 @@ class Ticket:
         spoiled: the first group that the end of the line has heard of as not finite.
         future: its end.
         steps_done, chunks_done: so far.
+        begun: the kind of the last group that the tail has begun, since the ranks were started last.
         restarts: of the ranks, since it was submitted. blamed: how many of them were for a failure in its items.
     """
 
@@ -49,6 +63,7 @@ class Ticket:
         self.future: Future[Video] = Future()
         self.steps_done = job.first_step
         self.chunks_done = 0
+        self.begun: Kind | None = None
         self.restarts = 0
         self.blamed = 0
         self._latents: np.ndarray | None = None
@@ -77,6 +92,7 @@ class Ticket:
     def restart(self) -> None:
         """It is done once more, from a snapshot on."""
         self.restarts += 1
+        self.begun = None
         self.spoiled, self.deadline = None, self._timed_out_at
 
     def take_frames(self) -> list[np.ndarray]:
@@ -169,6 +185,15 @@ class RequestHandle:
         """Decode chunks done, and of how many."""
         check_process(self._process)
         return self._ticket.chunks_done, self.job.chunks
+
+    @property
+    def phase(self) -> Phase:
+        """What it is at; one that waits for its decode is decoding."""
+        check_process(self._process)
+        if self._ticket.future.done():
+            return "done"
+        all_steps = self._ticket.steps_done == self.job.steps and self._ticket.begun is not None
+        return "decoding" if all_steps else PHASES[self._ticket.begun]
 
     @property
     def restarts(self) -> int:

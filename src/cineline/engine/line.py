@@ -6,7 +6,6 @@ caller that is interrupted leaves no word said to some ranks and not to others.
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -35,8 +34,6 @@ from cineline.errors import (
     anew,
 )
 from cineline.schedule.scheduler import Scheduler
-
-log = logging.getLogger(__name__)
 
 MOST_BLAMED = 2
 """Failures of ranks in one request's items: it fails alone by the last of them."""
@@ -71,6 +68,7 @@ class Line:
         prompts: embeddings of prompts that each head keeps.
 
     Attributes:
+        ended: why no more requests are taken; None while they are.
         progress: grows with each step or chunk that was not done before, and with each request that fails alone.
     """
 
@@ -91,8 +89,7 @@ class Line:
         self._held: list[_Open] = []
         self._next_id = 0
         self._earliest = math.inf
-        self._ended: CinelineError | None = None
-        self._unkept = False
+        self.ended: CinelineError | None = None
 
     @property
     def idle(self) -> bool:
@@ -105,8 +102,8 @@ class Line:
         Raises:
             EngineClosed, RankFailed: nothing is.
         """
-        if self._ended is not None:
-            raise anew(self._ended)
+        if self.ended is not None:
+            raise anew(self.ended)
 
     def submit(
         self,
@@ -181,12 +178,12 @@ class Line:
                 self._fail(item.request, NotFinite(item.request, stage, item.kind.name.lower(), item.number))
             case control.Snapshot():
                 self._keep(message)
-            case control.Unkept(request, cause) if not self._unkept:
-                words = "Request %d has no new snapshot (%s): if a rank is lost it begins at an older one, or anew."
-                log.warning(words, request, cause)
-                self._unkept = True
+            case control.Unkept():
+                self._record.unkept(message)
             case control.Begun(group):
                 self._scheduler.begun(group)
+                if (ticket := self._tickets.get(group.request)) is not None:
+                    ticket.begun = group.kind
                 self._emit(self._scheduler.pump())
             case control.Done():
                 self._take(message)
@@ -277,9 +274,9 @@ class Line:
             error: for whoever submits from now on. for_open: for those that wait, if it is another one.
         """
         with self._lock:
-            first = self._ended is None
+            first = self.ended is None
             if first:
-                self._ended = error
+                self.ended = error
             tickets, self._tickets = list(self._tickets.values()), {}
         for ticket in tickets:
             self._ranks.do(partial(self._drop, ticket.job.id))

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from cineline.core import control
 from cineline.engine.launch import RankProcess
@@ -69,6 +69,20 @@ class WatchedRank:
     @property
     def beat(self) -> control.Beat | None:
         return self._link.beat
+
+
+class RankState(NamedTuple):
+    """What a rank said of itself last, at most half a second ago.
+
+    Attributes:
+        rank: its number. item: what it computes, in words; empty while it waits. request: whose item that is.
+        busy_s: seconds that it has computed since it was started.
+    """
+
+    rank: int
+    item: str
+    request: int | None
+    busy_s: float
 
 
 Said = tuple[WatchedRank, control.Message]
@@ -168,6 +182,12 @@ class Ranks:
     def do(self, deed: Deed) -> None:
         """Have it done by whoever listens; in order."""
         self._events.put(deed)
+
+    @property
+    def states(self) -> list[RankState]:
+        """Of each rank, in order."""
+        beats = [(rank.rank, rank.beat or control.Beat()) for rank in self._all]
+        return [RankState(rank, beat.item, beat.request, beat.busy_s) for rank, beat in beats]
 
     def stop(self) -> None:
         """Have the ranks end when they are through with what is under way."""

@@ -47,7 +47,7 @@ class Record:
         self._names: dict[int, str] = {}
         self._awaited: set[int] = set()
         self._unfinished: Sequence[Kept] = ()
-        self._said = False
+        self._said = self._said_unkept = False
         self._next_run: Run | None = None
         self._folder: SnapshotFolder | None = None
         if folder is not None:
@@ -127,6 +127,13 @@ class Record:
         if self._folder is not None and name is not None:
             self._folder.put(name, replace(snapshot, request=0))
 
+    def unkept(self, lost: control.Unkept) -> None:
+        """No new snapshot of a request can be made; said of the first."""
+        if not self._said_unkept:
+            words = "Request %d has no new snapshot (%s): if a rank is lost it begins at an older one, or anew."
+            log.warning(words, lost.request, lost.cause)
+            self._said_unkept = True
+
     def done(self, number: int) -> None:
         """The request is."""
         if number not in self._awaited:
@@ -141,6 +148,11 @@ class Record:
         """Its entry stays for whoever resumes."""
         with self._lock:
             self._names.pop(number, None)
+
+    def forget(self, name: str) -> None:
+        """Nobody will go on with an entry of a request that was not submitted."""
+        if self._folder is not None:
+            self._folder.remove(name)
 
     def delivered(self, number: int) -> None:
         """All outputs of a request that is done are written."""

@@ -39,6 +39,7 @@ class Pulse:
     words: str = ""
     _now: tuple[WorkItem, Size, float] | None = None
     _beaten: tuple[float, float] = (0.0, 0.0)
+    _busy_s: float = 0.0
     _longest: dict[Size, float] = field(default_factory=dict)
 
     def turns(self, request: int) -> None:
@@ -61,21 +62,24 @@ class Pulse:
         """The item is computed, or was none that is; what follows may wait for others."""
         if self._now is not None:
             _, size, since = self._now
-            self._longest[size] = max(self._longest.get(size, 0.0), self.clock() - since)
+            took_s = self.clock() - since
+            self._longest[size] = max(self._longest.get(size, 0.0), took_s)
+            self._busy_s += took_s
             self._now = None
 
     def beat(self) -> Beat:
         """What the engine is told."""
         now = self._now
         if now is None:
-            return Beat()
-        item, size, _ = now
+            return Beat(busy_s=self._busy_s)
+        item, size, since = now
         last, computing = self._beaten
         here = self.clock()
         self._beaten = here, computing + min(here - last, MOST_BETWEEN_S)
         longest = self._longest.get(size)
         limit = None if longest is None else max(LEAST_LIMIT_S, TIMES_LONGEST * longest)
-        return Beat(f"{_words(item)} of request {item.request}", self._beaten[1], limit, item.request)
+        words = f"{_words(item)} of request {item.request}"
+        return Beat(words, self._beaten[1], limit, item.request, self._busy_s + here - since)
 
 
 def _words(item: WorkItem) -> str:

@@ -1,0 +1,314 @@
+"""From the queue to the engine and to files: a thread that has the engine, and keeps its line full.
+
+The engine is given no more than fills the line and a few that wait, so that priorities and cancels act on all others
+at once. What it has is `in_progress` in the store, and is found again after any end of the process: its file is there,
+or its snapshot is, or it begins anew. A job is completed only when its file has its name.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cineline.core.config import ParallelConfig
+from cineline.core.request import VideoRequest
+from cineline.engine.api import Engine
+from cineline.engine.handle import RequestHandle
+from cineline.engine.ranks import RankState
+from cineline.engine.sink import Sink
+from cineline.errors import CinelineError, InvalidRequest, OutputError, RequestCancelled, reason
+from cineline.schedule.scheduler import default_in_flight
+from cineline.server.fair import FairQueue
+from cineline.server.outcomes import Outcomes
+from cineline.server.store import StoredJob
+
+POLL_S = 0.05
+SPARE = 2
+"""Requests that the engine has beyond those that fill the line: the next ones."""
+
+TIDY_EVERY_S = 1.0
+
+MOST_SETBACKS = 3
+"""Times that a job is begun anew after what may have been its own fault: the engine's end, or a full disk."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Running:
+    """A job that the engine has.
+
+    Attributes:
+        steps, restarts: counted so far. written: whether its file is.
+        preview: the newest picture of what is coming, uint8 [F, H, W, 3], and the step that it was taken at.
+    """
+
+    job: StoredJob
+    handle: RequestHandle
+    sink: Sink
+    steps: int
+    restarts: int = 0
+    written: bool = False
+    preview: tuple[int, np.ndarray] | None = None
+
+
+class EngineEnded(Exception):
+    """The engine takes no more requests."""
+
+
+class Dispatcher:
+    """The thread, and what others ask of it.
+
+    Args:
+        outcomes: of jobs, with where these are kept.
+        make_engine: with the data folder's snapshots; may take minutes.
+        parallel, in_flight: how the line is divided, and how many requests it is to hold; None fills it.
+        ended: called when the thread ends by itself.
+
+    Attributes:
+        failure: what ended it, if it was not told to end.
+    """
+
+    def __init__(
+        self,
+        outcomes: Outcomes,
+        make_engine: Callable[[], Engine],
+        parallel: ParallelConfig,
+        in_flight: int | None,
+        ended: Callable[[], None],
+    ) -> None:
+        self.failure: CinelineError | None = None
+        self._outcomes = outcomes
+        self._store, self._folder, self._metrics = outcomes.store, outcomes.folder, outcomes.metrics
+        self._make_engine, self._ended = make_engine, ended
+        self._engine: Engine | None = None
+        branches = (1,) if parallel.cfg == 2 else (1, 2)
+        self._room = SPARE + (in_flight or max(default_in_flight(parallel.pp, each) for each in branches))
+        self._fair = FairQueue()
+        self._running: dict[str, Running] = {}
+        self._changed = threading.Event()
+        self._stopping = False
+        self._close_limit_s = 0.0
+        self._tidied = 0.0
+        self._thread = threading.Thread(target=self._run, name="cineline-dispatcher", daemon=True)
+
+    # For any thread.
+
+    def start(self) -> None:
+        """Make the engine, and go on with what is not done."""
+        self._thread.start()
+
+    def stop(self, limit_s: float) -> None:
+        """Park what runs and end the engine; returns when that is done, in about so many seconds at most."""
+        self._close_limit_s = limit_s
+        self._stopping = True
+        self._changed.set()
+        if self._thread.ident is not None:
+            self._thread.join(limit_s)
+
+    @property
+    def engine(self) -> Engine | None:
+        """Once it is there, and until it is to end."""
+        return None if self._stopping or self.failure is not None else self._engine
+
+    @property
+    def ranks(self) -> list[RankState]:
+        """What each computes; none while there is no engine."""
+        engine = self.engine
+        return [] if engine is None else engine.ranks
+
+    @property
+    def running(self) -> dict[str, Running]:
+        """What the engine has, by id."""
+        return dict(self._running)
+
+    def wake(self) -> None:
+        """Something is queued."""
+        self._changed.set()
+
+    def cancel(self, job: str) -> None:
+        """The job has gone from the store."""
+        running = self._running.get(job)
+        if running is not None:
+            running.handle.cancel()
+        self._changed.set()
+
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            self._begin()
+            while not self._stopping:
+                try:
+                    self._tick()
+                except (sqlite3.OperationalError, OSError) as error:  # a full disk, which may have room later
+                    log.warning("The jobs' state cannot be written (%s): it is tried again.", reason(error))
+                    self._changed.wait(TIDY_EVERY_S)
+                self._changed.wait(POLL_S)
+                self._changed.clear()
+            for running in self._running.values():
+                running.handle.park()
+        except CinelineError as error:
+            self.failure = error
+        except EngineEnded:
+            assert self._engine is not None
+            self.failure = self._engine.failure
+        except Exception as error:  # the thread's edge: else the service would stand still
+            log.exception("The dispatcher failed.")
+            self.failure = CinelineError(f"The service failed ({type(error).__name__}): see the log.")
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        for running in self._running.values():
+            running.sink.give_up(EngineEnded())
+        if self._engine is not None:
+            self._engine.close(self._close_limit_s if self.failure is None else 0.0)
+        if not self._stopping:
+            self._ended()
+
+    def _begin(self) -> None:
+        """Complete what has its file; the engine goes on with what it has a snapshot of; the rest begins anew."""
+        begun = {job.id: job for job in self._store.in_state("in_progress")}
+        for job in list(begun.values()):
+            if self._folder.is_whole(job.id, job.said["num_frames"]):
+                self._outcomes.complete(begun.pop(job.id))
+            else:
+                self._folder.video(job.id).unlink(missing_ok=True)
+        open_jobs = {job.id for job in self._store.in_state("queued")} | begun.keys()
+        self._folder.tidy(open_jobs | {job.id for job in self._store.in_state("completed")})
+        import_module("torch")  # which a request's end needs: not while others are answered
+        engine = self._engine = self._make_engine()
+        for handle in engine.resume(self._folder.snapshots):
+            path = handle.outputs.get("video", Path())
+            resumed = begun.pop(path.stem, None)
+            if resumed is None or path != self._folder.video(path.stem):  # deleted since
+                handle.cancel()
+                handle.delivered()
+            else:
+                self._watch(resumed, handle)
+        for job in begun.values():
+            self._store.queue_again(job.id)
+
+    def _watch(self, job: StoredJob, handle: RequestHandle) -> None:
+        sink = Sink(handle, self._folder.video(job.id), None)
+        self._running[job.id] = Running(job, handle, sink, handle.progress[0])
+
+    def _tick(self) -> None:
+        for running in list(self._running.values()):
+            self._advance(running)
+        self._admit()
+        if time.monotonic() - self._tidied > TIDY_EVERY_S:
+            self._tidied = time.monotonic()
+            self._outcomes.expire()
+        assert self._engine is not None
+        if self._engine.failure is not None:
+            self._blame_all()
+
+    def _blame_all(self) -> None:
+        """The engine has ended: nobody can tell by whose fault; whoever ran too often when it did fails."""
+        assert self._engine is not None and self._engine.failure is not None
+        for running in self._running.values():
+            if running.job.setbacks + 1 >= MOST_SETBACKS:
+                self._outcomes.fail(running.job, self._engine.failure)
+            else:
+                self._store.set_back(running.job.id)
+        raise EngineEnded
+
+    @property
+    def _engine_failure(self) -> CinelineError | None:
+        return None if self._engine is None else self._engine.failure
+
+    def _advance(self, running: Running) -> None:
+        """Write what has come of a job."""
+        handle = running.handle
+        done = handle.done  # first, so that of a finished one all is seen
+        self._count(running)
+        for preview in handle.take_previews()[-1:]:
+            running.preview = running.steps, preview
+        try:
+            if not running.written:
+                self._write(running.sink, done)
+                running.written = done
+        except CinelineError as error:
+            running.sink.give_up(error)
+            if self._engine_failure is None:
+                self._end_badly(running, error)
+            return
+        if done:
+            self._outcomes.complete(running.job)
+            self._running.pop(running.job.id)  # after that: whoever looks has the one or the other
+            handle.delivered()
+
+    @staticmethod
+    def _write(sink: Sink, done: bool) -> None:
+        sink.update()
+        if done:
+            sink.finish()
+            if sink.failed is not None:
+                raise sink.failed
+
+    def _count(self, running: Running) -> None:
+        steps, restarts = running.handle.progress[0], running.handle.restarts
+        self._metrics.steps.inc(steps - running.steps)
+        self._metrics.restarts.inc(restarts - running.restarts)
+        running.steps, running.restarts = steps, restarts
+
+    def _end_badly(self, running: Running, error: CinelineError) -> None:
+        """Of one job alone: the disk may have room later, and what is of the request's own it is told."""
+        job = running.job
+        if isinstance(error, RequestCancelled):
+            pass  # it was deleted
+        elif isinstance(error, OutputError) and job.setbacks + 1 < MOST_SETBACKS:
+            log.warning("Job %s begins anew: %s", job.id, error)
+            self._store.queue_again(job.id, setback=True)
+        else:
+            self._outcomes.fail(job, error)
+        self._running.pop(job.id)
+        running.handle.cancel()
+        running.handle.delivered()
+
+    @property
+    def _has_room(self) -> bool:
+        """In the line, and where decodes wait."""
+        handles = [running.handle for running in self._running.values()]
+        denoising = sum(handle.phase not in ("decoding", "done") for handle in handles)
+        return denoising < self._room and len(handles) < 4 * self._room
+
+    def _admit(self) -> None:
+        if not self._has_room or self._folder.is_full:
+            return
+        waiting = self._store.waiting()
+        while waiting and self._has_room:
+            chosen = self._fair.choose(waiting)
+            waiting = [job for job in waiting if job is not chosen]
+            if chosen is not None and self._store.start(chosen.id):
+                self._submit(chosen.id)
+
+    def _submit(self, number: str) -> None:
+        assert self._engine is not None
+        job = self._store.get(number)
+        if job is None:
+            return
+        self._metrics.waited.observe(max(0.0, time.time() - job.created_at))
+        images: dict[str, Any] = {name: self._folder.image(job.id, name) for name in job.images}
+        try:
+            request = VideoRequest(**job.request, **images)
+            handle = self._engine.submit(request, {"video": self._folder.video(job.id)})
+        except InvalidRequest as error:  # the model's rules, or the devices, are others than when it was taken
+            self._outcomes.fail(job, error)
+            return
+        self._watch(job, handle)
+        if self._store.get(job.id) is None:  # deleted meanwhile
+            with suppress(CinelineError):
+                handle.cancel()

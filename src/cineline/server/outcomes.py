@@ -1,0 +1,71 @@
+"""How a job ends: in the store, in its files, in the metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from cineline.errors import (
+    CinelineError,
+    InvalidRequest,
+    NotFinite,
+    OutOfMemory,
+    OutputError,
+    RankFailed,
+    RequestTimedOut,
+)
+from cineline.server.files import DataFolder
+from cineline.server.metrics import Metrics
+from cineline.server.pace import Pace
+from cineline.server.settings import ServeConfig
+from cineline.server.store import Store, StoredJob
+
+CODES: tuple[tuple[type[CinelineError], str], ...] = (
+    (OutOfMemory, "out_of_memory"),
+    (NotFinite, "not_finite"),
+    (RequestTimedOut, "timed_out"),
+    (InvalidRequest, "invalid_request"),
+    (OutputError, "storage_failed"),
+    (RankFailed, "rank_failed"),
+)
+"""What clients are told, by the kind of error."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Ends jobs.
+
+    Attributes:
+        pace: of those that were completed.
+    """
+
+    store: Store
+    folder: DataFolder
+    settings: ServeConfig
+    metrics: Metrics
+    pace: Pace = field(default_factory=Pace)
+
+    def complete(self, job: StoredJob) -> None:
+        """Its file has its name, and is on the disk before the store says so."""
+        nbytes = self.folder.seal_video(job.id)
+        if not self.store.complete(job.id, nbytes, self.settings.keep_for_s):  # deleted meanwhile
+            self.folder.remove(job.id)
+            return
+        self.folder.remove_inputs(job.id)
+        self.metrics.jobs.labels("completed").inc()
+        if job.started_at is not None:
+            self.metrics.took.observe(max(0.0, time.time() - job.started_at))
+        self.pace.done(job.work)
+
+    def fail(self, job: StoredJob, error: CinelineError) -> None:
+        """It will never be."""
+        code = next((code for kind, code in CODES if isinstance(error, kind)), "failed")
+        if self.store.fail(job.id, code, str(error), self.settings.keep_for_s):
+            self.folder.remove(job.id)
+            self.metrics.jobs.labels(code).inc()
+
+    def expire(self) -> None:
+        """Finished jobs whose time is over go, and those that take too much."""
+        for job in self.store.expired(self.settings.keep_for_bytes):
+            if self.store.remove(job):
+                self.folder.remove(job)
