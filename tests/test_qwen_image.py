@@ -32,13 +32,15 @@ from cineline import (
     RequestCancelled,
     VideoRequest,
 )
+from cineline.bench.exact import models
 from cineline.cli import main
-from cineline.core.config import DeviceConfig, Dtype, Place, TextEncoder
+from cineline.core.config import DeviceConfig, Dtype, ModelFiles, Place, TextEncoder
 from cineline.core.family import plannable
+from cineline.core.lora import Lora
 from cineline.families.qwen_image.known import KNOWN
 from cineline.families.qwen_image.spec import QwenImageSpec
 from cineline.families.qwen_image.stages import QwenImageStages
-from cineline.families.registry import known_model, open_checkpoint
+from cineline.families.registry import known_model, open_checkpoint, with_loras
 from cineline.planning.cut import default_cut
 from cineline.planning.hardware import LINKS, devices_of
 from cineline.planning.planner import Task, plan, planned_job
@@ -251,6 +253,13 @@ def test_a_checkpoint_that_is_not_run_is_refused(
     (copy / file).write_text(json.dumps(content | changes))
     with pytest.raises(CheckpointError, match=words):
         QwenImageSpec.open(copy)
+
+
+def test_what_is_for_wan_alone_says_so(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="is no Wan model, with whose pipelines of diffusers this compares"):
+        models(str(folder), ModelFiles(), "float32", tmp_path)
+    with pytest.raises(InvalidConfig, match="QwenImageSpec takes no loras"):
+        with_loras(QwenImageSpec.open(folder), [Lora.of("a.safetensors")], "merge")
 
 
 def test_an_encoder_as_older_libraries_wrote_it_is_read(folder: Path, tmp_path: Path) -> None:

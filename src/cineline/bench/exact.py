@@ -16,6 +16,7 @@ from cineline.core.config import DeviceConfig, Dtype, ModelFiles, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
 from cineline.engine.hub import fetch_weights, open_model
+from cineline.errors import InvalidConfig, shown
 from cineline.families.wan.convert import convert
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 from cineline.families.wan.shapes import WanKind
@@ -66,11 +67,18 @@ def models(model: str | None, files: ModelFiles, dtype: Dtype, temporary: Path) 
 
     Args:
         dtype: that the files' weights of few bits are made in.
+
+    Raises:
+        InvalidConfig: the model is no Wan model. CheckpointError: it cannot be opened.
     """
     if model is not None or files.given:
         spec = open_model(model, files=files)
+        if not isinstance(spec, WanSpec):
+            raise InvalidConfig(
+                f"model={shown(model)} is no Wan model, with whose pipelines of diffusers this compares: the tests "
+                "of docs/models.md compare others."
+            )
         fetch_weights(spec)  # diffusers reads them first
-        assert isinstance(spec, WanSpec)
         if not files.given:
             return [Compared(spec, spec.folder)]
         convert(spec, temporary / "converted", dtype)
