@@ -1,4 +1,4 @@
-"""`python -m benchmarks decode | memory | plan | simulator | traffic | videos`, from the repository's root."""
+"""`python -m benchmarks decode | memory | plan | preview | simulator | traffic | videos`, from the root."""
 
 from __future__ import annotations
 
@@ -118,6 +118,23 @@ def memory(kind: Kind = "t2v", pp: Stages = "2,4", json: Json = None) -> None:
     found = list(measure(_kind(kind), whole_numbers("pp", pp), teller()))
     title = f"A {kind} model of three equal thirds, float32"
     _report(title, COLUMNS, rows(found), {"rows": [asdict(row) for row in found]}, json)
+
+
+@app.command()
+def preview(
+    pp: Annotated[int, typer.Option(help="Stages.", min=1)] = 2,
+    requests: Annotated[int, typer.Option(help="In flight at once.", min=1)] = 2,
+    steps: Steps = 4,
+    runs: Runs = 4,
+    json: Json = None,
+) -> None:
+    """What a preview at every step costs: 8 blocks of width 512 at 1,536 tokens."""
+    from benchmarks.preview import COLUMNS, PreviewCase, rows, time_previews
+
+    case = PreviewCase(pp, requests, steps, runs)
+    results = time_previews(case, DeviceConfig("cpu", pin_cores=True), teller())
+    title = f"A preview at each of {steps} steps, pp={pp}, M={requests}, float32, {runs} runs: median (range)"
+    _report(title, COLUMNS, rows(case, results), {"case": asdict(case), "runs": plain(results)}, json)
 
 
 @app.command()

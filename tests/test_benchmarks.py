@@ -13,6 +13,7 @@ from benchmarks import memory, prediction, traffic
 from benchmarks.__main__ import app
 from benchmarks.calibrate import calibrated
 from benchmarks.prediction import PredictionCase
+from benchmarks.preview import PreviewCase
 from benchmarks.simulator import Constants
 from benchmarks.videos import VideosCase
 from cineline import ParallelConfig, VideoRequest
@@ -71,6 +72,14 @@ def test_videos_times_every_arm(tmp_path: Path, monkeypatch: MonkeyPatch) -> Non
     monkeypatch.setattr(VideosCase, "requests", lambda case: [small_request()] * case.count)
     result = found("videos --pp 1,2 --requests 2 --steps 1 --runs 1", tmp_path, monkeypatch)
     assert {arm: len(runs) for arm, runs in result["runs"].items()} == {"1": 1, "2": 1}
+
+
+def test_preview_times_both_arms(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    monkeypatch.setattr(PreviewCase, "model", RandomConfig("ti2v"))
+    one = small_request().model_copy(update={"guidance_scale_2": None})
+    monkeypatch.setattr(PreviewCase, "requests", [one] * 2)
+    result = found("preview --runs 1", tmp_path, monkeypatch)
+    assert {arm: len(runs) for arm, runs in result["runs"].items()} == {"none": 1, "each step": 1}
 
 
 @pytest.mark.real_start
