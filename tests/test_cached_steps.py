@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
+from diffusers import MagCacheConfig
+from diffusers.hooks.hooks import CacheContext, StateManager
+from diffusers.hooks.mag_cache import MagCacheHeadHook, MagCacheState
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plans import job
 from test_simulator import Costs
 
 from cineline.core.config import ParallelConfig, Place
 from cineline.core.request import Group, Job, Kind, WorkItem
+from cineline.families.wan.mag_cache import skipped_steps
+from cineline.planning.bound import Bound
 from cineline.schedule.scheduler import Scheduler, speed_up_limit, turns_of
 from cineline.schedule.simulator import simulate
 
@@ -60,3 +71,72 @@ def test_the_next_turn_waits_for_the_last_skipped_step() -> None:
     for step, following in [(0, []), (1, []), (2, [Group(Kind.DENOISE, 0, 3, 2)])]:
         scheduler.begun(Group(Kind.DENOISE, 0, step, 2))
         assert scheduler.pump() == following
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    costs=st.builds(
+        SkippingCosts,
+        st.one_of(
+            st.builds(ParallelConfig, pp=st.integers(1, 5), cfg=st.integers(1, 2)),
+            st.just(ParallelConfig(pp=3, expert_placement="split", high_stages=1)),
+        ),
+        high=st.integers(0, 10),
+        transfers_s=st.sampled_from([0.0, 0.3]),
+    ),
+    skipped=st.sets(st.integers(1, 5)),
+    requests=st.integers(1, 6),
+    in_flight=st.integers(1, 4),
+)
+def test_no_schedule_beats_the_bound(costs: Costs, skipped: set[int], requests: int, in_flight: int) -> None:
+    own = tuple(sorted(step for step in skipped if costs.expert(job(0, 6), step - 1) == costs.expert(job(0, 6), step)))
+    jobs = [replace(job(number, 6), skipped=own) for number in range(requests)]
+    bound = Bound(costs, jobs[0])
+    assert bound.latency <= simulate(costs, jobs[:1], in_flight).makespan_s + 1e-6
+    assert bound.total(in_flight, len(jobs)) <= simulate(costs, jobs, in_flight).makespan_s + 1e-6
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_the_steps_are_those_of_diffusers_hook(number: int) -> None:
+    """Number for number: its own class, driven step by step, with a module that only says that it was called."""
+    draw = random.Random(number)
+    measured = tuple(1 + draw.gauss(0, 0.03) for _ in range(draw.randint(1, 60)))
+    experts = sorted(draw.randrange(2) for _ in range(draw.randint(1, 60)))
+    threshold = draw.choice([0.02, 0.06, 0.1, 0.3, 9.0])
+    ours = skipped_steps((measured, measured[::-1]), threshold, experts)
+    theirs = [
+        number
+        for number, computed in enumerate(
+            computed
+            for expert, ratios in enumerate((measured, measured[::-1]))
+            for computed in by_hook(ratios, threshold, experts.count(expert))
+        )
+        if not computed
+    ]
+    assert list(ours) == theirs
+    if len(experts) > 20 and threshold > 0.2:
+        assert ours
+
+
+def by_hook(ratios: tuple[float, ...], threshold: float, steps: int) -> Iterator[bool]:
+    """Of each step, whether it is computed."""
+    if not steps:
+        return
+    config = MagCacheConfig(threshold=threshold, num_inference_steps=steps, mag_ratios=list(ratios))
+    states = StateManager(MagCacheState, (), {})
+    states.set_context(CacheContext(name="cond"))
+    hook = MagCacheHeadHook(states, config)
+    hook._metadata = SimpleNamespace(
+        hidden_states_argument_name="hidden_states",
+        return_encoder_hidden_states_index=None,
+        _get_parameter_from_args_kwargs=lambda name, given, named: given[0],
+    )
+    called: list[bool] = []
+    hook.fn_ref = SimpleNamespace(original_forward=lambda hidden: called.append(True))
+    for step in range(steps):
+        called.clear()
+        states.get_state().step_index = step
+        hook.new_forward(torch.nn.Identity(), torch.ones(1, 1, 1))
+        if called:
+            states.get_state().previous_residual = torch.zeros(1, 1, 1)
+        yield bool(called)
