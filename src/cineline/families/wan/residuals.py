@@ -46,5 +46,7 @@ def ratio(residual: Tensor, last: Tensor | None) -> Tensor:
 
 
 def measured(state: WanState) -> Tensor:
-    """The ratios, float32 [branches, steps]."""
-    return torch.stack([torch.stack(state.ratios[Branch(branch)]) for branch in range(state.job.branches)])
+    """The number of each step's expert, and by branch the ratios: float32 [1 + branches, steps]."""
+    experts = torch.tensor([float(step.expert) for step in state.steps])
+    rows = [torch.stack(state.ratios[Branch(branch)]).cpu() for branch in range(state.job.branches)]
+    return torch.stack([experts, *rows])
