@@ -59,8 +59,7 @@ def calibrate(
     idle = next((name for name, rows in found.items() if not rows[BRANCHES[0]][0]), None)
     if idle is not None:
         raise InvalidRequest(
-            f"No step of these requests is made by {shown(idle)}, whose ratios are to be measured: leave switch_step and "
-            "boundary_ratio to the model."
+            f"No step of these requests is made by {shown(idle)}, whose ratios are to be measured: give more steps."
         )
     return {name: {branch: _mean(rows) for branch, rows in by_branch.items()} for name, by_branch in found.items()}
 
