@@ -25,9 +25,11 @@ from cineline.bench.calibrate import calibrate
 from cineline.cli import main
 from cineline.core.config import Dtype
 from cineline.engine.hub import open_model
+from cineline.families.wan.convert import convert
 from cineline.families.wan.job import WanJob
 from cineline.families.wan.mag_cache import MOST_SKIPPED
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.families.wan.ratios import ratios_of
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
@@ -206,6 +208,12 @@ def test_a_threshold_is_settled(checkpoint: Checkpoint) -> None:
     job = open_model("mini-t2v").resolve(VideoRequest(prompt="x", cache="mag"), 0)
     assert job.own_settings["cache"] == "mag:0.06"
     assert "ratios" not in job.own_settings and "calibrates" not in job.own_settings
+
+
+def test_a_converted_model_keeps_its_ratios(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = with_ratios(checkpoint(RandomConfig("t2v", seed=3)), tmp_path / "model")
+    convert(WanSpec.open(folder), tmp_path / "made", "float32", lambda text: None)
+    assert ratios_of(WanSpec.open(tmp_path / "made")) == tuple(map(tuple, MEANS))
 
 
 def test_no_checkpoint_caches_by_default(checkpoint: Checkpoint, tmp_path: Path) -> None:
