@@ -27,6 +27,7 @@ class Plan:
     Attributes:
         high: of each request, how many of its first steps are the first expert's.
         in_flight: requests that denoise at once; None for the default.
+        skipped: of each request, steps that are skipped; its job may say others, which the scheduler goes by.
         prompts: embeddings that each head keeps.
         cancels: requests by number that are cancelled, each after so many words from the ranks.
     """
@@ -37,6 +38,11 @@ class Plan:
     in_flight: int | None = None
     cancels: dict[int, int] = field(default_factory=dict)
     prompts: int = 0
+    skipped: tuple[tuple[int, ...], ...] = ()
+
+    def settled(self, job: Job) -> Job:
+        """As ranks know it."""
+        return replace(job, skipped=self.skipped[job.id]) if self.skipped else job
 
     def experts(self, job: Job) -> list[int]:
         """Of each step."""
@@ -45,7 +51,7 @@ class Plan:
     @classmethod
     def drawn(cls, draw: random.Random) -> Plan:
         """Any division of up to five stages by any product of axes, up to five requests; some begin at a later step,
-        some have no guidance by one expert or both, some are cancelled."""
+        some have no guidance by one expert or both, some skip steps, some are cancelled."""
         pp = draw.randint(1, 5)
         axes: dict[str, Any] = {"pp": pp, "cfg": draw.randint(1, 2), "vae_decode": draw.choice(WAYS)}
         axes |= {axis: draw.choice([1, 1, 1, 2]) for axis in ("ring", "ulysses", "tp")}
@@ -69,5 +75,16 @@ class Plan:
                 jobs[number] = replace(one, first_step=step, first_expert=int(step >= high[number]))
         prompts = draw.choice([0, 0, 1, 2, 5])
         jobs = [replace(one, prompt=draw.choice("ab"), negative_prompt=draw.choice("abc")) for one in jobs]
+        skipped = tuple(skips(draw, one, high[one.id]) for one in jobs)
+        for number, one in enumerate(jobs):
+            guessed = skipped[number] if draw.random() < 0.7 else skips(draw, one, draw.randint(0, one.steps))
+            jobs[number] = replace(one, skipped=guessed)
         cancels = {number: draw.randint(0, 40) for number in range(len(jobs)) if draw.random() < 0.2}
-        return cls(ParallelConfig(**axes), tuple(jobs), high, draw.choice([None, 1, 2, 3]), cancels, prompts)
+        in_flight = draw.choice([None, 1, 2, 3])
+        return cls(ParallelConfig(**axes), tuple(jobs), high, in_flight, cancels, prompts, skipped)
+
+
+def skips(draw: random.Random, one: Job, high: int) -> tuple[int, ...]:
+    """Of half of the requests some steps, none that is an expert's first or the request's."""
+    share = draw.choice([0.0, 0.0, 0.4, 0.8])
+    return tuple(step for step in range(one.first_step + 1, one.steps) if step != high and draw.random() < share)

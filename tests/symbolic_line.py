@@ -81,6 +81,7 @@ class State:
     texts: dict[int, Held] = field(default_factory=dict)
     conditioning: bool = False
     predictions: dict[int, Held] = field(default_factory=dict)
+    residuals: dict[int, int] = field(default_factory=dict)  # by branch, of which step
     hidden: Held | None = None
     decoded: int = 0
     denoised: bool = False
@@ -130,6 +131,7 @@ class SymbolicRank:
             demand(len(self.kept) <= self.plan.prompts, "keeps too many")
 
     def admit(self, job: Job) -> None:
+        job = self.plan.settled(job)
         if self.place.pp == 0 and self.place.is_first_lane:
             self.keep(job)
         experts = self.plan.experts(job)
@@ -158,7 +160,7 @@ class SymbolicRank:
 
     def route(self, step: int) -> range:
         """The stages of a step."""
-        return route(self.plan.parallel, self.state.experts[step])
+        return crossed(self.plan.parallel, self.state.job, self.state.experts, step)
 
     @property
     def decoding(self) -> list[int]:
@@ -199,9 +201,21 @@ class SymbolicRank:
             demand(item.number == state.decoded, "chunks out of order", item)
             state.decoded += 1
         if item.kind is Kind.DENOISE and ends:
+            self.use_residual(item)
             state.predictions[item.branch] = Held(("prediction", item.number, item.branch))
         elif item.kind is not Kind.ENCODE:
             state.hidden = Held(("through", item, self.place.pp))
+
+    def use_residual(self, item: WorkItem) -> None:
+        """Behind a skipped step is the last computed one's; a computed one's is of the latents that it was made of."""
+        state, step = self.state, item.number
+        if step in state.job.skipped:
+            last = max(each for each in range(step) if each not in state.job.skipped)
+            demand(state.residuals.get(item.branch) == last, "no residual of step", last, "for", item)
+            demand(state.experts[last] == state.experts[step], "another expert's residual for", item)
+        elif step + 1 in state.job.skipped:
+            state.latents.use(("latents", step))
+            state.residuals[item.branch] = step
 
     def start(self, item: WorkItem) -> None:
         """What the first stage needs."""
@@ -475,7 +489,8 @@ class SymbolicLine:
                 wanted |= {text_item(self.plan, one, branch) for branch in branches if branch in one.shape.texts}
             groups = parallel.groups
             for step, expert in list(enumerate(self.plan.experts(one)))[one.first_step :]:
-                if place.pp in groups[expert if len(groups) == 2 else 0]:
+                stages = groups[expert if len(groups) == 2 else 0]
+                if place.pp in stages and (step not in one.skipped or place.pp == stages[-1]):
                     own = set(branches) & set(branches_of(one, expert))
                     wanted |= {WorkItem(Kind.DENOISE, one.id, step, branch) for branch in own}
             if place == Place(pp=place.pp) and place.pp in rank.decoding:
@@ -496,6 +511,12 @@ def route(parallel: ParallelConfig, expert: int) -> range:
     high = parallel.high_stages
     assert high is not None
     return range(high, parallel.pp) if expert else range(high)
+
+
+def crossed(parallel: ParallelConfig, one: Job, experts: list[int], step: int) -> range:
+    """The stages that a step's items cross: of a skipped one the last alone."""
+    stages = route(parallel, experts[step])
+    return range(stages[-1], stages[-1] + 1) if step in one.skipped else stages
 
 
 def named(message: Message) -> Message:

@@ -121,6 +121,19 @@ def test_schedule_runs_waves_of_requests(
     assert share == pytest.approx(100 * (12 / 5) * base["seconds"] / run["seconds"] / 2, abs=0.01)
 
 
+def test_schedule_skips_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "s.json"
+    sizes = ["--stage-ms", "5", "--hidden-mb", "0.1", "--steps", "10", "--runs", "1", "--skip-share", "0.5"]
+    bench(monkeypatch, "schedule", "--pp", "2", "--in-flight", "2", *sizes, "--json", str(file))
+    result = json.loads(file.read_text())
+    ((run,),), (base,) = result["runs"].values(), result["one_stage"]
+    assert run["seconds"] >= 5 * 2 * 2 * 0.005  # each stage's, for 2 requests: 5 of 10 steps
+    assert base["seconds"] >= 10 * 2 * 2 * 0.005  # one request on one stage, which skips none
+    assert "4.00" in capsys.readouterr().out  # twice what the line allows
+
+
 def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "e.json"
     folder = str(checkpoint(RandomConfig("t2v", seed=3)))

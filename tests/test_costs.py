@@ -297,7 +297,8 @@ def test_default_cut_is_near_an_even_share(spec: Any, stages: int) -> None:
     costs = ModelCosts.of(spec, "bfloat16", "float32")
     cut = default_cut(costs, spec.place(ParallelConfig(pp=stages)))
     held = [costs.held(cut, Place(pp=stage)).total for stage in range(stages)]
-    assert sum(held) == costs.whole.total
+    again = costs.experts * costs.transformer.patch_embedding.nbytes("bfloat16")  # the tail has it, too
+    assert sum(held) == costs.whole.total + (again if stages > 1 else 0)
     assert cut.text_split is not None
     assert cut.vae_split is not None
     assert sum(cut.text_split) == costs.text.layers

@@ -99,7 +99,10 @@ def check(found: Plan, task: Task) -> None:
     if axes.lanes == axes.cfg == 1:
         shares = [costs.held(axes, Place(pp=stage)).total for stage in range(axes.pp)]
         rows = axes.vae_decode == "rows"
-        assert rows or sum(shares) == costs.whole.total
+        experts = costs.experts if len(axes.groups) == 1 else 1  # of each group; its last stage embeds, too
+        again = experts * sum(len(group) > 1 for group in axes.groups)
+        patches = again * costs.transformer.patch_embedding.nbytes(costs.dtype)
+        assert rows or sum(shares) == costs.whole.total + patches
     assert 0 < found.period * found.replicas <= found.latency * 1.0001
     assert found.total >= found.latency * 0.9999
     assert found.bound.latency <= found.latency * 1.0001

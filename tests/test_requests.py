@@ -245,6 +245,7 @@ FIELDS: dict[str, Any] = {
     "fit": "crop",
     "last_image": "dog.png",
     "preview": 2,
+    "cache": "mag:0.1",
 }
 
 

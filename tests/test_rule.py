@@ -41,8 +41,9 @@ def requests_of(plan: Plan, make_scripts: MakeScripts = scripts_of) -> Iterator[
     """Of each request its groups, and every rank's scripts."""
     for one in plan.jobs:
         places = map(plan.parallel.place, range(plan.parallel.ranks))
-        rules = [Rule(plan.parallel, one.shape, tuple(plan.experts(one)), place) for place in places]
-        yield list(groups_of(plan.parallel, one.shape)), list(map(make_scripts, rules))
+        shape = plan.settled(one).shape
+        rules = [Rule(plan.parallel, shape, tuple(plan.experts(one)), place) for place in places]
+        yield list(groups_of(plan.parallel, shape)), list(map(make_scripts, rules))
 
 
 def check_edges(plan: Plan, make_scripts: MakeScripts = scripts_of) -> None:
@@ -95,7 +96,8 @@ def test_the_edges_of_two_lines_by_hand() -> None:
     chains = {(0, 1), (1, 2), (3, 4), (4, 5)}
     assert ends(edges_of(ParallelConfig(pp=3, cfg=2))) == {
         Way.AHEAD: chains | {(5, 2)},  # the second line's prediction
-        Way.BACK: {(2, 0), (2, 3), (5, 3)},  # latents to both heads, embeddings to their own
+        # Latents to both heads, embeddings to their own; latents to the other end, which may skip steps.
+        Way.BACK: {(2, 0), (2, 3), (5, 3), (2, 5)},
     }
     split = ParallelConfig(pp=4, expert_placement="split", high_stages=1, vae_decode="tail")
     assert ends(edges_of(split)) == {
@@ -154,8 +156,36 @@ def freed_early(parcel: Parcel) -> list[Parcel]:
     return [replace(parcel, until=None)]
 
 
+def skipped_by_the_head(rule: Rule) -> Scripts:
+    """Latents for a skipped step go to the head."""
+    plain = rule.shape._replace(skipped=())
+    return scripts_of(replace(rule, shape=plain))
+
+
+def late_history(parcel: Parcel) -> list[Parcel]:
+    """Latents that a residual is of come when the step is finished."""
+    return [replace(parcel, at_finish=parcel.value in (Value.HISTORY, Value.PREDICTION))]
+
+
+def to_heads_alone(rule: Rule) -> Scripts:
+    """The second line's end gets no latents of a step that is computed, and has none for the residual."""
+
+    class Changed(Rule):
+        def parcels(self, group: Group) -> Iterator[Parcel]:
+            for parcel in super().parcels(group):
+                stages = self.chain(parcel.due) if parcel.due.kind is Kind.DENOISE else ()
+                place = self.parallel.place(parcel.target)
+                if parcel.value is not Value.LATENTS or len(stages) < 2 or not place.cfg or place.pp == 0:
+                    yield parcel
+
+    return scripts_of(Changed(rule.parallel, rule.shape, rule.experts, rule.place))
+
+
 MUTANTS = {
     "late post": late_post,
+    "skipped by the head": skipped_by_the_head,
+    "late history": with_parcels(late_history),
+    "to heads alone": to_heads_alone,
     "wrong due turn": with_parcels(wrong_due),
     **{
         f"dropped {value.value}": with_parcels(dropped(value))

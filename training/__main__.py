@@ -1,4 +1,5 @@
-"""`python -m training make MODEL [STAGE]` makes a mini model, `python -m training score` judges one."""
+"""`python -m training make MODEL [STAGE]` makes a mini model, `python -m training score` judges one, `python
+-m training cache` says what cached steps lose."""
 
 from __future__ import annotations
 
@@ -72,6 +73,30 @@ def score(
         with whole_file(sheet) as temporary:
             contact_sheet(shown).save(temporary)
         print(sheet)
+
+
+@app.command()
+def cache(
+    model: Annotated[str, typer.Option(help="Folder, hub id, mini-ti2v or mini-t2v.")] = "mini-ti2v",
+    prompts: Annotated[int, typer.Option(help="Of the held-out scenes.", min=1, max=HELD_OUT)] = 64,
+    threshold: Annotated[
+        list[float] | None, typer.Option(help="Of --cache mag; may be given again; four of them.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; the others follow.", min=0)] = 0,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.", min=1)] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default=False)] = None,
+    json: Json = None,
+) -> None:
+    """What --cache mag loses: videos of held-out scenes with it, against the same without."""
+    from cineline.engine.api import Engine
+    from cineline.engine.blueprint import default_device
+    from training.caching import COLUMNS, as_json, losses, rows
+
+    device = device or default_device()
+    with Engine(model, ParallelConfig(pp), device=device) as engine:
+        found = losses(engine, held_out_scenes()[:prompts], seed, threshold or [0.03, 0.06, 0.12, 0.24], teller())
+    title = f"--cache mag on {model}, {prompts} held-out prompts, seed {seed}: median (worst) against no cache"
+    report(title, COLUMNS, rows(found), {"machine": machine(device, "python -m training"), **as_json(found)}, json)
 
 
 if __name__ == "__main__":

@@ -44,14 +44,28 @@ class Shown:
 
 
 def show(
-    engine: Engine, scenes: Sequence[Scene], seed: int, with_image: bool, tell: Callable[[str], None]
+    engine: Engine,
+    scenes: Sequence[Scene],
+    seed: int,
+    with_image: bool,
+    tell: Callable[[str], None],
+    cache: str | None = None,
 ) -> list[Shown]:
-    """Generate each scene's video from its prompt (and first frame), scene i with seed + i, in the default size."""
+    """Generate each scene's video from its prompt (and first frame), scene i with seed + i, in the default size.
+
+    Args:
+        cache: of all requests.
+    """
     assert isinstance(engine.spec, WanSpec)
     side = min(engine.spec.defaults["height"], engine.spec.defaults["width"])
     images = [first_frame(scene, side) if with_image else None for scene in scenes]
     requests = [
-        VideoRequest(prompt=scene.prompt, seed=seed + number, image=None if image is None else Image.fromarray(image))
+        VideoRequest(
+            prompt=scene.prompt,
+            seed=seed + number,
+            image=None if image is None else Image.fromarray(image),
+            cache=cache,
+        )
         for number, (scene, image) in enumerate(zip(scenes, images, strict=True))
     ]
     handles = [engine.submit(request) for request in requests]

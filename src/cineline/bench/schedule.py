@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from cineline.bench.line import time_requests
@@ -36,6 +36,7 @@ class ScheduleCase:
         rounds: runs of each arm.
         high_steps: steps of the first expert, which has stages of its own then; 0 for one expert.
         waves: times M requests that are submitted at once.
+        skip_share: of the steps those that are skipped; the run on one stage skips none.
     """
 
     stages: int
@@ -47,11 +48,19 @@ class ScheduleCase:
     rounds: int
     high_steps: int = 0
     waves: int = 1
+    skip_share: float = 0.0
 
     @property
     def base_requests(self) -> int:
         """Requests of the run on one stage."""
         return math.ceil(BASE_ITEMS / (self.steps * self.branches))
+
+    @property
+    def spec(self) -> SleepingSpec:
+        """The model. All of its blocks sleep as long as all stages of one expert's line."""
+        blocks = math.prod(len(group) for group in self.parallel.groups)  # which both groups can share out evenly
+        each = self.stages * self.stage_s / blocks
+        return SleepingSpec(blocks, each, self.hidden_bytes, self.high_steps, self.steps, self.skip_share)
 
     def requests(self, count: int) -> int:
         """Requests of a run with `count` in flight."""
@@ -66,7 +75,12 @@ class ScheduleCase:
         return split.placed(self.stages, self.high_steps / self.steps)
 
     def limit(self, count: int) -> float:
-        """Throughput against one device: of the formula, or with split experts that of the busier group."""
+        """Throughput against one device: of the formula, or with split experts that of the busier group; times what the
+        steps that are skipped allow."""
+        computed = 1 - len(self.spec.skipped(self.steps)) / self.steps
+        return self._limit_of_line(count) / computed
+
+    def _limit_of_line(self, count: int) -> float:
         if not self.high_steps:
             return float(speed_up_limit(self.stages, count, self.branches))
         high, low = (len(group) for group in self.parallel.groups)
@@ -87,23 +101,22 @@ def time_schedule(case: ScheduleCase, tell: Callable[[str], None]) -> Timed:
     What one device takes is measured in the same rounds, since a sleep is longer than it was asked to be, by how much
     the machine and the minute decide.
     """
-    # Blocks that both groups can share out evenly; all of them sleep as long as all stages of one expert's line.
-    blocks = math.prod(len(group) for group in case.parallel.groups)
-    spec = SleepingSpec(blocks, case.stages * case.stage_s / blocks, case.hidden_bytes, case.high_steps, case.steps)
     request = VideoRequest(
         prompt="sleep", num_inference_steps=case.steps, guidance_scale=float(case.branches), decode=False
     )
     arms: dict[str, Callable[[], float]] = {}
     with ExitStack() as stack:
 
-        def arm(parallel: ParallelConfig, in_flight: int | None, requests: int) -> Callable[[], float]:
+        def arm(
+            spec: SleepingSpec, parallel: ParallelConfig, in_flight: int | None, requests: int
+        ) -> Callable[[], float]:
             engine = stack.enter_context(Engine(spec, parallel, device="cpu", in_flight=in_flight))
             time_requests(engine, [request.model_copy(update={"num_inference_steps": 1})])
             return partial(time_requests, engine, [request] * requests)
 
-        arms["one stage"] = arm(ParallelConfig(), None, case.base_requests)
+        arms["one stage"] = arm(replace(case.spec, skip_share=0.0), ParallelConfig(), None, case.base_requests)
         for count in case.in_flight:
-            arms[f"M={count}"] = arm(case.parallel, None if case.high_steps else count, case.requests(count))
+            arms[f"M={count}"] = arm(case.spec, case.parallel, None if case.high_steps else count, case.requests(count))
         runs = interleave(arms, case.rounds, tell)
     return Timed(runs["one stage"], {count: runs[f"M={count}"] for count in case.in_flight})
 

@@ -33,6 +33,7 @@ class SleepingSpec:
         hidden_bytes: of the hidden states that travel from stage to stage.
         high_steps: the first steps, which with split experts are the first one's.
         steps: of all requests, with split experts.
+        skip_share: of all steps, those that are skipped, none among the first fifth; they take no time.
     """
 
     layers: int
@@ -40,6 +41,7 @@ class SleepingSpec:
     hidden_bytes: int
     high_steps: int = 0
     steps: int = 1
+    skip_share: float = 0.0
     stages_class: ClassVar[str] = f"{__name__}:SleepingStages"
 
     def place(self, parallel: ParallelConfig) -> ParallelConfig:
@@ -71,7 +73,14 @@ class SleepingSpec:
             seed=drawn(request.seed),
             fps=1,
             has_image=False,
+            skipped=self.skipped(request.num_inference_steps),
         )
+
+    def skipped(self, steps: int) -> tuple[int, ...]:
+        """Evenly spread, as many as may be up to the share."""
+        free = [step for step in range(max(1, steps // 5), steps) if step != self.high_steps]
+        wanted = min(round(self.skip_share * steps), len(free))
+        return tuple(step for at, step in enumerate(free) if (at + 1) * wanted // len(free) > at * wanted // len(free))
 
 
 class SleepingStages(PipelineParallelMixin[RequestState]):
@@ -97,7 +106,8 @@ class SleepingStages(PipelineParallelMixin[RequestState]):
 
     def compute(self, state: RequestState, item: WorkItem, starts: bool, ends: bool) -> None:
         if item.kind is Kind.DENOISE:
-            for _ in range(self._blocks):  # one by one: what a sleep is too long is then the same however they are cut
+            # One by one: what a sleep is too long is then the same however blocks are cut.
+            for _ in range(0 if item.number in state.job.skipped else self._blocks):
                 time.sleep(self.spec.block_s)
             state.hidden = () if ends else (self._hidden,)
         if item.kind is Kind.DENOISE and ends:

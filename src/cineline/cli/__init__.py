@@ -1,4 +1,4 @@
-"""The command line: `cineline generate | serve | show | plan | convert | bench | eval`."""
+"""The command line: `cineline generate | serve | show | plan | convert | calibrate-cache | bench | eval`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from pydantic import ValidationError
 
 from cineline.cli.bench import app as bench_app
+from cineline.cli.calibrate import calibrate
 from cineline.cli.convert import convert
 from cineline.cli.evaluate import app as eval_app
 from cineline.cli.generate import generate
@@ -34,6 +35,7 @@ app.command()(serve)
 app.command()(show)
 app.command()(plan)
 app.command()(convert)
+app.command(name="calibrate-cache")(calibrate)
 app.add_typer(bench_app, name="bench")
 app.add_typer(eval_app, name="eval")
 

@@ -70,6 +70,9 @@ def schedule(
     high_steps: Annotated[
         int, typer.Option(help="Steps of a first expert with stages of its own; 0 for one expert.", min=0)
     ] = 0,
+    skip_share: Annotated[
+        float, typer.Option(help="Of the steps, those that a cache skips; one stage skips none.", min=0, max=0.8)
+    ] = 0.0,
     runs: Runs = 4,
     json: Json = None,
 ) -> None:
@@ -91,7 +94,8 @@ def schedule(
     from cineline.bench.report import machine, report
     from cineline.bench.schedule import COLUMNS, ScheduleCase, rows, time_schedule
 
-    case = ScheduleCase(pp, counts, stage_ms / 1000, round(hidden_mb * 1e6), steps, branches, runs, high_steps, waves)
+    sizes = stage_ms / 1000, round(hidden_mb * 1e6), steps, branches, runs
+    case = ScheduleCase(pp, counts, *sizes, high_steps, waves, skip_share)
     timed = time_schedule(case, teller())
     report(
         f"Stages that sleep {stage_ms:g} ms, {hidden_mb:g} MB, {steps} steps, fill included, {runs} runs",

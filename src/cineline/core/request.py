@@ -54,6 +54,20 @@ def _seed(value: Any) -> Any:
     return value if isinstance(value, str) else _number(value)
 
 
+def _cache(value: str | None) -> str | None:
+    """With its threshold."""
+    if value is None:
+        return None
+    name, colon, threshold = value.partition(":")
+    try:
+        above = float(threshold) if colon else CACHE_THRESHOLD
+    except ValueError:
+        above = 0.0
+    if name != "mag" or not 0 < above < math.inf:
+        raise ValueError(f"it is no cache: give mag, or mag:T with a threshold above 0 such as {CACHE_THRESHOLD}")
+    return f"{name}:{above:g}"
+
+
 def _count(value: int) -> int:
     if not 1 <= value <= MOST_VIDEOS:
         raise ValueError(f"it is not from 1 to {MOST_VIDEOS}: give so many, or a line for each")
@@ -67,6 +81,9 @@ def _steps(value: int | None) -> int | None:
 
 
 RANDOM: Literal["random"] = "random"
+
+CACHE_THRESHOLD = 0.06
+"""Of MagCache, as in diffusers."""
 
 MOST_SEED = 2**64 - 1
 """What torch's generators take."""
@@ -121,6 +138,9 @@ class VideoRequest(BaseModel):
         last_image: as `image`, beside it.
         preview: see `RequestHandle.take_previews`.
         fit: see `core.image.fitted`.
+        cache: lossy: steps that change little are not computed. "mag" is MagCache (Ma et al. 2025, arXiv 2506.09045),
+            for 20 steps and more; "mag:0.12" has another threshold, the error that may add up from one computed step to
+            the next.
         num_videos: each is a request of its own (`Engine.submit_all`), with the seeds from `seed` on.
 
     Raises:
@@ -158,6 +178,9 @@ class VideoRequest(BaseModel):
     last_image: Annotated[Path | Image.Image | None, "Last frame, for I2V models, beside the first one"] = None
     preview: Annotated[
         Whole | None, AfterValidator(_steps), "Solver steps from one small picture of what is coming to the next; none"
+    ] = None
+    cache: Annotated[
+        str | None, AfterValidator(_cache), "Lossy: mag skips steps that change little, mag:T with threshold T; none"
     ] = None
     fit: Annotated[Fit, "Of an image in another shape than the video: stretch, crop or pad"] = "stretch"
 
@@ -211,7 +234,8 @@ class Shape(NamedTuple):
     """What the line must know of a job: jobs alike in this follow the same scripts.
 
     Attributes:
-        steps, branches, chunks, first_step, unguided: `Job`'s. texts: branches whose prompts go through the stages.
+        steps, branches, chunks, first_step, unguided, skipped: `Job`'s.
+        texts: branches whose prompts go through the stages.
     """
 
     steps: int
@@ -220,6 +244,11 @@ class Shape(NamedTuple):
     chunks: int
     first_step: int = 0
     unguided: tuple[int, ...] = ()
+    skipped: tuple[int, ...] = ()
+
+    def goes_on(self, step: int) -> bool:
+        """Whether the next step is skipped, so that what this one made is kept for it."""
+        return step + 1 in self.skipped
 
 
 PromptKey = tuple[int, str]
@@ -252,6 +281,9 @@ class Job:
         first_step: where it begins, 0 <= first_step < steps; above 0 with a snapshot of so many steps.
         first_expert: of that step, as the snapshot says.
         unguided: experts whose steps have the first branch alone, where the others have two.
+        skipped: steps that are not computed: the end of the line adds what it kept of the last one that was, by the
+            same expert. Never the first one. The engine's may be an estimate, by which it orders the stream; the ranks'
+            are what is done.
         preview: steps from one preview to the next; None for none.
         prompts: what is kept of prompts' embeddings; None where none are. As the scheduler settles it.
         The other fields are `VideoRequest`'s, resolved.
@@ -274,6 +306,7 @@ class Job:
     first_step: int = field(default=0, kw_only=True)
     first_expert: int = field(default=0, kw_only=True)
     unguided: tuple[int, ...] = field(default=(), kw_only=True)
+    skipped: tuple[int, ...] = field(default=(), kw_only=True)
     preview: int | None = field(default=None, kw_only=True)
     prompts: Remembered | None = field(default=None, kw_only=True)
 
@@ -281,7 +314,7 @@ class Job:
     def shape(self) -> Shape:
         found = () if self.prompts is None else self.prompts.found
         texts = tuple(branch for branch in range(self.branches) if branch not in found) if self.texts else ()
-        return Shape(self.steps, self.branches, texts, self.chunks, self.first_step, self.unguided)
+        return Shape(self.steps, self.branches, texts, self.chunks, self.first_step, self.unguided, self.skipped)
 
     def ends_denoising(self, item: WorkItem) -> bool:
         """Whether the item belongs to the last step."""

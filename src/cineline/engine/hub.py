@@ -28,7 +28,7 @@ MINIS = ("mini-ti2v", "mini-t2v")
 DIFFUSERS = "-Diffusers"
 """How the names of those models end that were converted."""
 
-CONFIGS = ["model_index.json", "cineline.json", "*/*.json", "tokenizer*/*"]
+CONFIGS = ["model_index.json", "cineline.json", "cineline-cache.json", "*/*.json", "tokenizer*/*"]
 WEIGHTS = ["*/*.safetensors", "*/*.bin"]
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)

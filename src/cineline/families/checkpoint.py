@@ -18,7 +18,7 @@ DEFAULTS_FILE = "cineline.json"
 NO_MODELS = ("scheduler", "guider")
 """Components without weights, whose configs have names of their own."""
 
-NO_DEFAULTS = ("prompt", "decode", "loras", *IMAGES, "preset", "num_videos", "fit", "preview")
+NO_DEFAULTS = ("prompt", "decode", "loras", *IMAGES, "preset", "num_videos", "fit", "preview", "cache")
 """Request fields that cannot have a default."""
 
 

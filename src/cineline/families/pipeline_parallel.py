@@ -90,7 +90,7 @@ class RequestState:
     A family may subclass it.
 
     Attributes:
-        job: the resolved request.
+        job: the resolved request; here it is known which steps are skipped.
         texts: on the head, embeddings of the prompts until they are used.
         conditioning: what the head has made for all stages, once.
         latents: the current ones: on the head the input of the step, on the tail its result.

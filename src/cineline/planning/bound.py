@@ -29,9 +29,9 @@ def forwards_of(costs: Profile, job: Job, expert: int) -> int:
     return 1 if expert in job.unguided else lined_branches(costs, job)
 
 
-def steps_of(costs: Profile, job: Job) -> Counter[int]:
-    """Numbers of steps by expert."""
-    return Counter(costs.expert(job, step) for step in range(job.steps))
+def steps_of(costs: Profile, job: Job) -> Counter[tuple[int, bool]]:
+    """Numbers of steps by expert, and by whether they are skipped."""
+    return Counter((costs.expert(job, step), step in job.skipped) for step in range(job.steps))
 
 
 def items_of(costs: Profile, job: Job) -> list[tuple[WorkItem, int]]:
@@ -39,9 +39,9 @@ def items_of(costs: Profile, job: Job) -> list[tuple[WorkItem, int]]:
     branches = lined_branches(costs, job)
     found = [(WorkItem(Kind.TEXT, job.id), branches)] if job.texts else []
     found.append((WorkItem(Kind.ENCODE, job.id), 1))
-    first = {costs.expert(job, step): step for step in reversed(range(job.steps))}
-    for expert, steps in steps_of(costs, job).items():
-        found.append((WorkItem(Kind.DENOISE, job.id, first[expert]), forwards_of(costs, job, expert) * steps))
+    first = {(costs.expert(job, step), step in job.skipped): step for step in reversed(range(job.steps))}
+    for sort, steps in steps_of(costs, job).items():
+        found.append((WorkItem(Kind.DENOISE, job.id, first[sort]), forwards_of(costs, job, sort[0]) * steps))
     chunks = {0: 1, 1: job.chunks - 2, job.chunks - 1: 1} if job.chunks > 1 else {0: job.chunks}
     return found + [(WorkItem(Kind.DECODE, job.id, chunk), number) for chunk, number in chunks.items() if number > 0]
 
@@ -49,7 +49,8 @@ def items_of(costs: Profile, job: Job) -> list[tuple[WorkItem, int]]:
 def stages_of(costs: Profile, job: Job, item: WorkItem) -> Sequence[int]:
     """The stages that compute the item; conditioning is the head's."""
     if item.kind is Kind.DENOISE:
-        return costs.parallel.route(costs.expert(job, item.number))
+        route = costs.parallel.route(costs.expert(job, item.number))
+        return route[-1:] if item.number in job.skipped else route
     if item.kind is Kind.DECODE:
         return costs.parallel.decoders
     return costs.parallel.encoders if item.kind is Kind.TEXT else (0,)
@@ -118,7 +119,8 @@ class Bound:
             elif item.kind is Kind.ENCODE:
                 seconds += self._compute_s(0, item)
             elif item.kind is Kind.DENOISE:
-                seconds += steps[self.costs.expert(self.job, item.number)] * self._step(item)
+                sort = self.costs.expert(self.job, item.number), item.number in self.job.skipped
+                seconds += steps[sort] * self._step(item)
         back = WorkItem(Kind.DENOISE, self.job.id)
         return max(0.0, seconds - self._travel(Value.LATENTS, back))  # there is a step less to go to than steps
 

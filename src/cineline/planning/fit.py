@@ -128,7 +128,7 @@ def _seconds_a_block(line: LineCosts, stage: int) -> float:
     """What one block more costs a stage, for a request."""
     forwards = sum(
         number * forwards_of(line, line.job, expert)
-        for expert, number in steps_of(line, line.job).items()
-        if stage in line.parallel.route(expert)
+        for (expert, skipped), number in steps_of(line, line.job).items()
+        if stage in line.parallel.route(expert) and not skipped
     )
     return forwards * line.block_s(stage, line.job)

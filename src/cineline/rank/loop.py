@@ -152,7 +152,7 @@ class StageLoop:
             return
         state = self._family.admit(job, message.image)
         experts = tuple(self._family.expert(state, step) for step in range(job.steps))
-        rule = Rule(self._part.parallel, job.shape, experts, place)
+        rule = Rule(self._part.parallel, state.job.shape, experts, place)
         assert (message.resume is None) == (job.first_step == 0), "a snapshot and where it begins go together"
         if message.resume is not None and self._part.rank in rule.chain(Group(Kind.DENOISE, job.id, job.first_step)):
             self._snapshots.restore(state, message.resume)

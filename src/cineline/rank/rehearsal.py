@@ -36,7 +36,7 @@ def _rehearse(
 ) -> None:
     state = family.admit(job, image if part.is_head else None)
     experts = tuple(family.expert(state, step) for step in range(job.steps))
-    for own in scripts_of(Rule(part.parallel, job.shape, experts, part.place)).values():
+    for own in scripts_of(Rule(part.parallel, state.job.shape, experts, part.place)).values():
         for script in own:
             for action in script.run:
                 _act(family, state, device, script, action)

@@ -37,9 +37,13 @@ class Snapshots:
     def take(self, state: RequestState, group: Group, guard: Guard) -> None:
         """Behind a group that this rank answers for: where it is a step after which one is due, have it kept when the
         device has got to here, and nothing was spoiled. None is due after the last step: a request that decodes is
-        begun anew before that."""
-        done = group.number + 1
-        if not self._every or group.kind is not Kind.DENOISE or done % self._every or done >= state.job.steps:
+        begun anew before that. Nor before a step that is skipped, so that what that would need is in none: it is taken
+        before the next one that is computed."""
+        done, skipped = group.number + 1, state.job.skipped
+        if not self._every or group.kind is not Kind.DENOISE or done >= state.job.steps or done in skipped:
+            return
+        last = max(step for step in range(done) if step == 0 or step not in skipped)
+        if done // self._every == last // self._every:
             return
         exported = snapshot.mapped(self._family.export(state), self._device.to_host)
         expert = self._family.expert(state, done)

@@ -6,7 +6,8 @@ each rank's scripts follow from it. The stage loop does them, the simulator repl
 edges that they use.
 
 Legend: a line runs one branch of guidance, or both; a lane is the ranks of equal ring, ulysses and tp coordinates,
-one a stage; head and tail are a line's first and last stage; a route is the stages that run a step.
+one a stage; head and tail are a line's first and last stage; a route is the stages that run a step. Of a step that is
+skipped (`Job.skipped`) that is the last of them alone, which adds to the latents what it kept of an earlier step.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ class Rule:
             case Kind.TEXT:
                 return self.parallel.encoders
             case Kind.DENOISE:
-                return self._routes[group.number]
+                return self._crossed(group.number)
             case Kind.DECODE:
                 return self.parallel.decoders
             case _:
@@ -149,11 +150,14 @@ class Rule:
 
     def _to_next_step(self, group: Group, end: int, item: WorkItem) -> Iterator[Parcel]:
         due = group._replace(number=group.number + 1)
-        following = self._routes[due.number]
-        for _, line in self._used(due):
-            yield Parcel(Value.LATENTS, item, end, line[following[0]], Way.BACK, due)
+        first, last, keeps = self._crossed(due.number)[0], self._routes[due.number][-1], self.shape.goes_on(due.number)
+        for number, line in self._used(due):
+            # What a residual is of, the first line's last stage has by itself.
+            stages = {first: None, last: None} if keeps and number else (first,)
+            for stage in stages:
+                yield Parcel(Value.LATENTS, item, end, line[stage], Way.BACK, due)
         if self.moves(group):
-            yield Parcel(Value.HISTORY, item, end, self._lines[0][following[-1]], Way.BACK, due, at_finish=True)
+            yield Parcel(Value.HISTORY, item, end, self._lines[0][last], Way.BACK, due, at_finish=not keeps)
 
     def _to_decode(self, end: int, item: WorkItem) -> Iterator[Parcel]:
         """Latents to where decoding begins; by rows to the last one, who hands them to all."""
@@ -168,9 +172,14 @@ class Rule:
         routes = self._routes[group.number : group.number + 2] if group.kind is Kind.DENOISE else []
         return len(routes) == 2 and routes[0] != routes[1]
 
+    def _crossed(self, step: int) -> range:
+        """Those of a step's stages that its items cross."""
+        route = self._routes[step]
+        return route[-1:] if step in self.shape.skipped else route
+
     @cached_property
     def _routes(self) -> list[range]:
-        """The stages of each step."""
+        """The stages of each step's expert."""
         return [self.parallel.route(expert) for expert in self.experts]
 
     @cached_property
@@ -291,9 +300,9 @@ class _Part:
 
 def edges_of(parallel: ParallelConfig) -> list[Edge]:
     """All edges that any job may use, in the one order in which every rank makes them."""
-    everything, last = Shape(steps=2, branches=2, texts=(0, 1), chunks=2), len(parallel.groups) - 1
+    everything, last = Shape(steps=3, branches=2, texts=(0, 1), chunks=2, skipped=(2,)), len(parallel.groups) - 1
     found: set[Edge] = set()
-    for experts in {(0, 0), (0, last), (last, last)}:
+    for experts in {(0, 0, 0), (0, last, last), (last, last, last)}:
         for rank in range(parallel.ranks):
             own = scripts_of(Rule(parallel, everything, experts, parallel.place(rank))).values()
             actions = (action for scripts in own for script in scripts for action in (*script.ahead, *script.run))

@@ -1,12 +1,13 @@
 """Which work item comes next: the one place that decides the order (no torch).
 
-A request is a row of turns: its prompts through the text encoder, encode and first step, one turn a further step, one a
-decode chunk (the first of these holds as many chunks as there are stages, where the decoder is cut over them, so that
-each has one). One that goes on from a snapshot begins at a later step. A turn is one or more groups of work items,
-emitted together. The next turn of a request is emitted when the tail begins the last item of a group. Headers thus run
-one stage's work ahead of the tensors, so that no stage waits for one; requests take turns in the order in which they
-come back; and the line never holds two turns of one request while another could go, which would leave a bubble between
-the two.
+A request is a row of turns: its prompts through the text encoder, encode and first step, one turn a further step with
+those behind it that are skipped, one a decode chunk (the first of these holds as many chunks as there are stages, where
+the decoder is cut over them, so that each has one). One that goes on from a snapshot begins at a later step. A turn is
+one or more groups of work items, emitted together. The next turn of a request is emitted when the tail begins the last
+item of its steps, or of a chunk. Headers thus run one stage's work ahead of the tensors, so that no stage waits for
+one; requests take turns in the order in which they come back; and the line never holds two turns of one request while
+another could go, which would leave a bubble between the two. Skipped steps, which the line's end alone makes, follow at
+once for the same reason: a turn of their own would be a round in which the other stages have nothing of the request.
 """
 
 from __future__ import annotations
@@ -62,8 +63,13 @@ def turns_of(parallel: ParallelConfig, job: Job) -> Iterator[list[Group]]:
     if Kind.TEXT in by_kind:
         yield by_kind[Kind.TEXT]
     first, *steps = by_kind[Kind.DENOISE]
-    yield [*by_kind[Kind.ENCODE], first]
-    yield from ([step] for step in steps)
+    turn = [*by_kind[Kind.ENCODE], first]
+    for step in steps:
+        if step.number not in job.skipped:
+            yield turn
+            turn = []
+        turn.append(step)
+    yield turn
     chunks = by_kind.get(Kind.DECODE, [])
     ahead = 1 if parallel.decodes_together else len(parallel.decoders)
     if chunks:
@@ -150,9 +156,12 @@ class Scheduler:
         return emitted
 
     def begun(self, group: Group) -> None:
-        """Record that the tail has begun the group's last item: the request's next turn may go."""
+        """Record that the tail has begun the group's last item: the request's next turn may go, unless skipped steps of
+        this one are still to be made."""
         entry = self._active.get(group.request)
-        if entry is not None and len(entry.turns) > self._ready.count(entry):
+        if entry is None or (group.kind is Kind.DENOISE and entry.job.shape.goes_on(group.number)):
+            return
+        if len(entry.turns) > self._ready.count(entry):
             self._ready.append(entry)
 
     def complete(self, group: Group, moves: bool = False) -> bool:

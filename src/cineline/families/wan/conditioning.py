@@ -72,7 +72,8 @@ class Conditioner:
         _, channels, _, height, width_ = state.latent_shape
         if state.keeps_first_frame:
             specs[FIRST_FRAME] = TensorSpec((1, channels, 1, height, width_), torch.float32)
-        if self._spec.kind == "i2v" and len(self._part.parallel.groups) > 1:
+        elsewhere = len(self._part.parallel.groups) > 1 or state.job.skipped or state.job.calibrates
+        if self._spec.kind == "i2v" and elsewhere:
             beside = self._spec.transformer["in_channels"] - channels
             specs["condition"] = TensorSpec((1, beside, *state.latent_shape[2:]), torch.float32)
         return specs

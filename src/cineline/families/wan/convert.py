@@ -19,6 +19,7 @@ from transformers import UMT5EncoderModel
 from cineline.core.config import Dtype
 from cineline.core.output import check_folder, unwritable
 from cineline.errors import OutputError, shown
+from cineline.families.wan.ratios import RATIOS_FILE
 from cineline.families.wan.shapes import Component
 from cineline.families.wan.spec import DEFAULTS_FILE, WanSpec
 from cineline.families.wan.spiece import TOKENIZER_CLASS
@@ -95,8 +96,9 @@ def _write_configs(spec: WanSpec, to: Path) -> None:
     for name in IMAGES if spec.image else ():
         shutil.copytree(spec.folder / name, to / name)
     _write_json(to / "model_index.json", _index(spec))
-    if (spec.folder / DEFAULTS_FILE).is_file():
-        shutil.copy(spec.folder / DEFAULTS_FILE, to)
+    for name in (DEFAULTS_FILE, RATIOS_FILE):
+        if (spec.folder / name).is_file():
+            shutil.copy(spec.folder / name, to)
 
 
 def _index(spec: WanSpec) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cineline.core.request import Branch, WorkItem
 from cineline.families.pipeline_parallel import StagePart
+from cineline.families.wan import residuals
 from cineline.families.wan.lora_keys import adapters
 from cineline.families.wan.lora_runtime import LorasBeside
 from cineline.families.wan.sequence_parallel import ShardedAttention
@@ -57,7 +58,7 @@ class Experts:
         model.blocks = nn.ModuleDict({str(layer): model.blocks[layer] for layer in layers})
         if not self._part.is_head:
             del model.condition_embedder
-        if stage != group.start:
+        if stage not in (group.start, group.stop - 1):  # which embeds where steps are skipped
             del model.patch_embedding
         if stage != group.stop - 1:
             del model.norm_out, model.proj_out, model.scale_shift_table
@@ -83,8 +84,13 @@ class Experts:
     def compute(self, state: WanState, item: WorkItem, starts: bool, ends: bool) -> None:
         """A forward for the item's branch, from the latents to its prediction."""
         self.take_turn(state)
-        (hidden,) = (self.embed(state, item.number),) if starts else state.take_hidden()
-        hidden = self.run(state, item.number, item.branch, hidden)
+        if item.number in state.job.skipped:
+            hidden = residuals.add(state, item, self.embed(state, item.number))
+        else:
+            (before,) = (self.embed(state, item.number),) if starts else state.take_hidden()
+            hidden = self.run(state, item.number, item.branch, before)
+            if ends and residuals.are_kept(state, item.number):
+                residuals.keep(state, item, before if starts else self.embed(state, item.number), hidden)
         if ends:
             state.predictions[item.branch] = self.predict(state, item.number, hidden)
         else:

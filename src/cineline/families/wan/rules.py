@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from cineline.core.lora import choice
 from cineline.core.request import MOST_SEED, VideoRequest, drawn
 from cineline.errors import InvalidRequest, shown
 from cineline.families.wan.job import WanJob
+from cineline.families.wan.mag_cache import skipped_by
+from cineline.families.wan.ratios import ratios_of
 from cineline.families.wan.schedules import Schedule, is_given, with_preset
 from cineline.families.wan.shapes import WanShapes
 
@@ -70,7 +72,7 @@ class Rules:
         if shift is not None and not (math.isfinite(shift) and shift > 0):
             raise InvalidRequest(f"flow_shift={shown(shift)} is not a positive number: use 1 to 20.")
         loras, lora_scales = choice(self._wan.loras, self._wan.lora_mode, request.loras) or (None, None)
-        return WanJob(
+        job = WanJob(
             id=number,
             prompt=request.prompt,
             negative_prompt=self._default(request, "negative_prompt"),
@@ -91,8 +93,12 @@ class Rules:
             has_image=request.image is not None,
             loras=loras,
             lora_scales=lora_scales,
+            cache=request.cache,
+            ratios=None if request.cache is None else ratios_of(self._wan),
             has_last_image=request.last_image is not None,
         )
+        high = self._wan.high_steps(job)
+        return replace(job, skipped=skipped_by(job, [int(step >= high) for step in range(job.steps)]))
 
     def _default(self, request: VideoRequest, name: str) -> Any:
         value = getattr(request, name)

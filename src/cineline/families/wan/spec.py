@@ -107,8 +107,8 @@ CLIP_DEFAULTS: Mapping[str, Any] = {
 }
 """What transformers' `CLIPVisionConfig` takes where a config leaves a key out."""
 
-NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras", "last_image", "num_videos", "fit", "preview")
-"""Request fields that a checkpoint cannot have defaults for."""
+NO_DEFAULTS = ("prompt", "image", "decode", "preset", "loras", "last_image", "num_videos", "fit", "preview", "cache")
+"""Request fields that a checkpoint cannot have defaults for; what loses quality is asked for by name."""
 
 
 @dataclass(frozen=True)

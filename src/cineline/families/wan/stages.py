@@ -7,6 +7,7 @@ all experts, the text encoder's layers and the VAE decoder's units are shared ou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +23,14 @@ from cineline.families.part import Part
 from cineline.families.pipeline_parallel import PipelineParallelMixin, StagePart
 from cineline.families.snapshot import copied
 from cineline.families.solver import contents, export_solver, history_bytes, restore_solver
+from cineline.families.wan import residuals
 from cineline.families.wan.conditioning import Conditioner
 from cineline.families.wan.constants import TEXT_TOKENS
 from cineline.families.wan.decoding import DecoderPart
 from cineline.families.wan.denoise import Step, make_solver, make_steps, noise_generator, take_step
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.job import WanJob
+from cineline.families.wan.mag_cache import skipped_by
 from cineline.families.wan.preview import Previewer
 from cineline.families.wan.schedules import solver_of
 from cineline.families.wan.sequence_parallel import TokenShards
@@ -67,7 +70,10 @@ class WanStages(PipelineParallelMixin[WanState]):
     def admit(self, job: Job, image: KeyFrames | None) -> WanState:
         assert isinstance(job, WanJob)  # `WanSpec.resolve` makes no others
         solver, shape = self._solver(job), self.spec.latent_shape(job)
-        state = WanState(job, image=image, steps=make_steps(solver, job), latent_shape=shape)
+        steps = make_steps(solver, job)
+        if job.cache is not None:  # the engine has no solver, and could only guess how many steps each expert has
+            job = replace(job, skipped=skipped_by(job, [step.expert for step in steps]))
+        state = WanState(job, image=image, steps=steps, latent_shape=shape)
         state.keeps_first_frame = self.spec.kind == "ti2v" and job.has_image
         cos, sin = self._rope(torch.empty(shape, device="meta"))
         state.tokens = cos.shape[1]
@@ -150,7 +156,9 @@ class WanStages(PipelineParallelMixin[WanState]):
         if state.preview is not None:
             picture, state.preview = self._previewer.picture(state.preview), None
             return picture
-        return state.final_latents()[0] if state.job.ends_denoising(item) else None
+        if not state.job.ends_denoising(item):
+            return None
+        return residuals.measured(state) if state.job.calibrates else state.final_latents()[0]
 
     def _outcome(self, state: WanState, prediction: torch.Tensor, step: Step) -> torch.Tensor:
         """Latents without noise, if the flow that the step predicts went on straight (x - sigma v)."""

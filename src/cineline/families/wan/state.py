@@ -32,10 +32,14 @@ class WanState(RequestState):
         rotary: cosines and sines of this rank's positions, float32 [1, s, 1, head dim] each.
         solver: on the tail, diffusers' scheduler with this request's history. fresh: what it had before the first step.
         beside: on the head of an I2V model, the channels beside the latents, float32 [1, 4 + C, F', H', W'];
-            with split experts, whose second head needs them too, they are in the conditioning.
+            with split experts, whose second head needs them too, or where steps are skipped, which the tail makes, they
+            are in the conditioning.
         decoding: the decode under way, as this stage's decoder keeps it.
         prompts: on the head, where embeddings of its prompts are kept.
         preview: where a picture is due, what the step says that the latents come to.
+        residuals: on the tail, by branch, what the blocks of the last computed step have added to what went in,
+            [1, s, D]; there while the next step is skipped.
+        ratios: on the tail of a job that calibrates, by branch, of each step (`residuals.ratio`).
         uniform: by expert, for each of its steps whether all tokens have the same time embedding.
     """
 
@@ -54,6 +58,8 @@ class WanState(RequestState):
     decoding: Any = None
     prompts: dict[Branch, Slot] = field(default_factory=dict)
     preview: torch.Tensor | None = None
+    residuals: dict[Branch, torch.Tensor] = field(default_factory=dict)
+    ratios: dict[Branch, list[torch.Tensor]] = field(default_factory=dict)
     uniform: dict[int, list[bool]] = field(default_factory=dict)
 
     def conditioned(self, name: str) -> torch.Tensor:
@@ -94,7 +100,7 @@ class WanState(RequestState):
         self.names = kept
         self.rotary = torch.empty(0), torch.empty(0)
         self.beside = self.solver = None
-        self.fresh = {}
+        self.fresh, self.residuals = {}, {}
 
 
 def text_name(expert: int, branch: Branch) -> str:

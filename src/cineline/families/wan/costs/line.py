@@ -67,14 +67,16 @@ class PlannedLine(TimedLine):
         return len(self.parallel.decoders) if self.parallel.decodes_together else 1
 
     def admitted_bytes(self, place: Place, job: Job) -> int:
-        """Conditioning, rope, and on a route's ends the latents, on its last stage with the solver's history."""
+        """Conditioning, rope, and on a route's ends the latents, on its last stage with the solver's history and where
+        steps are skipped the residuals."""
         model, latents = self.costs.transformer, self.latent_bytes(job)
         held = self.conditioning_bytes(job) + 2 * self.own_tokens(job) * model.width // model.heads * 4
         starts, ends = {group.start for group in self.parallel.groups}, {group.stop for group in self.parallel.groups}
         if place.pp in starts:
-            held += 2 * latents + latents * (model.channels_in - model.channels_out) // model.channels_out
+            held += 2 * latents + self.beside_bytes(job)
         if place.pp + 1 in ends:
             held += latents * (2 + HISTORY) + 2 * latents * self.itemsize // 4
+            held += self.branches(job) * self.hidden_bytes(job) if job.skipped else 0
         return held
 
     def working_bytes(self, place: Place, item: WorkItem, job: Job) -> int:
@@ -83,7 +85,9 @@ class PlannedLine(TimedLine):
         if item.kind is Kind.TEXT:
             return self.costs.text.layer_workspace(self.itemsize)
         if item.kind is Kind.DENOISE:
-            embedded = self.hidden_bytes(job) if place.pp in {group.start for group in self.parallel.groups} else 0
+            ends = {group.stop - 1 for group in self.parallel.groups} if job.skipped else set()
+            embeds = place.pp in ends | {group.start for group in self.parallel.groups}
+            embedded = self.hidden_bytes(job) if embeds else 0
             return embedded + model.block_workspace(own, self.itemsize, self.per_token(job), self.parallel.tp)
         if item.kind is Kind.ENCODE and job.has_image and place.pp == 0:
             chunks = 1 if self.spec.kind == "ti2v" else self.spec.latent_shape(job)[2]

@@ -166,9 +166,10 @@ class ModelCosts:
         held = on * blocks * parts.block_shard(parallel.tp).nbytes(dtype)
         if stage == 0:
             held += self.experts * parts.condition_embedder.nbytes(dtype)
-        if stage in {group.start for group in groups}:
+        ends = {group.stop - 1 for group in groups}
+        if stage in ends | {group.start for group in groups}:  # a skipped step begins where it ends
             held += on * parts.patch_embedding.nbytes(dtype)
-        if stage in {group.stop - 1 for group in groups}:
+        if stage in ends:
             held += on * parts.output_head.nbytes(dtype)
         return held + self._held_of_loras(parallel, stage)
 

@@ -101,6 +101,8 @@ class TimedLine:
             return self.text_s(place.pp)
         if item.kind is Kind.ENCODE:
             return self.encode_s(job) if place.pp == 0 else 0.0
+        if item.kind is Kind.DENOISE and item.number in job.skipped:
+            return self.skipped_s(place.pp, self.expert(job, item.number), job)
         if item.kind is Kind.DENOISE:
             return self.denoise_s(place.pp, self.expert(job, item.number), job)
         return self.decode_s(place.pp, item.number, job) if item.kind is Kind.DECODE else 0.0
@@ -132,6 +134,15 @@ class TimedLine:
         if stage == route.stop - 1:
             ends += self.costs.transformer.predict_work(own, self.itemsize)
         return self.blocks[stage] * self.block_s(stage, job) + self.rates(stage).seconds(ends)
+
+    def skipped_s(self, stage: int, expert: int, job: Job) -> float:
+        """What stands before and after the blocks, on the last stage of the expert's."""
+        if stage != self.parallel.route(expert)[-1]:
+            return 0.0
+        embed = self.costs.transformer.embed_work(self.tokens(job), self.itemsize)
+        return self.rates(stage).seconds(
+            embed + self.costs.transformer.predict_work(self.own_tokens(job), self.itemsize)
+        )
 
     def block_s(self, stage: int, job: Job) -> float:
         """One block on one rank, with what its ranks exchange."""
@@ -237,4 +248,10 @@ class TimedLine:
         texts = experts * self.branches(job) * shown * width * self.itemsize
         rows = TIME_ROWS if self.spec.kind == "ti2v" else 1
         times = job.steps * rows * 7 * width * self.itemsize
-        return texts + times + (job.steps * self.tokens(job) if self.spec.kind == "ti2v" else 0)
+        beside = self.beside_bytes(job) if job.skipped else 0
+        return texts + times + beside + (job.steps * self.tokens(job) if self.spec.kind == "ti2v" else 0)
+
+    def beside_bytes(self, job: Job) -> int:
+        """Of an I2V model's channels beside the latents."""
+        model = self.costs.transformer
+        return self.latent_bytes(job) * (model.channels_in - model.channels_out) // model.channels_out

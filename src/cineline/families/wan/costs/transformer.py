@@ -93,7 +93,7 @@ class TransformerCosts:
 
     @property
     def patch_embedding(self) -> Parameters:
-        """First stage of the expert's group."""
+        """First and last stage of the expert's group."""
         return Parameters(self.channels_in * self.patch * self.width + self.width)
 
     @property
