@@ -165,7 +165,7 @@ def test_the_planner_divides_it_by_its_name() -> None:
     assert known is not None
     spec = plannable(known)
     job = planned_job(spec, {"num_frames": 33})
-    assert (job.height, job.width, job.steps, job.branches) == (480, 832, 50, 2)
+    assert (job.height, job.width, job.steps, job.branches) == (480, 848, 50, 2)
     best = plan(Task(spec, devices_of("2xH100"), LINKS["pcie4"], job, dtype="bfloat16", vae_dtype="bfloat16")).single
     assert best is not None and best.parallel.ranks == 2
 
@@ -178,7 +178,7 @@ def test_it_is_found_by_its_index_alone(folder: Path) -> None:
     spec = open_checkpoint(folder)
     assert isinstance(spec, HunyuanVideoSpec)
     job = spec.resolve(VideoRequest(prompt="a cat"), 0)
-    assert (job.height, job.width, job.num_frames, job.fps) == (480, 832, 121, 24)
+    assert (job.height, job.width, job.num_frames, job.fps) == (480, 848, 121, 24)
     assert (job.steps, job.guidance_scale, job.branches) == (50, 4.0, 2)  # the scale is the checkpoint's guider's
 
 
@@ -212,6 +212,10 @@ def test_an_axis_that_does_not_fit_is_refused(axes: dict[str, Any], words: str, 
     [
         ("transformer/config.json", {"use_meanflow": True}, "a super-resolution model's"),
         ("guider/guider_config.json", {"guidance_rescale": 0.7}, "a rescaled guidance"),
+        ("guider/guider_config.json", {"start": 0.2}, "guidance that begins later"),
+        ("guider/guider_config.json", {"stop": 0.8}, "guides only some steps"),
+        ("guider/guider_config.json", {"enabled": False}, "guides only some steps, or none"),
+        ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "a shift that follows the size"),
         ("model_index.json", {"_class_name": "HunyuanVideo15ImageToVideoPipeline"}, "Cineline runs"),
     ],
 )

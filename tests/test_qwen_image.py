@@ -255,6 +255,14 @@ def test_a_checkpoint_that_is_not_run_is_refused(
         QwenImageSpec.open(copy)
 
 
+def test_a_folder_without_a_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Its prompts would be read as none."""
+    copy = shutil.copytree(folder, tmp_path / "model")
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(CheckpointError, match="without a tokenizer no prompt is read"):
+        QwenImageSpec.open(copy)
+
+
 def test_what_is_for_wan_alone_says_so(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="is no Wan model, with whose pipelines of diffusers this compares"):
         models(str(folder), ModelFiles(), "float32", tmp_path)

@@ -18,11 +18,13 @@ from lora_files import Loaded, pipeline_with, shapes_of
 from oracle import FIELDS, Checkpoint, Oracle, assert_equal
 from PIL import Image
 from pretended_family import assert_in_good_order
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_pretended_device import Pretend
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from cineline import CheckpointError, Engine, InvalidRequest, ModelFiles, ParallelConfig, RequestCancelled, VideoRequest
 from cineline.core.config import DeviceConfig, Dtype, Place
+from cineline.families.wan.clip import ClipEncoder
 from cineline.families.wan.convert import convert
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.known import KNOWN
@@ -217,3 +219,26 @@ def test_an_image_encoder_that_does_not_fit_is_refused(
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
     with pytest.raises(CheckpointError, match=words):
         WanSpec.open(folder)
+
+
+def test_an_image_encoder_that_has_a_projection_is_read_without_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """`CLIPVisionModelWithProjection`, which official folders name."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(config("i2v")), folder)
+    own = CLIPVisionConfig.from_pretrained(folder / "image_encoder", projection_dim=4)
+    with torch.random.fork_rng():
+        model = CLIPVisionModelWithProjection(own).eval()
+    shutil.rmtree(folder / "image_encoder")
+    model.save_pretrained(folder / "image_encoder")
+    spec, image = WanSpec.open(folder), Image.new("RGB", (50, 40), "red")
+    assert any("visual_projection" in name for name in load_file(folder / "image_encoder" / "model.safetensors"))
+    found = ClipEncoder(spec, torch.float32, torch.device("cpu")).encode([image])
+    pixels = CLIPImageProcessor.from_pretrained(folder / "image_processor")(images=[image], return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**pixels, output_hidden_states=True).hidden_states[-2]
+    assert torch.equal(found, expected)
+
+
+def test_between_two_pictures_there_are_fifty_steps(checkpoint: Checkpoint) -> None:
+    assert WanSpec.open(checkpoint(config("i2v", pictures=2))).defaults["num_inference_steps"] == 50
+    assert WanSpec.open(checkpoint(config("i2v"))).defaults["num_inference_steps"] == 40

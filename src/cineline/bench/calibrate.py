@@ -44,7 +44,8 @@ def calibrate(
         InvalidRequest: an expert makes no step.
     """
     found: dict[str, dict[str, list[list[float]]]] = {name: defaultdict(list) for name in spec.experts}
-    with Engine(CalibratingSpec.of(spec), parallel, **options) as engine:
+    # Ratios are in no snapshot, so that a run cannot go on from one.
+    with Engine(CalibratingSpec.of(spec), parallel, **options, restarts=0) as engine:
         handles = [
             engine.submit(VideoRequest(prompt=prompt, seed=seed, **fields)) for seed, prompt in enumerate(prompts)
         ]

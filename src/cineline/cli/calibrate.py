@@ -10,6 +10,7 @@ import typer
 from cineline.cli.options import Fields, Given, spread, teller
 from cineline.core.config import DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.image import load_image
+from cineline.core.output import check_output
 from cineline.core.request import VideoRequest
 from cineline.engine.hub import open_model
 from cineline.errors import InvalidConfig
@@ -40,12 +41,16 @@ def calibrate(
 
     One full run for each prompt, nothing skipped: once for a model.
     """
-    from cineline.families.wan.ratios import write_ratios
+    from cineline.families.wan.ratios import ratios_file, write_ratios
     from cineline.families.wan.spec import WanSpec
 
+    if model is None and not files:
+        raise InvalidConfig("There is no model: give --model, or its files with --transformer and the like.")
     spec = open_model(model, variant, ModelFiles(**files))
     if not isinstance(spec, WanSpec):
         raise InvalidConfig(f"{type(spec).__name__} has no steps to skip: give a Wan model.")
+
+    check_output(ratios_file(spec), (".json",))  # before hours of runs
 
     from cineline.bench.calibrate import PROMPTS
     from cineline.bench.calibrate import calibrate as measure

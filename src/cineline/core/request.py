@@ -65,7 +65,7 @@ def _cache(value: str | None) -> str | None:
         above = 0.0
     if name != "mag" or not 0 < above < math.inf:
         raise ValueError(f"it is no cache: give mag, or mag:T with a threshold above 0 such as {CACHE_THRESHOLD}")
-    return f"{name}:{above:g}"
+    return f"{name}:{above!r}"
 
 
 def _count(value: int) -> int:

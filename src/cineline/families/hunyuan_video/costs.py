@@ -117,9 +117,11 @@ class HunyuanLine(StackLine):
         return work + Work(moved=5 * rows * rows)
 
     def block_workspace(self, job: Job) -> int:
-        """See `StackLine`: queries, keys and values of both streams, joined; the masks, a byte an entry."""
+        """See `StackLine`: queries, keys and values of both streams, joined; two masks of a byte an entry, and what
+        attention makes of them in the dtype, once more where rows are no multiple of 8 (torch pads it then)."""
         rows, tp = self._rows(job), self.parallel.tp
-        return int(rows * self.costs.width * self.itemsize * (4 + 8 / tp)) + 3 * rows * rows
+        masks = 2 + self.itemsize * (1 if rows % 8 == 0 else 2)
+        return int(rows * self.costs.width * self.itemsize * (4 + 8 / tp)) + masks * rows * rows
 
     def ends_work(self, job: Job) -> tuple[Work, Work]:
         """See `StackLine`: before the blocks the prompt is refined for the step."""

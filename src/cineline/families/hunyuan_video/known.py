@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cineline.families.hunyuan_video.spec import DEFAULTS, HunyuanVideoSpec
+from cineline.families.hunyuan_video.spec import DEFAULTS, HunyuanVideoSpec, size_of
 from cineline.families.qwen_vl_costs import SEVEN_BILLION
 
 _BYT5_SMALL: Mapping[str, Any] = {
@@ -18,22 +18,22 @@ _BYT5_SMALL: Mapping[str, Any] = {
     "vocab_size": 1510,
 }
 
-_SIZES = {"480p": (480, 832), "720p": (720, 1280)}
+_SIZES = {"480p": 640, "720p": 960}
 
 KNOWN: Mapping[str, HunyuanVideoSpec] = {
     name: HunyuanVideoSpec(
         Path(name),
         {
-            "transformer": {},
+            "transformer": {"target_size": target},
             "text_encoder": SEVEN_BILLION,
             "text_encoder_2": _BYT5_SMALL,
             "vae": {},
             "scheduler": {},
             "guider": {},
         },
-        {**DEFAULTS, "height": height, "width": width},
+        {**DEFAULTS, **size_of({"target_size": target})},
     )
-    for size, (height, width) in _SIZES.items()
+    for size, target in _SIZES.items()
     for name in (f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{size}_t2v",)
 }
 """By hub id; what a config leaves out is as in diffusers, whose defaults are this model's."""

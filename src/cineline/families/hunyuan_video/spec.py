@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
 from cineline.core.hardware import Device, Link
 from cineline.core.request import Job, VideoRequest
-from cineline.errors import InvalidRequest, shown
+from cineline.errors import CheckpointError, InvalidRequest, shown
 from cineline.families.checkpoint import Checkpoint, check_plain, own_defaults, read_configs
 from cineline.families.fields import Fields
 from cineline.families.hunyuan_video.costs import HunyuanCosts, HunyuanLine
@@ -28,17 +28,23 @@ CLASSES = {
 }
 
 DEFAULTS: Mapping[str, Any] = {
-    "height": 480,
-    "width": 832,
     "num_frames": 121,
     "num_inference_steps": 50,
     "guidance_scale": 6.0,
     "fps": 24,
 }
-"""The repository's (github.com/Tencent-Hunyuan/HunyuanVideo-1.5), of its 480p models."""
+"""The repository's (github.com/Tencent-Hunyuan/HunyuanVideo-1.5)."""
+
+SIZES: Mapping[int, tuple[int, int]] = {640: (480, 848), 960: (720, 1280)}
+"""Height and width by the transformer's `target_size`, as diffusers' pipeline has them (16:9)."""
 
 UNSUPPORTED = {"use_meanflow": "a super-resolution model's"}
-GUIDER = {"guidance_rescale": "a rescaled guidance", "use_original_formulation": "another formulation of guidance"}
+GUIDER = {
+    "guidance_rescale": "a rescaled guidance",
+    "use_original_formulation": "another formulation of guidance",
+    "start": "guidance that begins later",
+}
+SCHEDULER = {"use_dynamic_shifting": "a shift that follows the size"}
 
 
 MOST_FPS, MOST_FRAMES, MOST_CELLS = 1_000, 1_024, 1_024
@@ -74,8 +80,15 @@ class HunyuanVideoSpec(Checkpoint):
         configs = read_configs(folder, CLASSES)
         check_plain(folder, configs["transformer"], UNSUPPORTED)
         check_plain(folder, configs["guider"], GUIDER)
+        check_plain(folder, configs["scheduler"], SCHEDULER)
+        if configs["guider"].get("stop", 1.0) != 1.0 or not configs["guider"].get("enabled", True):
+            raise CheckpointError(
+                f"{shown(folder)}: its guider guides only some steps, or none, which is not run here: set stop to 1 "
+                "and enabled to true, and give --guidance-scale 1 for no guidance."
+            )
         scale = configs["guider"].get("guidance_scale", DEFAULTS["guidance_scale"])
-        return cls(folder, configs, {**DEFAULTS, "guidance_scale": scale, **own_defaults(folder)}, variant)
+        defaults = {**DEFAULTS, **size_of(configs["transformer"]), "guidance_scale": scale, **own_defaults(folder)}
+        return cls(folder, configs, defaults, variant)
 
     @property
     def patch(self) -> tuple[int, int, int]:
@@ -163,3 +176,9 @@ class HunyuanVideoSpec(Checkpoint):
             fps=fields.whole("fps", MOST_FPS),
             has_image=False,
         )
+
+
+def size_of(transformer: Mapping[str, Any]) -> dict[str, int]:
+    """A model's own size; that of the smaller models, where its config says another one."""
+    height, width = SIZES.get(transformer.get("target_size", 640), SIZES[640])
+    return {"height": height, "width": width}

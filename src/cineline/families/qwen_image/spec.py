@@ -13,6 +13,7 @@ from cineline.core.hardware import Device, Link
 from cineline.core.request import Branch, Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidRequest, reason, shown
 from cineline.families.checkpoint import Checkpoint, check_plain, own_defaults, read_configs
+from cineline.families.configs import read_json
 from cineline.families.fields import Fields
 from cineline.families.placing import heads_alone
 from cineline.families.qwen_image.costs import QwenCosts, QwenLine
@@ -84,6 +85,7 @@ class QwenImageSpec(Checkpoint):
         """
         configs = read_configs(folder, CLASSES)
         check_plain(folder, configs["transformer"], UNSUPPORTED)
+        read_json(folder / "tokenizer" / "tokenizer_config.json", "without a tokenizer no prompt is read")
         return cls(folder, configs, {**DEFAULTS, **own_defaults(folder)}, variant)
 
     @property

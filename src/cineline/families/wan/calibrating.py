@@ -17,6 +17,6 @@ class CalibratingSpec(WanSpec):
         return cls(**{each.name: getattr(spec, each.name) for each in fields(spec)})
 
     def resolve(self, request: VideoRequest, number: int) -> WanJob:
-        """See `FamilySpec.resolve`; nothing is skipped, and nothing decoded."""
+        """See `FamilySpec.resolve`; nothing is skipped, no branch left out, and nothing decoded."""
         plain = request.model_copy(update={"cache": None, "decode": False})
-        return replace(super().resolve(plain, number), calibrates=True)
+        return replace(super().resolve(plain, number), calibrates=True, unguided=())

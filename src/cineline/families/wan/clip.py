@@ -18,8 +18,8 @@ from cineline.weights.sources import open_source
 PREFIX = "vision_model."
 """Before all names of the files that transformers wrote before its version 5."""
 
-UNUSED = ("position_ids",)
-"""In old files: numbers from 0 on."""
+UNUSED = ("position_ids", "visual_projection")
+"""In old files numbers from 0 on; a projection behind the last layer, which the official folders' class has."""
 
 
 class ClipEncoder:

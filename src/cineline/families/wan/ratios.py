@@ -23,9 +23,10 @@ Measured = Mapping[str, Sequence[float]]
 
 
 def ratios_file(model: WanShapes) -> Path:
-    """Beside `model_index.json`, or beside the transformer's file where there is none."""
-    folder = model.folder if model.folder.is_dir() else model.folder.parent
-    return folder / RATIOS_FILE
+    """Beside `model_index.json`; where there is none, beside the transformer's file and called like that, for others'
+    files are there, too."""
+    home = model.folder
+    return home / RATIOS_FILE if home.is_dir() else home.with_name(f"{home.stem}.{RATIOS_FILE}")
 
 
 def ratios_of(model: WanShapes) -> tuple[Ratios, ...]:

@@ -65,6 +65,9 @@ WAN_21_DEFAULTS: Mapping[WanKind, Defaults] = {
 }
 """The same of Wan 2.1 (github.com/Wan-Video/Wan2.1, generate.py)."""
 
+BETWEEN_STEPS = 50
+"""Of its model for videos between two pictures, in the same place."""
+
 SMALL: Defaults = {"height": 480, "width": 832}
 """Of its 1.3B model, which was trained for that size, and of checkpoints that say so in a `cineline.json`."""
 
@@ -315,7 +318,8 @@ def default_request(kind: WanKind, transformer: Mapping[str, Any], experts: int)
     if kind == "ti2v" or experts > 1:
         return WAN_DEFAULTS[kind]
     small = kind == "t2v" and int(transformer["num_attention_heads"]) <= SMALL_HEADS
-    return {**WAN_21_DEFAULTS[kind], **(SMALL if small else {})}
+    between = {"num_inference_steps": BETWEEN_STEPS} if transformer.get("pos_embed_seq_len") else {}
+    return {**WAN_21_DEFAULTS[kind], **(SMALL if small else {}), **between}
 
 
 def _image_encoder(folder: Path, index: Mapping[str, Any], transformer: Mapping[str, Any]) -> Mapping[str, Any] | None:
