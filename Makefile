@@ -21,7 +21,7 @@ endif
 ## lint, type-check and test
 test: setup
 	$(MAKE) -j2 --output-sync=target lint types test-plans test-rules
-	$(BIN)/pytest -n 2 --dist loadfile $(addprefix --ignore=,$(PLANS) $(RULES))
+	$(BIN)/pytest $(addprefix --ignore=,$(PLANS) $(RULES))
 
 # What only computes, in one process on one core, where nothing is timed: two at once. The other tests start ranks.
 PLANS := $(addprefix tests/test_,$(addsuffix .py,costs planner spec structure))
