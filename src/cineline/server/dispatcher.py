@@ -13,12 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NoReturn
 
 from cineline.core.config import ParallelConfig
 from cineline.core.request import VideoRequest
@@ -26,10 +23,19 @@ from cineline.engine.api import Engine
 from cineline.engine.handle import RequestHandle
 from cineline.engine.ranks import RankState
 from cineline.engine.sink import Sink
-from cineline.errors import CinelineError, InvalidRequest, OutputError, RequestCancelled, reason
+from cineline.errors import (
+    CinelineError,
+    EngineClosed,
+    InvalidRequest,
+    OutputError,
+    RankFailed,
+    RequestCancelled,
+    reason,
+)
 from cineline.schedule.scheduler import default_in_flight
 from cineline.server.fair import FairQueue
 from cineline.server.outcomes import Outcomes
+from cineline.server.running import Running
 from cineline.server.store import StoredJob
 
 POLL_S = 0.05
@@ -41,29 +47,22 @@ TIDY_EVERY_S = 1.0
 MOST_SETBACKS = 3
 """Times that a job is begun anew after what may have been its own fault: the engine's end, or a full disk."""
 
+MOST_TRIES = 30
+"""Times, a second apart, that a file which is written is tried to be completed."""
+
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Running:
-    """A job that the engine has.
+class EngineEnded(Exception):
+    """The engine takes no more requests.
 
     Attributes:
-        steps, restarts: counted so far. written: whether its file is.
-        preview: the newest picture of what is coming, uint8 [F, H, W, 3], and the step that it was taken at.
+        error: why.
     """
 
-    job: StoredJob
-    handle: RequestHandle
-    sink: Sink
-    steps: int
-    restarts: int = 0
-    written: bool = False
-    preview: tuple[int, np.ndarray] | None = None
-
-
-class EngineEnded(Exception):
-    """The engine takes no more requests."""
+    def __init__(self, error: CinelineError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Dispatcher:
@@ -160,9 +159,8 @@ class Dispatcher:
                 running.handle.park()
         except CinelineError as error:
             self.failure = error
-        except EngineEnded:
-            assert self._engine is not None
-            self.failure = self._engine.failure
+        except EngineEnded as ended:
+            self.failure = ended.error
         except Exception as error:  # the thread's edge: else the service would stand still
             log.exception("The dispatcher failed.")
             self.failure = CinelineError(f"The service failed ({type(error).__name__}): see the log.")
@@ -171,7 +169,7 @@ class Dispatcher:
 
     def _end(self) -> None:
         for running in self._running.values():
-            running.sink.give_up(EngineEnded())
+            running.sink.give_up(RequestCancelled("The service ends."))
         if self._engine is not None:
             self._engine.close(self._close_limit_s if self.failure is None else 0.0)
         if not self._stopping:
@@ -205,69 +203,64 @@ class Dispatcher:
         self._running[job.id] = Running(job, handle, sink, handle.progress[0])
 
     def _tick(self) -> None:
+        now = time.monotonic()
         for running in list(self._running.values()):
-            self._advance(running)
+            if running.not_before > now:
+                continue
+            try:
+                self._advance(running)
+            except (sqlite3.OperationalError, OSError) as error:  # the others go on
+                log.warning("Job %s cannot be written (%s): it is tried again.", running.job.id, reason(error))
+                running.not_before = now + TIDY_EVERY_S
+        if self._engine_failure is not None:  # before others come to it
+            self._blame_all(self._engine_failure)
         self._admit()
         if time.monotonic() - self._tidied > TIDY_EVERY_S:
             self._tidied = time.monotonic()
             self._outcomes.expire()
-        assert self._engine is not None
-        if self._engine.failure is not None:
-            self._blame_all()
 
-    def _blame_all(self) -> None:
+    def _blame_all(self, failure: CinelineError) -> NoReturn:
         """The engine has ended: nobody can tell by whose fault; whoever ran too often when it did fails."""
-        assert self._engine is not None and self._engine.failure is not None
         for running in self._running.values():
             if running.job.setbacks + 1 >= MOST_SETBACKS:
-                self._outcomes.fail(running.job, self._engine.failure)
+                self._outcomes.fail(running.job, failure)
             else:
                 self._store.set_back(running.job.id)
-        raise EngineEnded
+        raise EngineEnded(failure)
 
     @property
     def _engine_failure(self) -> CinelineError | None:
         return None if self._engine is None else self._engine.failure
 
     def _advance(self, running: Running) -> None:
-        """Write what has come of a job."""
-        handle = running.handle
-        done = handle.done  # first, so that of a finished one all is seen
-        self._count(running)
-        for preview in handle.take_previews()[-1:]:
-            running.preview = running.steps, preview
+        """Write what has come of a job.
+
+        Raises:
+            sqlite3.OperationalError, OSError: the disk refuses, and may not later.
+        """
         try:
-            if not running.written:
-                self._write(running.sink, done)
-                running.written = done
+            if not running.update(self._metrics):
+                return
+            self._outcomes.complete(running.job)
         except CinelineError as error:
             running.sink.give_up(error)
             if self._engine_failure is None:
                 self._end_badly(running, error)
             return
-        if done:
-            self._outcomes.complete(running.job)
-            self._running.pop(running.job.id)  # after that: whoever looks has the one or the other
-            handle.delivered()
-
-    @staticmethod
-    def _write(sink: Sink, done: bool) -> None:
-        sink.update()
-        if done:
-            sink.finish()
-            if sink.failed is not None:
-                raise sink.failed
-
-    def _count(self, running: Running) -> None:
-        steps, restarts = running.handle.progress[0], running.handle.restarts
-        self._metrics.steps.inc(steps - running.steps)
-        self._metrics.restarts.inc(restarts - running.restarts)
-        running.steps, running.restarts = steps, restarts
+        except OSError as error:
+            running.tries += 1
+            if running.tries < MOST_TRIES and not isinstance(error, FileNotFoundError):
+                raise
+            words = f"The video cannot be kept ({reason(error)}): check the service's disk."
+            self._end_badly(running, OutputError(words))
+            return
+        self._running.pop(running.job.id)  # after that: whoever looks has the one or the other
+        running.handle.delivered()
 
     def _end_badly(self, running: Running, error: CinelineError) -> None:
         """Of one job alone: the disk may have room later, and what is of the request's own it is told."""
         job = running.job
-        if isinstance(error, RequestCancelled):
+        if isinstance(error, RequestCancelled) or self._store.get(job.id) is None:
             pass  # it was deleted
         elif isinstance(error, OutputError) and job.setbacks + 1 < MOST_SETBACKS:
             log.warning("Job %s begins anew: %s", job.id, error)
@@ -308,6 +301,9 @@ class Dispatcher:
         except InvalidRequest as error:  # the model's rules, or the devices, are others than when it was taken
             self._outcomes.fail(job, error)
             return
+        except (EngineClosed, RankFailed) as error:  # it ended a moment ago, by another's fault
+            self._store.queue_again(job.id)
+            self._blame_all(error)
         self._watch(job, handle)
         if self._store.get(job.id) is None:  # deleted meanwhile
             with suppress(CinelineError):

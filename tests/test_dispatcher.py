@@ -1,0 +1,247 @@
+"""The dispatcher by itself, with an engine that does what a test says: what goes wrong of one job is its own alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from served import LIMIT_S
+
+from cineline import ParallelConfig, VideoRequest
+from cineline.errors import CinelineError, RankFailed, RequestCancelled
+from cineline.server import dispatcher
+from cineline.server.dispatcher import Dispatcher
+from cineline.server.files import DataFolder, new_id
+from cineline.server.metrics import Metrics, Now
+from cineline.server.outcomes import Outcomes
+from cineline.server.settings import ServeConfig
+from cineline.server.store import NewJob, Store
+
+ROOM = 1 + dispatcher.SPARE
+
+
+class Handle:
+    """A request's; `end` ends it."""
+
+    def __init__(self, video: Path, number: int = 0) -> None:
+        self.outputs, self.job = {"video": video}, SimpleNamespace(id=number)
+        self.done = self.cancelled = False
+        self.failed: BaseException | None = None
+        self.before_its_end: Callable[[], None] = lambda: None
+        self.after_its_file: Callable[[], None] = lambda: None
+        self.progress, self.decoded, self.restarts, self.running_phase = (0, 4), (0, 1), 0, "denoising"
+
+    @property
+    def phase(self) -> str:
+        return "done" if self.done else self.running_phase
+
+    def end(self, failed: BaseException | None = None) -> None:
+        self.failed = failed
+        self.done = True
+
+    def cancel(self) -> bool:
+        self.cancelled = True
+        self.end(RequestCancelled("It was cancelled."))
+        return True
+
+    def take_previews(self) -> list[Any]:
+        return []
+
+    def park(self) -> bool:
+        return True
+
+    def delivered(self) -> None:
+        pass
+
+
+class Sink:
+    """Writes a file at once."""
+
+    failed = None
+
+    def __init__(self, handle: Handle, video: Path, latents: None) -> None:
+        self._handle, self._video = handle, video
+
+    def update(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        self._handle.before_its_end()
+        if self._handle.failed is not None:
+            raise self._handle.failed
+        self._video.write_bytes(b"0123456789")
+        self._handle.after_its_file()
+
+    def give_up(self, error: BaseException) -> None:
+        pass
+
+
+@dataclass
+class StubEngine:
+    """Takes all.
+
+    Attributes:
+        handles: by job. kept: what is resumed. refusal: what `submit` raises.
+    """
+
+    kept: list[Handle] = field(default_factory=list)
+    handles: dict[str, Handle] = field(default_factory=dict)
+    failure: CinelineError | None = None
+    refusal: Callable[[str], Exception | None] = lambda job: None
+    ranks: tuple[()] = ()
+
+    def resume(self, folder: Path) -> list[Handle]:
+        return self.kept
+
+    def submit(self, request: VideoRequest, outputs: dict[str, Path]) -> Handle:
+        job = outputs["video"].stem
+        refusal = self.failure or self.refusal(job)
+        if refusal is not None:
+            raise refusal
+        self.handles[job] = Handle(outputs["video"], len(self.handles))
+        return self.handles[job]
+
+    def close(self, limit_s: float) -> None:
+        pass
+
+
+class Bench:
+    """A dispatcher's surroundings."""
+
+    def __init__(self, data: Path) -> None:
+        self.folder = DataFolder(data)
+        self.store = Store(self.folder.jobs)
+        metrics = Metrics(lambda: Now(0, 0, 0, True, []))
+        self.outcomes = Outcomes(self.store, self.folder, ServeConfig(data_dir=data), metrics)
+        self.dispatcher: Dispatcher | None = None
+
+    def start(self, engine: StubEngine, loaded: Callable[[], object] = lambda: None) -> Dispatcher:
+        def make() -> Any:
+            loaded()
+            return engine
+
+        self.dispatcher = Dispatcher(self.outcomes, make, ParallelConfig(), 1, lambda: None)
+        self.dispatcher.start()
+        return self.dispatcher
+
+    def add(self, count: int) -> list[str]:
+        jobs = [new_id() for _ in range(count)]
+        said = {"num_frames": 5, "num_inference_steps": 4}
+        for job in jobs:
+            self.store.add(NewJob(job, "", "normal", 1.0, {"prompt": "a"}, [], said))
+        return jobs
+
+    def state(self, job: str) -> str | None:
+        found = self.store.get(job)
+        return None if found is None else found.state
+
+    def setbacks(self, job: str) -> int:
+        found = self.store.get(job)
+        assert found is not None
+        return found.setbacks
+
+    def close(self) -> None:
+        if self.dispatcher is not None:
+            self.dispatcher.stop(LIMIT_S)
+        self.store.close()
+        self.folder.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr(dispatcher, "Sink", Sink)
+    monkeypatch.setattr(dispatcher, "TIDY_EVERY_S", 0.1)
+    made = Bench(tmp_path / "data")
+    yield made
+    made.close()
+
+
+def until(met: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_delete_between_the_files_name_and_its_seal_stops_nobody_else(bench: Bench) -> None:
+    jobs, engine = bench.add(4), StubEngine()
+    running = bench.start(engine)
+    until(lambda: len(running.running) == ROOM)
+
+    def delete() -> None:
+        bench.store.remove(jobs[0])
+        bench.folder.remove(jobs[0])
+
+    engine.handles[jobs[0]].after_its_file = delete
+    for job in jobs[:2]:
+        engine.handles[job].end()
+    until(lambda: bench.state(jobs[1]) == "completed" and len(engine.handles) == 4)
+    assert bench.state(jobs[0]) is None and jobs[0] not in running.running
+
+
+def test_a_file_that_goes_is_made_again(bench: Bench) -> None:
+    (job,), engine = bench.add(1), StubEngine()
+    bench.start(engine)
+    until(lambda: job in engine.handles)
+    first = engine.handles[job]
+    first.after_its_file = lambda: bench.folder.video(job).unlink()
+    first.end()
+    until(lambda: engine.handles[job] is not first)
+    engine.handles[job].end()
+    until(lambda: bench.state(job) == "completed")
+
+
+def test_a_file_that_can_never_be_sealed_holds_nobody_up(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, engine, seal = bench.add(2), StubEngine(), DataFolder.seal_video
+
+    def refuse(folder: DataFolder, job: str) -> int:
+        if job == jobs[0]:
+            raise OSError(5, "Input/output error")
+        return seal(folder, job)
+
+    monkeypatch.setattr(DataFolder, "seal_video", refuse)
+    monkeypatch.setattr(dispatcher, "MOST_TRIES", 2)
+    bench.start(engine)
+    until(lambda: len(engine.handles) == 2)
+
+    def end_all() -> bool:
+        for handle in engine.handles.values():
+            handle.end()
+        return bench.state(jobs[1]) == "completed" and bench.state(jobs[0]) == "failed"
+
+    until(end_all)
+    failed = bench.store.get(jobs[0])
+    assert failed is not None and failed.error_code == "storage_failed"
+
+
+def ended(bench: Bench, engine: StubEngine) -> CinelineError | None:
+    """What a service ends by whose engine ends with all that it has."""
+    running = bench.start(engine)
+    until(lambda: len(running.running) == ROOM)
+    engine.failure = RankFailed(1, "It is gone.")
+    for handle in [*engine.handles.values(), *engine.kept]:
+        handle.end(engine.failure)
+    running._thread.join(LIMIT_S)
+    return running.failure
+
+
+def test_a_job_that_ends_the_engine_fails_at_the_third_time_while_others_wait(bench: Bench) -> None:
+    jobs = bench.add(ROOM + 3)
+    for start in range(3):
+        kept = [Handle(bench.folder.video(job.id)) for job in bench.store.in_state("in_progress")]
+        assert isinstance(ended(bench, StubEngine(kept)), RankFailed)
+        assert [bench.state(job) for job in jobs[ROOM:]] == ["queued"] * 3, start
+    assert [bench.state(job) for job in jobs[:ROOM]] == ["failed"] * ROOM
+
+
+def test_an_engine_that_ends_as_it_is_given_a_job_keeps_that_one_waiting(bench: Bench) -> None:
+    (job,) = bench.add(1)
+    running = bench.start(StubEngine(refusal=lambda job: RankFailed(1, "It is gone.")))
+    running._thread.join(LIMIT_S)
+    assert isinstance(running.failure, RankFailed)
+    assert (bench.state(job), bench.setbacks(job)) == ("queued", 0)
