@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -245,3 +247,75 @@ def test_an_engine_that_ends_as_it_is_given_a_job_keeps_that_one_waiting(bench: 
     running._thread.join(LIMIT_S)
     assert isinstance(running.failure, RankFailed)
     assert (bench.state(job), bench.setbacks(job)) == ("queued", 0)
+
+
+def begun(bench: Bench, count: int) -> list[str]:
+    """Jobs that an engine had which is gone."""
+    jobs = bench.add(count)
+    for job in jobs:
+        bench.store.start(job)
+    return jobs
+
+
+def test_a_delete_while_the_model_loads_cancels(bench: Bench) -> None:
+    jobs, loading, load = begun(bench, 2), threading.Event(), threading.Event()
+    kept = [Handle(bench.folder.video(job)) for job in jobs]
+
+    def loaded() -> None:
+        loading.set()
+        load.wait(LIMIT_S)
+
+    running = bench.start(StubEngine(kept), loaded)
+    assert loading.wait(LIMIT_S)
+    bench.store.remove(jobs[0])
+    bench.folder.remove(jobs[0])
+    running.cancel(jobs[0])
+    load.set()
+    until(lambda: jobs[1] in running.running)
+    assert kept[0].cancelled and not kept[1].cancelled and jobs[0] not in running.running
+
+
+def test_what_is_resumed_for_another_place_begins_anew(bench: Bench, tmp_path: Path) -> None:
+    (job,) = begun(bench, 1)
+    engine = StubEngine([Handle(tmp_path / "elsewhere" / f"{job}.mp4")])
+    bench.start(engine)
+    until(lambda: job in engine.handles)
+    assert engine.kept[0].cancelled and bench.state(job) == "in_progress"
+
+
+def test_snapshots_are_of_jobs_that_are_open_and_of_the_folder_where_it_is(bench: Bench, tmp_path: Path) -> None:
+    job, gone = begun(bench, 1)[0], new_id()
+    written = {"request": {"prompt": "\udcff"}, "outputs": {}}
+    for number, name in enumerate((job, gone)):
+        entry = bench.folder.snapshots / f"{number + 1:04}"
+        entry.mkdir(parents=True)
+        written["outputs"] = {"video": str(tmp_path / "before" / "videos" / f"{name}.mp4")}
+        (entry / "request.json").write_bytes(json.dumps(written).encode())
+    bench.start(StubEngine())
+    (file,) = bench.folder.snapshots.glob("*/*")
+    assert json.loads(file.read_bytes().decode("utf-8", "surrogatepass")) == written | {
+        "outputs": {"video": str(bench.folder.video(job))}
+    }
+
+
+def test_images_that_come_while_the_service_begins_are_kept(bench: Bench) -> None:
+    """A job's images are written before its row is."""
+    loading = threading.Event()
+    bench.store.start(bench.add(1)[0])
+    lost = bench.folder.image(new_id(), "image")
+    lost.write_bytes(b"x")
+    running = bench.start(StubEngine(), lambda: loading.wait(LIMIT_S))
+    assert not lost.exists()
+    image = bench.folder.image(new_id(), "image")
+    image.write_bytes(b"x")
+    loading.set()
+    until(lambda: len(running.running) == 1)
+    assert image.exists()
+
+
+def test_a_job_that_is_with_nobody_begins_anew(bench: Bench) -> None:
+    engine = StubEngine()
+    running = bench.start(engine)
+    until(lambda: running.engine is not None)
+    (job,) = begun(bench, 1)
+    until(lambda: job in engine.handles)

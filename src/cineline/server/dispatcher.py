@@ -104,7 +104,12 @@ class Dispatcher:
     # For any thread.
 
     def start(self) -> None:
-        """Make the engine, and go on with what is not done."""
+        """Make the engine, and go on with what is not done; before anybody is answered.
+
+        Raises:
+            OutputError: the state cannot be written.
+        """
+        self._outcomes.recover()
         self._thread.start()
 
     def stop(self, limit_s: float) -> None:
@@ -176,31 +181,31 @@ class Dispatcher:
             self._ended()
 
     def _begin(self) -> None:
-        """Complete what has its file; the engine goes on with what it has a snapshot of; the rest begins anew."""
-        begun = {job.id: job for job in self._store.in_state("in_progress")}
-        for job in list(begun.values()):
-            if self._folder.is_whole(job.id, job.said["num_frames"]):
-                self._outcomes.complete(begun.pop(job.id))
-            else:
-                self._folder.video(job.id).unlink(missing_ok=True)
-        open_jobs = {job.id for job in self._store.in_state("queued")} | begun.keys()
-        self._folder.tidy(open_jobs | {job.id for job in self._store.in_state("completed")})
+        """The engine goes on with what it has a snapshot of; the rest begins anew."""
         import_module("torch")  # which a request's end needs: not while others are answered
         engine = self._engine = self._make_engine()
         for handle in engine.resume(self._folder.snapshots):
             path = handle.outputs.get("video", Path())
-            resumed = begun.pop(path.stem, None)
-            if resumed is None or path != self._folder.video(path.stem):  # deleted since
+            job = self._store.get(path.stem)  # as it is now: loading takes minutes
+            if job is None or job.state != "in_progress" or path != self._folder.video(job.id):
                 handle.cancel()
                 handle.delivered()
             else:
-                self._watch(resumed, handle)
-        for job in begun.values():
-            self._store.queue_again(job.id)
+                self._watch(job, handle)
+        self._queue_lost()
+
+    def _queue_lost(self) -> None:
+        """What should be with the engine and is not begins anew."""
+        for job in self._store.in_state("in_progress"):
+            if job.id not in self._running:
+                self._store.queue_again(job.id)
 
     def _watch(self, job: StoredJob, handle: RequestHandle) -> None:
         sink = Sink(handle, self._folder.video(job.id), None)
         self._running[job.id] = Running(job, handle, sink, handle.progress[0])
+        if self._store.get(job.id) is None:  # deleted meanwhile
+            with suppress(CinelineError):
+                handle.cancel()
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -218,6 +223,7 @@ class Dispatcher:
         if time.monotonic() - self._tidied > TIDY_EVERY_S:
             self._tidied = time.monotonic()
             self._outcomes.expire()
+            self._queue_lost()
 
     def _blame_all(self, failure: CinelineError) -> NoReturn:
         """The engine has ended: nobody can tell by whose fault; whoever ran too often when it did fails."""
@@ -305,6 +311,3 @@ class Dispatcher:
             self._store.queue_again(job.id)
             self._blame_all(error)
         self._watch(job, handle)
-        if self._store.get(job.id) is None:  # deleted meanwhile
-            with suppress(CinelineError):
-                handle.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from dataclasses import dataclass, field
 
@@ -13,12 +14,14 @@ from cineline.errors import (
     OutputError,
     RankFailed,
     RequestTimedOut,
+    reason,
+    shown,
 )
 from cineline.server.files import DataFolder
 from cineline.server.metrics import Metrics
 from cineline.server.pace import Pace
 from cineline.server.settings import ServeConfig
-from cineline.server.store import Store, StoredJob
+from cineline.server.store import OPEN, Store, StoredJob
 
 CODES: tuple[tuple[type[CinelineError], str], ...] = (
     (OutOfMemory, "out_of_memory"),
@@ -44,6 +47,24 @@ class Outcomes:
     settings: ServeConfig
     metrics: Metrics
     pace: Pace = field(default_factory=Pace)
+
+    def recover(self) -> None:
+        """After any end of a process: complete what has its file, and remove what is of no job.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            for job in self.store.in_state("in_progress"):
+                if self.folder.is_whole(job.id, job.said["num_frames"]):
+                    self.complete(job)
+                else:
+                    self.folder.video(job.id).unlink(missing_ok=True)
+            open_jobs = {job.id for job in self.store.in_state(*OPEN)}
+            self.folder.tidy(open_jobs | {job.id for job in self.store.in_state("completed")})
+            self.folder.fit_snapshots(open_jobs)
+        except (sqlite3.Error, OSError) as error:
+            raise OutputError(f"{shown(self.folder.path)} cannot be used ({reason(error)}): check the disk.") from None
 
     def complete(self, job: StoredJob) -> None:
         """Its file has its name, and is on the disk before the store says so."""
