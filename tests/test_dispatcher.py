@@ -319,3 +319,28 @@ def test_a_job_that_is_with_nobody_begins_anew(bench: Bench) -> None:
     until(lambda: running.engine is not None)
     (job,) = begun(bench, 1)
     until(lambda: job in engine.handles)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ZeroDivisionError(), OSError(28, "No space left on device")])
+def test_what_nobody_foresaw_of_one_job_fails_that_one_at_the_third_time(bench: Bench, error: Exception) -> None:
+    jobs = bench.add(3)
+
+    def refusal(job: str) -> Exception | None:
+        return error if job == jobs[0] else None
+
+    engine = StubEngine(refusal=refusal)
+    running = bench.start(engine)
+    until(lambda: bench.state(jobs[0]) == "failed" and jobs[1] in engine.handles)
+    seen: set[int] = set()
+
+    def end() -> bool:
+        handle = engine.handles[jobs[1]]
+        if id(handle) not in seen:
+            seen.add(id(handle))
+            kept.append(handle)
+            handle.end(MemoryError())
+        return bench.state(jobs[1]) == "failed"
+
+    kept: list[Handle] = []
+    until(end)
+    assert len(kept) == 3 and bench.state(jobs[2]) == "in_progress" and running.failure is None

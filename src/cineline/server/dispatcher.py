@@ -53,6 +53,15 @@ MOST_TRIES = 30
 log = logging.getLogger(__name__)
 
 
+class Unforeseen(CinelineError):
+    """Of one job."""
+
+
+def _unforeseen(job: StoredJob, error: Exception) -> Unforeseen:
+    log.error("Job %s failed.", job.id, exc_info=error)
+    return Unforeseen(f"The job failed ({type(error).__name__}): try again, and tell whoever runs the service.")
+
+
 class EngineEnded(Exception):
     """The engine takes no more requests.
 
@@ -260,22 +269,33 @@ class Dispatcher:
             words = f"The video cannot be kept ({reason(error)}): check the service's disk."
             self._end_badly(running, OutputError(words))
             return
+        except sqlite3.OperationalError:
+            raise
+        except Exception as error:
+            running.sink.give_up(error)
+            self._end_badly(running, _unforeseen(running.job, error))
+            return
         self._running.pop(running.job.id)  # after that: whoever looks has the one or the other
         running.handle.delivered()
 
     def _end_badly(self, running: Running, error: CinelineError) -> None:
-        """Of one job alone: the disk may have room later, and what is of the request's own it is told."""
-        job = running.job
+        """Of one job alone."""
+        self._set_back(running.job, error)
+        self._running.pop(running.job.id)
+        running.handle.cancel()
+        running.handle.delivered()
+
+    def _set_back(self, job: StoredJob, error: CinelineError) -> None:
+        """The disk may have room later, and what nobody foresaw may not come again; what is of the request's own it is
+        told."""
         if isinstance(error, RequestCancelled) or self._store.get(job.id) is None:
-            pass  # it was deleted
-        elif isinstance(error, OutputError) and job.setbacks + 1 < MOST_SETBACKS:
+            return  # it was deleted
+        may_pass = isinstance(error, (OutputError, Unforeseen))
+        if may_pass and job.setbacks + 1 < MOST_SETBACKS:
             log.warning("Job %s begins anew: %s", job.id, error)
             self._store.queue_again(job.id, setback=True)
         else:
             self._outcomes.fail(job, error)
-        self._running.pop(job.id)
-        running.handle.cancel()
-        running.handle.delivered()
 
     @property
     def _has_room(self) -> bool:
@@ -310,4 +330,10 @@ class Dispatcher:
         except (EngineClosed, RankFailed) as error:  # it ended a moment ago, by another's fault
             self._store.queue_again(job.id)
             self._blame_all(error)
+        except CinelineError as error:
+            self._set_back(job, error)
+            return
+        except Exception as error:
+            self._set_back(job, _unforeseen(job, error))
+            return
         self._watch(job, handle)
