@@ -106,9 +106,9 @@ def _making(parts: Parts) -> APIRouter:
     Key = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[ -~]+$")]
 
     async def made(request: Request, client: Client, key: str | None) -> VideoObject:
-        body = await reader.read(request)
-        images = {name: await parts.images.load(reference) for name, reference in body.references.items()}
-        return await run_in_threadpool(service.create, client, body.fields, images, key)
+        async with reader.reading(request) as body:
+            images = {name: await parts.images.load(reference) for name, reference in body.references.items()}
+            return await run_in_threadpool(service.create, client, body.fields, images, key)
 
     @router.post("/v1/videos", openapi_extra=dict(CREATE_BODY), tags=["videos"])
     async def create(request: Request, client: Asks, idempotency_key: Key = None) -> VideoObject:
