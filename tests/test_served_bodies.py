@@ -55,7 +55,7 @@ def test_images_in_json_may_be_large(slash: str) -> None:
 
 
 def test_what_is_no_object_is_not_shown_whole() -> None:
-    with pytest.raises(Refusal, match="no JSON object"):
+    with pytest.raises(Refusal, match="is 'list', no JSON object"):
         read(b"[" + b"1," * 1000 + b"0]")
 
 

@@ -80,6 +80,7 @@ class Service:
         self._settings, self._store, self._folder = outcomes.settings, outcomes.store, outcomes.folder
         self._orders = Orders(spec, names, defaults, self._settings.fit_sizes, self._check)
         self._taking = threading.Lock()
+        self._open: dict[str, tuple[int, list[tuple[StoredJob, VideoObject]]]] = {}
 
     @property
     def is_ready(self) -> bool:
@@ -197,9 +198,22 @@ class Service:
         return self._shown(self._own(client, job), handles)
 
     def open_jobs(self, client: Client) -> list[VideoObject]:
-        """A client's jobs that wait or run, in order."""
-        handles = self._handles
-        return [self._shown(job, handles) for job in self._store.in_state(*OPEN) if job.owner == client.name]
+        """A client's jobs that wait or run, in order. Only what changes is made anew, however many ask how often."""
+        handles, changes = self._handles, self._store.changes
+        before, found = self._open.get(client.name, (-1, []))
+        if before != changes:
+            found = [(job, self._shown(job, {})) for job in self._store.open_of(client.name)]
+            self._open[client.name] = changes, found
+        return [self._shown(job, handles) if job.id in handles else video for job, video in found]
+
+    def ended_since(self, client: Client, moment: float) -> list[VideoObject]:
+        """A client's jobs that ended then or later, in order."""
+        return [self._shown(job, {}) for job in self._store.ended_since(client.name, moment)]
+
+    @property
+    def changes(self) -> int:
+        """Of jobs' states so far."""
+        return self._store.changes
 
     def page(self, client: Client, after: str | None, limit: int, order: str) -> VideoPage:
         """Jobs behind that one, newest first or oldest first.
