@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from starlette.requests import Request
 
-from cineline.server import body
 from cineline.server.body import JSON_LIMIT, Body, BodyReader
 from cineline.server.orders import LIST_LIMIT, _check_text
 from cineline.server.refusal import Refusal
@@ -41,7 +40,7 @@ def read(content: bytes) -> Body:
     ids=range(3),
 )
 def test_json_beside_images_is_refused_before_it_is_parsed(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body.json, "loads", lambda *_, **__: pytest.fail("It was parsed."))
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("It was parsed."))
     with pytest.raises(Refusal) as refused:
         read(content)
     assert refused.value.status == 413
@@ -77,7 +76,7 @@ def test_json_is_parsed_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None
             asyncio.get_running_loop()
         return loads(*given, **options)
 
-    monkeypatch.setattr(body.json, "loads", parse)
+    monkeypatch.setattr(json, "loads", parse)
     assert read(b'{"prompt": "a"}').fields == {"prompt": "a"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +76,7 @@ def test_a_look_asks_for_no_previews_of_jobs_that_wait(
     assert [name for name, _ in told] == ["video", "line"]
 
 
-def listen(service: Service, happening: Sequence[Any]) -> list[tuple[str, Any]]:
+def listen(service: Service, happening: Sequence[Callable[[], object]]) -> list[tuple[str, Any]]:
     """What a stream tells where these things happen, one before each look."""
     told: list[tuple[str, Any]] = []
 
@@ -95,7 +95,7 @@ def listen(service: Service, happening: Sequence[Any]) -> list[tuple[str, Any]]:
             following()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events.asyncio, "sleep", sleep)
+        patch.setattr(asyncio, "sleep", sleep)
         asyncio.run(run())
     return told
 
@@ -115,7 +115,13 @@ def test_every_end_is_told_once_also_of_a_job_that_no_look_has_seen(store: Store
         store.start(open_job)
         store.fail(open_job, "x", "y", 60.0)
 
-    happening = [lambda: jobs.append(finished()), lambda: None, lambda: jobs.append(finished()), end, lambda: None]
+    happening: list[Callable[[], object]] = [
+        lambda: jobs.append(finished()),
+        lambda: None,
+        lambda: jobs.append(finished()),
+        end,
+        lambda: None,
+    ]
     happening += [lambda: store.remove(deleted), lambda: None]
     told = listen(service, happening)
     ends = [(each["id"], each["status"]) for name, each in told if name == "video" and each["status"] in events.ENDS]

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,15 @@ from cineline.errors import InvalidConfig
 from cineline.server.fair import FairQueue, Waiting
 from cineline.server.files import DataFolder, new_id
 from cineline.server.images import Images
-from cineline.server.keys import Keys
+from cineline.server.keys import Client, Keys
+from cineline.server.metrics import Metrics, Now
+from cineline.server.outcomes import Outcomes
 from cineline.server.pace import LONGEST_S, UNKNOWN_S, Pace
 from cineline.server.refusal import Refusal
+from cineline.server.service import Service
 from cineline.server.settings import ServeConfig
 from cineline.server.store import NewJob, Store
+from cineline.server.waiters import Waiters
 
 # Whose turn it is.
 
@@ -378,3 +383,64 @@ def test_the_pace_is_of_what_was_done_last() -> None:
     assert pace.seconds_for(10.0) == 2
     assert pace.seconds_for(0.001) == 1
     assert pace.seconds_for(1e9) == LONGEST_S
+
+
+def test_time_in_which_nothing_is_done_is_not_in_the_pace() -> None:
+    now = 0.0
+    pace = Pace(lambda: now)
+    now = 36_000.0
+    pace.idle()
+    now += 2.0
+    pace.done(10.0)
+    assert pace.seconds_for(10.0) == 2
+
+
+def test_a_full_disk_has_room_for_a_deletion_once_the_video_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = DataFolder(tmp_path / "data")
+    store = Store(folder.jobs)
+    settings = ServeConfig(data_dir=folder.path)
+    outcomes = Outcomes(store, folder, settings, Metrics(lambda: Now(0, 0, 0, True, [])))
+    jobs = [stored(store) for _ in range(2)]
+    remove, full = store.remove, {folder.video(jobs[0])}
+
+    def refuse(job: str) -> bool:
+        if any(path.exists() for path in full):
+            raise sqlite3.OperationalError("database or disk is full")
+        return remove(job)
+
+    monkeypatch.setattr(store, "remove", refuse)
+    for job in jobs:
+        store.start(job)
+        folder.video(job).write_bytes(b"x")
+        store.complete(job, 1, -1.0)
+    outcomes.expire()
+    assert store.expired(1e9) == [] and not list(folder.videos.iterdir())
+    full.add(tmp_path)
+    client = Client()
+    service = Service.__new__(Service)
+    service._store, service._outcomes = store, outcomes
+    with pytest.raises(Refusal, match="cannot be deleted") as refused:
+        service.delete(client, stored(store))
+    assert refused.value.status == 507
+    store.close()
+    folder.close()
+
+
+# Who waits.
+
+
+@pytest.mark.parametrize(("others", "kept", "wanted"), [(0, False, True), (1, False, False), (0, True, False)])
+def test_a_job_goes_with_the_last_who_waits_and_only_if_these_made_it(others: int, kept: bool, wanted: bool) -> None:
+    waiters = Waiters()
+    with waiters.waiting("a", True), ExitStack() as stack:
+        for _ in range(others):
+            stack.enter_context(waiters.waiting("a", False))
+        if kept:
+            waiters.keep("a")
+        assert waiters.is_for_one("a") == wanted
+        stack.close()
+        assert waiters.is_for_one("a") != kept
+    with waiters.waiting("a", False):
+        assert not waiters.is_for_one("a")

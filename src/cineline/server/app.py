@@ -35,6 +35,7 @@ from cineline.server.schemas import (
     VideoPage,
 )
 from cineline.server.service import Service
+from cineline.server.waiters import Waiters
 
 LOOK_EVERY_S = 0.1
 
@@ -101,11 +102,11 @@ def _client_of(keys: Keys) -> Callable[[Request], Awaitable[Client]]:
 
 def _making(parts: Parts) -> APIRouter:
     """Jobs made and deleted."""
-    router, service, reader = APIRouter(), parts.service, BodyReader()
+    router, service, reader, waiters = APIRouter(), parts.service, BodyReader(), Waiters()
     Asks = Annotated[Client, Depends(_client_of(parts.keys))]
     Key = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[ -~]+$")]
 
-    async def made(request: Request, client: Client, key: str | None) -> VideoObject:
+    async def made(request: Request, client: Client, key: str | None) -> tuple[VideoObject, bool]:
         async with reader.reading(request) as body:
             images = {name: await parts.images.load(reference) for name, reference in body.references.items()}
             return await run_in_threadpool(service.create, client, body.fields, images, key)
@@ -113,7 +114,9 @@ def _making(parts: Parts) -> APIRouter:
     @router.post("/v1/videos", openapi_extra=dict(CREATE_BODY), tags=["videos"])
     async def create(request: Request, client: Asks, idempotency_key: Key = None) -> VideoObject:
         """Queue a video; it is kept on the disk before this answers."""
-        return await made(request, client, idempotency_key)
+        video, _ = await made(request, client, idempotency_key)
+        waiters.keep(video.id)
+        return video
 
     @router.post(
         "/v1/videos/sync",
@@ -123,17 +126,19 @@ def _making(parts: Parts) -> APIRouter:
         responses={200: MP4},
     )
     async def sync(request: Request, client: Asks, idempotency_key: Key = None) -> Response:
-        """Make a video and wait for it; whoever hangs up cancels it."""
+        """Make a video and wait for it; if all who wait hang up it is cancelled."""
         began = time.monotonic()
-        video = await made(request, client, idempotency_key)
-        while video.status not in ("completed", "failed"):
-            if service.stopping:
-                raise Refusal(503, f"The service ends; {video.id} goes on after that: get it then.", "stopping")
-            if await request.is_disconnected():
-                await run_in_threadpool(service.delete, client, video.id)
-                raise invalid("The client has hung up.")
-            await asyncio.sleep(LOOK_EVERY_S)
-            video = await run_in_threadpool(service.get, client, video.id)
+        video, is_new = await made(request, client, idempotency_key)
+        with waiters.waiting(video.id, is_new):
+            while video.status not in ("completed", "failed"):
+                if service.stopping:
+                    raise Refusal(503, f"The service ends; {video.id} goes on after that: get it then.", "stopping")
+                if await request.is_disconnected():
+                    if waiters.is_for_one(video.id):
+                        await run_in_threadpool(service.delete, client, video.id)
+                    raise invalid("The client has hung up.")
+                await asyncio.sleep(LOOK_EVERY_S)
+                video = await run_in_threadpool(service.get, client, video.id)
         stored = await run_in_threadpool(service.finished, client, video.id)
         return FileResponse(
             parts.folder.video(stored.id),

@@ -202,6 +202,7 @@ class Dispatcher:
             else:
                 self._watch(job, handle)
         self._queue_lost()
+        self._outcomes.pace.idle()
 
     def _queue_lost(self) -> None:
         """What should be with the engine and is not begins anew."""
@@ -218,6 +219,8 @@ class Dispatcher:
 
     def _tick(self) -> None:
         now = time.monotonic()
+        if not self._running:
+            self._outcomes.pace.idle()
         for running in list(self._running.values()):
             if running.not_before > now:
                 continue
@@ -275,6 +278,7 @@ class Dispatcher:
             running.sink.give_up(error)
             self._end_badly(running, _unforeseen(running.job, error))
             return
+        self._outcomes.pace.done(running.job.work)
         self._running.pop(running.job.id)  # after that: whoever looks has the one or the other
         running.handle.delivered()
 

@@ -76,7 +76,6 @@ class Outcomes:
         self.metrics.jobs.labels("completed").inc()
         if job.started_at is not None:
             self.metrics.took.observe(max(0.0, time.time() - job.started_at))
-        self.pace.done(job.work)
 
     def fail(self, job: StoredJob, error: CinelineError) -> None:
         """It will never be."""
@@ -88,5 +87,17 @@ class Outcomes:
     def expire(self) -> None:
         """Finished jobs whose time is over go, and those that take too much."""
         for job in self.store.expired(self.settings.keep_for_bytes):
-            if self.store.remove(job):
-                self.folder.remove(job)
+            self.remove(job)
+
+    def remove(self, job: str) -> None:
+        """It and its files go.
+
+        Raises:
+            sqlite3.Error: it is still there.
+        """
+        try:
+            self.store.remove(job)
+        except sqlite3.OperationalError:  # a full disk, which has room for that once the files are gone
+            self.folder.remove(job)
+            self.store.remove(job)
+        self.folder.remove(job)

@@ -76,6 +76,7 @@ class Service:
     ) -> None:
         self.stopping = False
         self.names = names
+        self._outcomes = outcomes
         self._spec, self._dispatcher, self._pace = spec, dispatcher, outcomes.pace
         self._settings, self._store, self._folder = outcomes.settings, outcomes.store, outcomes.folder
         self._orders = Orders(spec, names, defaults, self._settings.fit_sizes, self._check)
@@ -103,8 +104,8 @@ class Service:
 
     def create(
         self, client: Client, fields: Mapping[str, Any], images: Mapping[str, Image.Image], key: str | None
-    ) -> VideoObject:
-        """Queue a job; it is on the disk when this returns.
+    ) -> tuple[VideoObject, bool]:
+        """Queue a job, which is on the disk when this returns; false with one that the client's key has made before.
 
         Raises:
             Refusal: it cannot be made, or not now.
@@ -112,13 +113,13 @@ class Service:
         order = self._orders.read(fields, images, client.priority)
         same = Idempotency.of(key, fields, images)
         if (before := self._same(client, same)) is not None:
-            return before
+            return before, False
         self._check_limits(client, order)  # before anything is written
         new = self._new(client, order, same)
         try:
             with self._taking:  # so that limits hold, and a key makes one job
                 if (before := self._same(client, same)) is not None:
-                    return before
+                    return before, False
                 self._check_limits(client, order)
                 self._store.add(new)
         except sqlite3.Error as error:
@@ -127,7 +128,7 @@ class Service:
             if self._store.get(new.id) is None:
                 self._folder.remove(new.id)
         self._dispatcher.wake()
-        return self.get(client, new.id)
+        return self.get(client, new.id), True
 
     def _same(self, client: Client, same: Idempotency | None) -> VideoObject | None:
         """The job that the client's key has made before."""
@@ -242,11 +243,14 @@ class Service:
         """The job and its files are gone; what runs of it stops.
 
         Raises:
-            Refusal: there is none.
+            Refusal: there is none, or the disk is too full even for that.
         """
         stored = self._own(client, job)
-        self._store.remove(stored.id)
-        self._folder.remove(stored.id)
+        try:
+            self._outcomes.remove(stored.id)
+        except sqlite3.Error as error:
+            words = f"The job cannot be deleted ({reason(error)}): try again."
+            raise Refusal(DISK_STATUS, words, "storage_full", retry_after_s=60) from None
         self._dispatcher.cancel(stored.id)
         return stored.id
 
