@@ -122,7 +122,7 @@ def test_every_end_is_told_once_also_of_a_job_that_no_look_has_seen(store: Store
         end,
         lambda: None,
     ]
-    happening += [lambda: store.remove(deleted), lambda: None]
+    happening += [end, lambda: None, lambda: store.remove(deleted), lambda: None]
     told = listen(service, happening)
     ends = [(each["id"], each["status"]) for name, each in told if name == "video" and each["status"] in events.ENDS]
     assert ends == [(jobs[0], "completed"), (jobs[1], "completed"), (open_job, "failed")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import gzip
 import io
 import sqlite3
 import threading
@@ -270,6 +272,7 @@ ADDRESSES = {
     "mixed.example": ["8.8.8.8", "10.0.0.1"],
 }
 PRIVATE = ["127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "fd00::1", "::ffff:10.0.0.1", "100.64.0.1", "0.0.0.0"]
+PRIVATE += ["64:ff9b::a00:1", "64:ff9b::7f00:1", "::7f00:1", "fec0::1", "::ffff:0:7f00:1", "2002:7f00:1::", "ff02::1"]
 
 
 def looked_up(addresses: dict[str, list[str]], host: str, port: int) -> list[str]:
@@ -280,7 +283,7 @@ def test_an_address_of_an_allowed_host_is_fetched_from_where_it_was_looked_up() 
     seen: list[httpx.Request] = []
     answers = {
         "ok.example/a": httpx.Response(302, headers={"location": "https://cdn.example/b"}),
-        "cdn.example/b": httpx.Response(200, content=small()),
+        "cdn.example/b": httpx.Response(200, stream=httpx.ByteStream(small())),
     }
     images = Images(["ok.example", "cdn.example"], partial(looked_up, ADDRESSES), web(answers, seen))
     assert load(images, {"image_url": "http://ok.example/a"}).size == (8, 6)
@@ -314,7 +317,7 @@ def test_other_addresses_are_not(address: str) -> None:
         "ok.example/to-file": httpx.Response(302, headers={"location": "file:///etc/passwd"}),
         "ok.example/round": httpx.Response(302, headers={"location": "/round"}),
         "ok.example/missing": httpx.Response(404),
-        "ok.example/large": httpx.Response(200, content=b"\0" * (20 * 2**20 + 1)),
+        "ok.example/large": httpx.Response(200, stream=httpx.ByteStream(b"\0" * (20 * 2**20 + 1))),
     }
     seen: list[httpx.Request] = []
     for private in PRIVATE if "private" in address else ["8.8.8.8"]:
@@ -324,6 +327,33 @@ def test_other_addresses_are_not(address: str) -> None:
             load(images, {"image_url": address})
         assert refused.value.status == 400
     assert all(request.headers["host"] == "ok.example" for request in seen)
+
+
+def test_what_is_packed_is_not_unpacked() -> None:
+    packed = gzip.compress(gzip.compress(bytes(10_000_000)))
+    answer = httpx.Response(200, headers={"content-encoding": "gzip, gzip"}, stream=httpx.ByteStream(packed))
+    seen: list[httpx.Request] = []
+    images = Images(["ok.example"], partial(looked_up, ADDRESSES), web({"ok.example/a": answer}, seen))
+    with pytest.raises(Refusal, match="it is encoded as 'gzip, gzip'"):
+        load(images, {"image_url": "http://ok.example/a"})
+    assert seen[0].headers["accept-encoding"] == "identity"
+
+
+def test_a_public_address_of_nat64_is_fetched_from() -> None:
+    answers = {"six.example/a": httpx.Response(200, stream=httpx.ByteStream(small()))}
+    images = Images(["six.example"], lambda *_: ["64:ff9b::808:808"], web(answers, []))
+    assert load(images, {"image_url": "http://six.example/a"}).size == (8, 6)
+
+
+@pytest.mark.parametrize("reference", [b"none", "data:,", {"image_url": 3}, "http://ok.example/a", "none"])
+def test_a_refusal_names_the_field(reference: Any) -> None:
+    with pytest.raises(Refusal) as refused:
+        asyncio.run(Images().load(reference, "last_image"))
+    assert refused.value.param == "last_image" and "input_reference" not in refused.value.message
+
+
+def test_a_data_url_may_be_in_capitals() -> None:
+    assert load(Images(), f"DATA:IMAGE/PNG;BASE64,{base64.b64encode(small()).decode()}").size == (8, 6)
 
 
 # Settings, keys, pace.
@@ -359,6 +389,8 @@ def test_amounts_have_units() -> None:
         ("[keys.a]\nkey = 'short'\n", "keys.a.key cannot be used"),
         ("[keys.a]\nkey = 'sixteen or more..'\nrole = 1\n", "keys.a.role"),
         ("[keys.a]\nkey = 'sixteen or more..'\n[keys.b]\nkey = 'sixteen or more..'\n", "the same key twice"),
+        ("[keys.a]\nkey = 'sixteen or more.é'\n", "keys.a.key cannot be used"),
+        ("[keys.a]\nkey = 'sixteen or more.. '\n", "keys.a.key cannot be used"),
         ("[others.a]\nkey = 'sixteen or more..'\n", "no keys alone"),
         ("keys", "cannot be read"),
     ],

@@ -1,6 +1,7 @@
 """The HTTP side: routes to what the service does, and every error in OpenAI's shape."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from cineline.server.files import DataFolder, thumbnail
 from cineline.server.images import Images
 from cineline.server.keys import Client, Keys
 from cineline.server.metrics import Metrics
+from cineline.server.orders import REFERENCE
 from cineline.server.refusal import Refusal, invalid
 from cineline.server.schemas import (
     CREATE_BODY,
@@ -38,6 +40,8 @@ from cineline.server.service import Service
 from cineline.server.waiters import Waiters
 
 LOOK_EVERY_S = 0.1
+
+ONE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 POLL_MS = (100, 5000)
 """What `openai-poll-after-ms` says at least and at most."""
@@ -72,8 +76,8 @@ class Parts:
     metrics: Metrics
 
 
-def make_app(parts: Parts) -> FastAPI:
-    """The application."""
+def make_app(parts: Parts) -> ASGIApp:
+    """The application, timed from outside: also what fails in it."""
     app = FastAPI(
         title="Cineline",
         version=metadata.version("cineline"),
@@ -83,14 +87,13 @@ def make_app(parts: Parts) -> FastAPI:
         redirect_slashes=False,
     )
     _answer_errors(app)
-    app.add_middleware(_Timed, metrics=parts.metrics)
     # Only where keys are needed: the document would say else that they were.
     secured = [Security(HTTPBearer(auto_error=False))] if parts.keys.clients else []
     app.include_router(_states(parts))
     app.include_router(_not_supported(), dependencies=secured)
     app.include_router(_making(parts), dependencies=secured)
     app.include_router(_looking(parts), dependencies=secured)
-    return app
+    return _Timed(app, parts.metrics)
 
 
 def _client_of(keys: Keys) -> Callable[[Request], Awaitable[Client]]:
@@ -108,7 +111,10 @@ def _making(parts: Parts) -> APIRouter:
 
     async def made(request: Request, client: Client, key: str | None) -> tuple[VideoObject, bool]:
         async with reader.reading(request) as body:
-            images = {name: await parts.images.load(reference) for name, reference in body.references.items()}
+            images = {
+                image: await parts.images.load(reference, REFERENCE if image == "image" else image)
+                for image, reference in body.references.items()
+            }
             return await run_in_threadpool(service.create, client, body.fields, images, key)
 
     @router.post("/v1/videos", openapi_extra=dict(CREATE_BODY), tags=["videos"])
@@ -184,11 +190,14 @@ def _looking(parts: Parts) -> APIRouter:
         )
         return video
 
+    @router.head("/v1/videos/{video_id}/content", include_in_schema=False)
     @router.get("/v1/videos/{video_id}/content", tags=["videos"], response_class=Response, responses=CONTENT)
     def content(
-        video_id: str, client: Asks, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+        request: Request, video_id: str, client: Asks, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
     ) -> Response:
-        """The MP4 file, or a part of it (Range); or its first frame as WebP."""
+        """The MP4 file, or one part of it (Range; several, or none that there can be, give the whole); or its first
+        frame as WebP."""
+        _ignore_other_ranges(request)
         if variant == "spritesheet":
             raise invalid("variant='spritesheet' is not supported: use video or thumbnail.", "variant", "not_supported")
         path = parts.folder.video(service.finished(client, video_id).id)
@@ -291,6 +300,14 @@ def _answer_errors(app: FastAPI) -> None:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         refusal = Refusal(500, f"The service failed ({type(error).__name__}): see its log.", "internal_error")
         return JSONResponse(refusal.body, refusal.status)
+
+
+def _ignore_other_ranges(request: Request) -> None:
+    """As RFC 9110 has it for those that are not understood; the answer's own class would refuse them."""
+    found = ONE_RANGE.fullmatch(request.headers.get("range", ""))
+    if found is None or (found[1] and found[2] and int(found[1]) > int(found[2])) or not (found[1] or found[2]):
+        headers = [(name, value) for name, value in request.scope["headers"] if name != b"range"]
+        request.scope["headers"] = headers
 
 
 class _Timed:

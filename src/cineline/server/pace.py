@@ -45,7 +45,7 @@ class Pace:
     def seconds_for(self, work: float) -> int:
         """In which so much is done, in whole seconds from 1 on."""
         with self._lock:
-            took, total = (sum(column) for column in zip((0.0, 0.0), *self._done, strict=True))
+            took, total = (sum(each[column] for each in self._done) for column in (0, 1))
         if total <= 0 or took <= 0:
             return UNKNOWN_S
         return min(LONGEST_S, max(1, math.ceil(work * took / total)))
