@@ -36,7 +36,7 @@ class Handle:
         self.failed: BaseException | None = None
         self.before_its_end: Callable[[], None] = lambda: None
         self.after_its_file: Callable[[], None] = lambda: None
-        self.progress, self.decoded, self.restarts, self.running_phase = (0, 4), (0, 1), 0, "denoising"
+        self.progress, self.decoded, self.restarts, self.running_phase = (0, 4), (0, 1), 0, "waiting"
 
     @property
     def phase(self) -> str:
@@ -221,12 +221,16 @@ def test_a_file_that_can_never_be_sealed_holds_nobody_up(bench: Bench, monkeypat
     assert failed is not None and failed.error_code == "storage_failed"
 
 
-def ended(bench: Bench, engine: StubEngine) -> CinelineError | None:
-    """What a service ends by whose engine ends with all that it has."""
+def ended(bench: Bench, engine: StubEngine, failure: RankFailed, begun: int = ROOM) -> CinelineError | None:
+    """What a service ends by whose engine ends when it has begun so many of those that it has."""
     running = bench.start(engine)
     until(lambda: len(running.running) == ROOM)
-    engine.failure = RankFailed(1, "It is gone.")
-    for handle in [*engine.handles.values(), *engine.kept]:
+    handles = [*engine.kept, *engine.handles.values()]
+    for handle in handles[:begun]:
+        handle.running_phase = "denoising"
+    until(lambda: sum(each.begun for each in running.running.values()) == begun)
+    engine.failure = failure
+    for handle in handles:
         handle.end(engine.failure)
     running._thread.join(LIMIT_S)
     return running.failure
@@ -236,9 +240,18 @@ def test_a_job_that_ends_the_engine_fails_at_the_third_time_while_others_wait(be
     jobs = bench.add(ROOM + 3)
     for start in range(3):
         kept = [Handle(bench.folder.video(job.id)) for job in bench.store.in_state("in_progress")]
-        assert isinstance(ended(bench, StubEngine(kept)), RankFailed)
+        assert isinstance(ended(bench, StubEngine(kept), RankFailed(1, "It is gone.")), RankFailed)
         assert [bench.state(job) for job in jobs[ROOM:]] == ["queued"] * 3, start
     assert [bench.state(job) for job in jobs[:ROOM]] == ["failed"] * ROOM
+
+
+@pytest.mark.parametrize(("turn", "begun", "blamed"), [(1, 3, [0, 1, 0]), (None, 1, [1, 0, 0]), (None, 0, [1, 1, 1])])
+def test_who_is_blamed_is_whose_turn_it_was_or_who_had_begun(
+    turn: int | None, begun: int, blamed: list[int], bench: Bench
+) -> None:
+    jobs = bench.add(ROOM)
+    ended(bench, StubEngine(), RankFailed(1, "It is gone.", turn), begun)
+    assert [bench.setbacks(job) for job in jobs] == blamed
 
 
 def test_an_engine_that_ends_as_it_is_given_a_job_keeps_that_one_waiting(bench: Bench) -> None:

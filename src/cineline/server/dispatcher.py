@@ -230,16 +230,20 @@ class Dispatcher:
                 log.warning("Job %s cannot be written (%s): it is tried again.", running.job.id, reason(error))
                 running.not_before = now + TIDY_EVERY_S
         if self._engine_failure is not None:  # before others come to it
-            self._blame_all(self._engine_failure)
+            self._blame(self._engine_failure)
         self._admit()
         if time.monotonic() - self._tidied > TIDY_EVERY_S:
             self._tidied = time.monotonic()
             self._outcomes.expire()
             self._queue_lost()
 
-    def _blame_all(self, failure: CinelineError) -> NoReturn:
-        """The engine has ended: nobody can tell by whose fault; whoever ran too often when it did fails."""
-        for running in self._running.values():
+    def _blame(self, failure: CinelineError) -> NoReturn:
+        """The engine has ended, by the fault of whose turn it was; where that is not known, of any that had begun.
+        Whoever is blamed too often fails."""
+        there = list(self._running.values())
+        number = failure.request if isinstance(failure, RankFailed) else None
+        known = [running for running in there if number is not None and running.handle.job.id == number]
+        for running in known or [running for running in there if running.begun] or there:
             if running.job.setbacks + 1 >= MOST_SETBACKS:
                 self._outcomes.fail(running.job, failure)
             else:
@@ -333,7 +337,7 @@ class Dispatcher:
             return
         except (EngineClosed, RankFailed) as error:  # it ended a moment ago, by another's fault
             self._store.queue_again(job.id)
-            self._blame_all(error)
+            self._blame(error)
         except CinelineError as error:
             self._set_back(job, error)
             return

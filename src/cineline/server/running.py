@@ -18,6 +18,7 @@ class Running:
 
     Attributes:
         steps, restarts: counted so far. written: whether its file is.
+        begun: whether a rank has been seen to work on it.
         preview: the newest picture of what is coming, uint8 [F, H, W, 3], and the step that it was taken at.
         tries: to complete it, which the disk refused. not_before: when to look at it again (`time.monotonic`).
     """
@@ -27,6 +28,7 @@ class Running:
     sink: Sink
     steps: int
     restarts: int = 0
+    begun: bool = False
     written: bool = False
     preview: tuple[int, np.ndarray] | None = None
     tries: int = 0
@@ -39,6 +41,7 @@ class Running:
             CinelineError: that will never be.
         """
         done = self.handle.done  # first, so that of a finished one all is seen
+        self.begun = self.begun or self.handle.phase not in ("waiting", "done")
         self._count(metrics)
         for preview in self.handle.take_previews()[-1:]:
             self.preview = self.steps, preview
