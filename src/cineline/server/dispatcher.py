@@ -34,8 +34,8 @@ from cineline.errors import (
 )
 from cineline.schedule.scheduler import default_in_flight
 from cineline.server.fair import FairQueue
-from cineline.server.outcomes import Outcomes
-from cineline.server.running import Running
+from cineline.server.outcomes import MOST_SETBACKS, Outcomes, unforeseen
+from cineline.server.running import Running, culprits
 from cineline.server.store import StoredJob
 
 POLL_S = 0.05
@@ -44,22 +44,10 @@ SPARE = 2
 
 TIDY_EVERY_S = 1.0
 
-MOST_SETBACKS = 3
-"""Times that a job is begun anew after what may have been its own fault: the engine's end, or a full disk."""
-
 MOST_TRIES = 30
 """Times, a second apart, that a file which is written is tried to be completed."""
 
 log = logging.getLogger(__name__)
-
-
-class Unforeseen(CinelineError):
-    """Of one job."""
-
-
-def _unforeseen(job: StoredJob, error: Exception) -> Unforeseen:
-    log.error("Job %s failed.", job.id, exc_info=error)
-    return Unforeseen(f"The job failed ({type(error).__name__}): try again, and tell whoever runs the service.")
 
 
 class EngineEnded(Exception):
@@ -201,14 +189,8 @@ class Dispatcher:
                 handle.delivered()
             else:
                 self._watch(job, handle)
-        self._queue_lost()
+        self._outcomes.queue_lost(self._running.keys())
         self._outcomes.pace.idle()
-
-    def _queue_lost(self) -> None:
-        """What should be with the engine and is not begins anew."""
-        for job in self._store.in_state("in_progress"):
-            if job.id not in self._running:
-                self._store.queue_again(job.id)
 
     def _watch(self, job: StoredJob, handle: RequestHandle) -> None:
         sink = Sink(handle, self._folder.video(job.id), None)
@@ -235,15 +217,11 @@ class Dispatcher:
         if time.monotonic() - self._tidied > TIDY_EVERY_S:
             self._tidied = time.monotonic()
             self._outcomes.expire()
-            self._queue_lost()
+            self._outcomes.queue_lost(self._running.keys())
 
     def _blame(self, failure: CinelineError) -> NoReturn:
-        """The engine has ended, by the fault of whose turn it was; where that is not known, of any that had begun.
-        Whoever is blamed too often fails."""
-        there = list(self._running.values())
-        number = failure.request if isinstance(failure, RankFailed) else None
-        known = [running for running in there if number is not None and running.handle.job.id == number]
-        for running in known or [running for running in there if running.begun] or there:
+        """The engine has ended: whoever is blamed for that too often fails."""
+        for running in culprits(list(self._running.values()), failure):
             if running.job.setbacks + 1 >= MOST_SETBACKS:
                 self._outcomes.fail(running.job, failure)
             else:
@@ -280,7 +258,7 @@ class Dispatcher:
             raise
         except Exception as error:
             running.sink.give_up(error)
-            self._end_badly(running, _unforeseen(running.job, error))
+            self._end_badly(running, unforeseen(running.job, error))
             return
         self._outcomes.pace.done(running.job.work)
         self._running.pop(running.job.id)  # after that: whoever looks has the one or the other
@@ -288,22 +266,10 @@ class Dispatcher:
 
     def _end_badly(self, running: Running, error: CinelineError) -> None:
         """Of one job alone."""
-        self._set_back(running.job, error)
+        self._outcomes.set_back(running.job, error)
         self._running.pop(running.job.id)
         running.handle.cancel()
         running.handle.delivered()
-
-    def _set_back(self, job: StoredJob, error: CinelineError) -> None:
-        """The disk may have room later, and what nobody foresaw may not come again; what is of the request's own it is
-        told."""
-        if isinstance(error, RequestCancelled) or self._store.get(job.id) is None:
-            return  # it was deleted
-        may_pass = isinstance(error, (OutputError, Unforeseen))
-        if may_pass and job.setbacks + 1 < MOST_SETBACKS:
-            log.warning("Job %s begins anew: %s", job.id, error)
-            self._store.queue_again(job.id, setback=True)
-        else:
-            self._outcomes.fail(job, error)
 
     @property
     def _has_room(self) -> bool:
@@ -339,9 +305,9 @@ class Dispatcher:
             self._store.queue_again(job.id)
             self._blame(error)
         except CinelineError as error:
-            self._set_back(job, error)
+            self._outcomes.set_back(job, error)
             return
         except Exception as error:
-            self._set_back(job, _unforeseen(job, error))
+            self._outcomes.set_back(job, unforeseen(job, error))
             return
         self._watch(job, handle)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cineline.errors import (
@@ -13,6 +15,7 @@ from cineline.errors import (
     OutOfMemory,
     OutputError,
     RankFailed,
+    RequestCancelled,
     RequestTimedOut,
     reason,
     shown,
@@ -32,6 +35,21 @@ CODES: tuple[tuple[type[CinelineError], str], ...] = (
     (RankFailed, "rank_failed"),
 )
 """What clients are told, by the kind of error."""
+
+MOST_SETBACKS = 3
+"""Times that a job is begun anew after what may have been its own fault: the engine's end, or a full disk."""
+
+log = logging.getLogger(__name__)
+
+
+class Unforeseen(CinelineError):
+    """Of one job."""
+
+
+def unforeseen(job: StoredJob, error: Exception) -> Unforeseen:
+    """What the job's client is told; the log has the rest."""
+    log.error("Job %s failed.", job.id, exc_info=error)
+    return Unforeseen(f"The job failed ({type(error).__name__}): try again, and tell whoever runs the service.")
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,24 @@ class Outcomes:
         if self.store.fail(job.id, code, str(error), self.settings.keep_for_s):
             self.folder.remove(job.id)
             self.metrics.jobs.labels(code).inc()
+
+    def set_back(self, job: StoredJob, error: CinelineError) -> None:
+        """Begin it anew, or fail it: the disk may have room later, and what nobody foresaw may not come again; what is
+        of the request's own it is told."""
+        if isinstance(error, RequestCancelled) or self.store.get(job.id) is None:
+            return  # it was deleted
+        may_pass = isinstance(error, (OutputError, Unforeseen))
+        if may_pass and job.setbacks + 1 < MOST_SETBACKS:
+            log.warning("Job %s begins anew: %s", job.id, error)
+            self.store.queue_again(job.id, setback=True)
+        else:
+            self.fail(job, error)
+
+    def queue_lost(self, running: Collection[str]) -> None:
+        """What should be with the engine and is not among these begins anew."""
+        for job in self.store.in_state("in_progress"):
+            if job.id not in running:
+                self.store.queue_again(job.id)
 
     def expire(self) -> None:
         """Finished jobs whose time is over go, and those that take too much."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from cineline.engine.handle import RequestHandle
 from cineline.engine.sink import Sink
+from cineline.errors import CinelineError, RankFailed
 from cineline.server.metrics import Metrics
 from cineline.server.store import StoredJob
 
@@ -59,3 +61,10 @@ class Running:
         metrics.steps.inc(steps - self.steps)
         metrics.restarts.inc(restarts - self.restarts)
         self.steps, self.restarts = steps, restarts
+
+
+def culprits(there: Sequence[Running], failure: CinelineError) -> Sequence[Running]:
+    """Whom to blame for the engine's end: whose turn it was; where that is not known, who had begun; else all."""
+    number = failure.request if isinstance(failure, RankFailed) else None
+    known = [running for running in there if number is not None and running.handle.job.id == number]
+    return known or [running for running in there if running.begun] or there

@@ -291,12 +291,7 @@ class Service:
         said = job.said
         steps = said["num_inference_steps"]
         progress = 100 if job.state == "completed" else min(99, 100 * (step + decoded) // (steps + (chunks or 0)))
-        took = None
-        if job.state == "completed" and job.completed_at is not None and job.started_at is not None:
-            took = round(job.completed_at - job.started_at, 3)
-        error = None
-        if job.error_code is not None:
-            error = JobError(code=job.error_code, message=job.error_message or "")
+        error = _error(job)
         return VideoObject(
             id=job.id,
             status=status,
@@ -310,9 +305,20 @@ class Service:
             decoded=decoded,
             chunks=chunks,
             restarts=restarts,
-            inference_time_s=took,
+            inference_time_s=_took(job),
             **said,
         )
+
+
+def _error(job: StoredJob) -> JobError | None:
+    return None if job.error_code is None else JobError(code=job.error_code, message=job.error_message or "")
+
+
+def _took(job: StoredJob) -> float | None:
+    """Seconds of one that is done."""
+    if job.state != "completed" or job.completed_at is None or job.started_at is None:
+        return None
+    return round(job.completed_at - job.started_at, 3)
 
 
 def _unkept(error: Exception) -> Refusal:
