@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import gzip
 import io
 import sqlite3
 import threading
@@ -10,6 +12,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,15 @@ from cineline.errors import InvalidConfig
 from cineline.server.fair import FairQueue, Waiting
 from cineline.server.files import DataFolder, new_id
 from cineline.server.images import Images
-from cineline.server.keys import Keys
+from cineline.server.keys import Client, Keys
+from cineline.server.metrics import Metrics, Now
+from cineline.server.outcomes import Outcomes
 from cineline.server.pace import LONGEST_S, UNKNOWN_S, Pace
 from cineline.server.refusal import Refusal
+from cineline.server.service import Service
 from cineline.server.settings import ServeConfig
 from cineline.server.store import NewJob, Store
+from cineline.server.waiters import Waiters
 
 # Whose turn it is.
 
@@ -265,6 +272,7 @@ ADDRESSES = {
     "mixed.example": ["8.8.8.8", "10.0.0.1"],
 }
 PRIVATE = ["127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "fd00::1", "::ffff:10.0.0.1", "100.64.0.1", "0.0.0.0"]
+PRIVATE += ["64:ff9b::a00:1", "64:ff9b::7f00:1", "::7f00:1", "fec0::1", "::ffff:0:7f00:1", "2002:7f00:1::", "ff02::1"]
 
 
 def looked_up(addresses: dict[str, list[str]], host: str, port: int) -> list[str]:
@@ -275,7 +283,7 @@ def test_an_address_of_an_allowed_host_is_fetched_from_where_it_was_looked_up() 
     seen: list[httpx.Request] = []
     answers = {
         "ok.example/a": httpx.Response(302, headers={"location": "https://cdn.example/b"}),
-        "cdn.example/b": httpx.Response(200, content=small()),
+        "cdn.example/b": httpx.Response(200, stream=httpx.ByteStream(small())),
     }
     images = Images(["ok.example", "cdn.example"], partial(looked_up, ADDRESSES), web(answers, seen))
     assert load(images, {"image_url": "http://ok.example/a"}).size == (8, 6)
@@ -309,7 +317,7 @@ def test_other_addresses_are_not(address: str) -> None:
         "ok.example/to-file": httpx.Response(302, headers={"location": "file:///etc/passwd"}),
         "ok.example/round": httpx.Response(302, headers={"location": "/round"}),
         "ok.example/missing": httpx.Response(404),
-        "ok.example/large": httpx.Response(200, content=b"\0" * (20 * 2**20 + 1)),
+        "ok.example/large": httpx.Response(200, stream=httpx.ByteStream(b"\0" * (20 * 2**20 + 1))),
     }
     seen: list[httpx.Request] = []
     for private in PRIVATE if "private" in address else ["8.8.8.8"]:
@@ -319,6 +327,33 @@ def test_other_addresses_are_not(address: str) -> None:
             load(images, {"image_url": address})
         assert refused.value.status == 400
     assert all(request.headers["host"] == "ok.example" for request in seen)
+
+
+def test_what_is_packed_is_not_unpacked() -> None:
+    packed = gzip.compress(gzip.compress(bytes(10_000_000)))
+    answer = httpx.Response(200, headers={"content-encoding": "gzip, gzip"}, stream=httpx.ByteStream(packed))
+    seen: list[httpx.Request] = []
+    images = Images(["ok.example"], partial(looked_up, ADDRESSES), web({"ok.example/a": answer}, seen))
+    with pytest.raises(Refusal, match="it is encoded as 'gzip, gzip'"):
+        load(images, {"image_url": "http://ok.example/a"})
+    assert seen[0].headers["accept-encoding"] == "identity"
+
+
+def test_a_public_address_of_nat64_is_fetched_from() -> None:
+    answers = {"six.example/a": httpx.Response(200, stream=httpx.ByteStream(small()))}
+    images = Images(["six.example"], lambda *_: ["64:ff9b::808:808"], web(answers, []))
+    assert load(images, {"image_url": "http://six.example/a"}).size == (8, 6)
+
+
+@pytest.mark.parametrize("reference", [b"none", "data:,", {"image_url": 3}, "http://ok.example/a", "none"])
+def test_a_refusal_names_the_field(reference: Any) -> None:
+    with pytest.raises(Refusal) as refused:
+        asyncio.run(Images().load(reference, "last_image"))
+    assert refused.value.param == "last_image" and "input_reference" not in refused.value.message
+
+
+def test_a_data_url_may_be_in_capitals() -> None:
+    assert load(Images(), f"DATA:IMAGE/PNG;BASE64,{base64.b64encode(small()).decode()}").size == (8, 6)
 
 
 # Settings, keys, pace.
@@ -354,6 +389,8 @@ def test_amounts_have_units() -> None:
         ("[keys.a]\nkey = 'short'\n", "keys.a.key cannot be used"),
         ("[keys.a]\nkey = 'sixteen or more..'\nrole = 1\n", "keys.a.role"),
         ("[keys.a]\nkey = 'sixteen or more..'\n[keys.b]\nkey = 'sixteen or more..'\n", "the same key twice"),
+        ("[keys.a]\nkey = 'sixteen or more.é'\n", "keys.a.key cannot be used"),
+        ("[keys.a]\nkey = 'sixteen or more.. '\n", "keys.a.key cannot be used"),
         ("[others.a]\nkey = 'sixteen or more..'\n", "no keys alone"),
         ("keys", "cannot be read"),
     ],
@@ -378,3 +415,64 @@ def test_the_pace_is_of_what_was_done_last() -> None:
     assert pace.seconds_for(10.0) == 2
     assert pace.seconds_for(0.001) == 1
     assert pace.seconds_for(1e9) == LONGEST_S
+
+
+def test_time_in_which_nothing_is_done_is_not_in_the_pace() -> None:
+    now = 0.0
+    pace = Pace(lambda: now)
+    now = 36_000.0
+    pace.idle()
+    now += 2.0
+    pace.done(10.0)
+    assert pace.seconds_for(10.0) == 2
+
+
+def test_a_full_disk_has_room_for_a_deletion_once_the_video_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = DataFolder(tmp_path / "data")
+    store = Store(folder.jobs)
+    settings = ServeConfig(data_dir=folder.path)
+    outcomes = Outcomes(store, folder, settings, Metrics(lambda: Now(0, 0, 0, True, [])))
+    jobs = [stored(store) for _ in range(2)]
+    remove, full = store.remove, {folder.video(jobs[0])}
+
+    def refuse(job: str) -> bool:
+        if any(path.exists() for path in full):
+            raise sqlite3.OperationalError("database or disk is full")
+        return remove(job)
+
+    monkeypatch.setattr(store, "remove", refuse)
+    for job in jobs:
+        store.start(job)
+        folder.video(job).write_bytes(b"x")
+        store.complete(job, 1, -1.0)
+    outcomes.expire()
+    assert store.expired(1e9) == [] and not list(folder.videos.iterdir())
+    full.add(tmp_path)
+    client = Client()
+    service = Service.__new__(Service)
+    service._store, service._outcomes = store, outcomes
+    with pytest.raises(Refusal, match="cannot be deleted") as refused:
+        service.delete(client, stored(store))
+    assert refused.value.status == 507
+    store.close()
+    folder.close()
+
+
+# Who waits.
+
+
+@pytest.mark.parametrize(("others", "kept", "wanted"), [(0, False, True), (1, False, False), (0, True, False)])
+def test_a_job_goes_with_the_last_who_waits_and_only_if_these_made_it(others: int, kept: bool, wanted: bool) -> None:
+    waiters = Waiters()
+    with waiters.waiting("a", True), ExitStack() as stack:
+        for _ in range(others):
+            stack.enter_context(waiters.waiting("a", False))
+        if kept:
+            waiters.keep("a")
+        assert waiters.is_for_one("a") == wanted
+        stack.close()
+        assert waiters.is_for_one("a") != kept
+    with waiters.waiting("a", False):
+        assert not waiters.is_for_one("a")

@@ -1,6 +1,7 @@
 """The HTTP side: routes to what the service does, and every error in OpenAI's shape."""
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from cineline.server.files import DataFolder, thumbnail
 from cineline.server.images import Images
 from cineline.server.keys import Client, Keys
 from cineline.server.metrics import Metrics
+from cineline.server.orders import REFERENCE
 from cineline.server.refusal import Refusal, invalid
 from cineline.server.schemas import (
     CREATE_BODY,
@@ -35,8 +37,11 @@ from cineline.server.schemas import (
     VideoPage,
 )
 from cineline.server.service import Service
+from cineline.server.waiters import Waiters
 
 LOOK_EVERY_S = 0.1
+
+ONE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 POLL_MS = (100, 5000)
 """What `openai-poll-after-ms` says at least and at most."""
@@ -71,8 +76,8 @@ class Parts:
     metrics: Metrics
 
 
-def make_app(parts: Parts) -> FastAPI:
-    """The application."""
+def make_app(parts: Parts) -> ASGIApp:
+    """The application, timed from outside: also what fails in it."""
     app = FastAPI(
         title="Cineline",
         version=metadata.version("cineline"),
@@ -82,14 +87,13 @@ def make_app(parts: Parts) -> FastAPI:
         redirect_slashes=False,
     )
     _answer_errors(app)
-    app.add_middleware(_Timed, metrics=parts.metrics)
     # Only where keys are needed: the document would say else that they were.
     secured = [Security(HTTPBearer(auto_error=False))] if parts.keys.clients else []
     app.include_router(_states(parts))
     app.include_router(_not_supported(), dependencies=secured)
     app.include_router(_making(parts), dependencies=secured)
     app.include_router(_looking(parts), dependencies=secured)
-    return app
+    return _Timed(app, parts.metrics)
 
 
 def _client_of(keys: Keys) -> Callable[[Request], Awaitable[Client]]:
@@ -101,19 +105,24 @@ def _client_of(keys: Keys) -> Callable[[Request], Awaitable[Client]]:
 
 def _making(parts: Parts) -> APIRouter:
     """Jobs made and deleted."""
-    router, service, reader = APIRouter(), parts.service, BodyReader()
+    router, service, reader, waiters = APIRouter(), parts.service, BodyReader(), Waiters()
     Asks = Annotated[Client, Depends(_client_of(parts.keys))]
     Key = Annotated[str | None, Header(min_length=1, max_length=255, pattern=r"^[ -~]+$")]
 
-    async def made(request: Request, client: Client, key: str | None) -> VideoObject:
-        body = await reader.read(request)
-        images = {name: await parts.images.load(reference) for name, reference in body.references.items()}
-        return await run_in_threadpool(service.create, client, body.fields, images, key)
+    async def made(request: Request, client: Client, key: str | None) -> tuple[VideoObject, bool]:
+        async with reader.reading(request) as body:
+            images = {
+                image: await parts.images.load(reference, REFERENCE if image == "image" else image)
+                for image, reference in body.references.items()
+            }
+            return await run_in_threadpool(service.create, client, body.fields, images, key)
 
     @router.post("/v1/videos", openapi_extra=dict(CREATE_BODY), tags=["videos"])
     async def create(request: Request, client: Asks, idempotency_key: Key = None) -> VideoObject:
         """Queue a video; it is kept on the disk before this answers."""
-        return await made(request, client, idempotency_key)
+        video, _ = await made(request, client, idempotency_key)
+        waiters.keep(video.id)
+        return video
 
     @router.post(
         "/v1/videos/sync",
@@ -123,17 +132,19 @@ def _making(parts: Parts) -> APIRouter:
         responses={200: MP4},
     )
     async def sync(request: Request, client: Asks, idempotency_key: Key = None) -> Response:
-        """Make a video and wait for it; whoever hangs up cancels it."""
+        """Make a video and wait for it; if all who wait hang up it is cancelled."""
         began = time.monotonic()
-        video = await made(request, client, idempotency_key)
-        while video.status not in ("completed", "failed"):
-            if service.stopping:
-                raise Refusal(503, f"The service ends; {video.id} goes on after that: get it then.", "stopping")
-            if await request.is_disconnected():
-                await run_in_threadpool(service.delete, client, video.id)
-                raise invalid("The client has hung up.")
-            await asyncio.sleep(LOOK_EVERY_S)
-            video = await run_in_threadpool(service.get, client, video.id)
+        video, is_new = await made(request, client, idempotency_key)
+        with waiters.waiting(video.id, is_new):
+            while video.status not in ("completed", "failed"):
+                if service.stopping:
+                    raise Refusal(503, f"The service ends; {video.id} goes on after that: get it then.", "stopping")
+                if await request.is_disconnected():
+                    if waiters.is_for_one(video.id):
+                        await run_in_threadpool(service.delete, client, video.id)
+                    raise invalid("The client has hung up.")
+                await asyncio.sleep(LOOK_EVERY_S)
+                video = await run_in_threadpool(service.get, client, video.id)
         stored = await run_in_threadpool(service.finished, client, video.id)
         return FileResponse(
             parts.folder.video(stored.id),
@@ -179,11 +190,14 @@ def _looking(parts: Parts) -> APIRouter:
         )
         return video
 
+    @router.head("/v1/videos/{video_id}/content", include_in_schema=False)
     @router.get("/v1/videos/{video_id}/content", tags=["videos"], response_class=Response, responses=CONTENT)
     def content(
-        video_id: str, client: Asks, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+        request: Request, video_id: str, client: Asks, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
     ) -> Response:
-        """The MP4 file, or a part of it (Range); or its first frame as WebP."""
+        """The MP4 file, or one part of it (Range; several, or none that there can be, give the whole); or its first
+        frame as WebP."""
+        _ignore_other_ranges(request)
         if variant == "spritesheet":
             raise invalid("variant='spritesheet' is not supported: use video or thumbnail.", "variant", "not_supported")
         path = parts.folder.video(service.finished(client, video_id).id)
@@ -286,6 +300,14 @@ def _answer_errors(app: FastAPI) -> None:
     async def failed(request: Request, error: Exception) -> JSONResponse:
         refusal = Refusal(500, f"The service failed ({type(error).__name__}): see its log.", "internal_error")
         return JSONResponse(refusal.body, refusal.status)
+
+
+def _ignore_other_ranges(request: Request) -> None:
+    """As RFC 9110 has it for those that are not understood; the answer's own class would refuse them."""
+    found = ONE_RANGE.fullmatch(request.headers.get("range", ""))
+    if found is None or (found[1] and found[2] and int(found[1]) > int(found[2])) or not (found[1] or found[2]):
+        headers = [(name, value) for name, value in request.scope["headers"] if name != b"range"]
+        request.scope["headers"] = headers
 
 
 class _Timed:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from python_multipart.multipart import parse_options_header
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
@@ -23,7 +25,13 @@ BODY_LIMIT = 32 * 2**20
 """Bytes: an image of 20 MB as a data URL, and more text than anybody writes."""
 
 TOGETHER_LIMIT = 8 * BODY_LIMIT
-"""Bytes of all bodies that are being read."""
+"""Bytes of all bodies that are being read, or used."""
+
+JSON_LIMIT = 2**20
+"""Bytes of JSON beside images: as Python's objects they take fifty times that."""
+
+DATA_URLS = re.compile(rb'"data:[^"]{1000,}"', re.IGNORECASE)
+"""Those that matter; short ones count as JSON."""
 
 TIME_LIMIT_S = 60.0
 """For a whole body."""
@@ -56,30 +64,36 @@ class BodyReader:
 
     _held: int = field(default=0, init=False)
 
-    async def read(self, request: Request) -> Body:
-        """The body.
+    @asynccontextmanager
+    async def reading(self, request: Request) -> AsyncIterator[Body]:
+        """The body, whose memory counts until it has been used.
 
         Raises:
             Refusal: it is too large, too slow, of another type, or cannot be read.
         """
+        raw = bytearray()
+        try:
+            yield _split(await self._given(request, raw))
+        finally:
+            self._held -= len(raw)
+
+    async def _given(self, request: Request, raw: bytearray) -> dict[str, Any]:
         content_type = request.headers.get("content-type", "")
         kind = content_type.partition(";")[0].strip().lower()
         if kind not in (FORM, JSON):
             raise Refusal(
                 415, f"Content-Type {shown(content_type)} is not taken: use {JSON} or {FORM}.", "unsupported_media_type"
             )
-        raw = bytearray()
         try:
             async with asyncio.timeout(TIME_LIMIT_S):
                 await self._fill(request, raw)
-            given = await _form(request, bytes(raw), content_type) if kind == FORM else _json(raw)
+            if kind == FORM:
+                return await _form(request, bytes(raw), content_type)
+            return await run_in_threadpool(_json, raw)
         except TimeoutError:
             raise Refusal(408, f"The body was not here after {TIME_LIMIT_S:g} s: send it faster.", "timeout") from None
         except ClientDisconnect:
             raise invalid("The connection ended within the body: send all of it.") from None
-        finally:
-            self._held -= len(raw)
-        return _split(given)
 
     async def _fill(self, request: Request, raw: bytearray) -> None:
         declared = request.headers.get("content-length", "0")
@@ -99,12 +113,17 @@ def _too_large() -> NoReturn:
 
 
 def _json(raw: bytearray) -> dict[str, Any]:
+    beside = len(raw) - sum(found.end() - found.start() for found in DATA_URLS.finditer(raw))
+    if beside > JSON_LIMIT:
+        raise Refusal(
+            413, f"The body has {beside} bytes beside its images: use {JSON_LIMIT} at most.", "body_too_large"
+        )
     try:
         given = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise invalid(f"The body is no JSON ({reason(error)}): send an object.", code="invalid_json") from None
     if not isinstance(given, dict):
-        raise invalid(f"The body is {shown(given)}, no JSON object: send one.", code="invalid_json")
+        raise invalid(f"The body is {shown(type(given).__name__)}, no JSON object: send one.", code="invalid_json")
     return given
 
 

@@ -13,12 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NoReturn
 
 from cineline.core.config import ParallelConfig
 from cineline.core.request import VideoRequest
@@ -26,10 +23,19 @@ from cineline.engine.api import Engine
 from cineline.engine.handle import RequestHandle
 from cineline.engine.ranks import RankState
 from cineline.engine.sink import Sink
-from cineline.errors import CinelineError, InvalidRequest, OutputError, RequestCancelled, reason
+from cineline.errors import (
+    CinelineError,
+    EngineClosed,
+    InvalidRequest,
+    OutputError,
+    RankFailed,
+    RequestCancelled,
+    reason,
+)
 from cineline.schedule.scheduler import default_in_flight
 from cineline.server.fair import FairQueue
-from cineline.server.outcomes import Outcomes
+from cineline.server.outcomes import MOST_SETBACKS, Outcomes, unforeseen
+from cineline.server.running import Running, culprits
 from cineline.server.store import StoredJob
 
 POLL_S = 0.05
@@ -38,32 +44,22 @@ SPARE = 2
 
 TIDY_EVERY_S = 1.0
 
-MOST_SETBACKS = 3
-"""Times that a job is begun anew after what may have been its own fault: the engine's end, or a full disk."""
+MOST_TRIES = 30
+"""Times, a second apart, that a file which is written is tried to be completed."""
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Running:
-    """A job that the engine has.
+class EngineEnded(Exception):
+    """The engine takes no more requests.
 
     Attributes:
-        steps, restarts: counted so far. written: whether its file is.
-        preview: the newest picture of what is coming, uint8 [F, H, W, 3], and the step that it was taken at.
+        error: why.
     """
 
-    job: StoredJob
-    handle: RequestHandle
-    sink: Sink
-    steps: int
-    restarts: int = 0
-    written: bool = False
-    preview: tuple[int, np.ndarray] | None = None
-
-
-class EngineEnded(Exception):
-    """The engine takes no more requests."""
+    def __init__(self, error: CinelineError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Dispatcher:
@@ -105,7 +101,12 @@ class Dispatcher:
     # For any thread.
 
     def start(self) -> None:
-        """Make the engine, and go on with what is not done."""
+        """Make the engine, and go on with what is not done; before anybody is answered.
+
+        Raises:
+            OutputError: the state cannot be written.
+        """
+        self._outcomes.recover()
         self._thread.start()
 
     def stop(self, limit_s: float) -> None:
@@ -160,9 +161,8 @@ class Dispatcher:
                 running.handle.park()
         except CinelineError as error:
             self.failure = error
-        except EngineEnded:
-            assert self._engine is not None
-            self.failure = self._engine.failure
+        except EngineEnded as ended:
+            self.failure = ended.error
         except Exception as error:  # the thread's edge: else the service would stand still
             log.exception("The dispatcher failed.")
             self.failure = CinelineError(f"The service failed ({type(error).__name__}): see the log.")
@@ -171,110 +171,103 @@ class Dispatcher:
 
     def _end(self) -> None:
         for running in self._running.values():
-            running.sink.give_up(EngineEnded())
+            running.sink.give_up(RequestCancelled("The service ends."))
         if self._engine is not None:
             self._engine.close(self._close_limit_s if self.failure is None else 0.0)
         if not self._stopping:
             self._ended()
 
     def _begin(self) -> None:
-        """Complete what has its file; the engine goes on with what it has a snapshot of; the rest begins anew."""
-        begun = {job.id: job for job in self._store.in_state("in_progress")}
-        for job in list(begun.values()):
-            if self._folder.is_whole(job.id, job.said["num_frames"]):
-                self._outcomes.complete(begun.pop(job.id))
-            else:
-                self._folder.video(job.id).unlink(missing_ok=True)
-        open_jobs = {job.id for job in self._store.in_state("queued")} | begun.keys()
-        self._folder.tidy(open_jobs | {job.id for job in self._store.in_state("completed")})
+        """The engine goes on with what it has a snapshot of; the rest begins anew."""
         import_module("torch")  # which a request's end needs: not while others are answered
         engine = self._engine = self._make_engine()
         for handle in engine.resume(self._folder.snapshots):
             path = handle.outputs.get("video", Path())
-            resumed = begun.pop(path.stem, None)
-            if resumed is None or path != self._folder.video(path.stem):  # deleted since
+            job = self._store.get(path.stem)  # as it is now: loading takes minutes
+            if job is None or job.state != "in_progress" or path != self._folder.video(job.id):
                 handle.cancel()
                 handle.delivered()
             else:
-                self._watch(resumed, handle)
-        for job in begun.values():
-            self._store.queue_again(job.id)
+                self._watch(job, handle)
+        self._outcomes.queue_lost(self._running.keys())
+        self._outcomes.pace.idle()
 
     def _watch(self, job: StoredJob, handle: RequestHandle) -> None:
         sink = Sink(handle, self._folder.video(job.id), None)
         self._running[job.id] = Running(job, handle, sink, handle.progress[0])
+        if self._store.get(job.id) is None:  # deleted meanwhile
+            with suppress(CinelineError):
+                handle.cancel()
 
     def _tick(self) -> None:
+        now = time.monotonic()
+        if not self._running:
+            self._outcomes.pace.idle()
         for running in list(self._running.values()):
-            self._advance(running)
+            if running.not_before > now:
+                continue
+            try:
+                self._advance(running)
+            except (sqlite3.OperationalError, OSError) as error:  # the others go on
+                log.warning("Job %s cannot be written (%s): it is tried again.", running.job.id, reason(error))
+                running.not_before = now + TIDY_EVERY_S
+        if self._engine_failure is not None:  # before others come to it
+            self._blame(self._engine_failure)
         self._admit()
         if time.monotonic() - self._tidied > TIDY_EVERY_S:
             self._tidied = time.monotonic()
             self._outcomes.expire()
-        assert self._engine is not None
-        if self._engine.failure is not None:
-            self._blame_all()
+            self._outcomes.queue_lost(self._running.keys())
 
-    def _blame_all(self) -> None:
-        """The engine has ended: nobody can tell by whose fault; whoever ran too often when it did fails."""
-        assert self._engine is not None and self._engine.failure is not None
-        for running in self._running.values():
+    def _blame(self, failure: CinelineError) -> NoReturn:
+        """The engine has ended: whoever is blamed for that too often fails."""
+        for running in culprits(list(self._running.values()), failure):
             if running.job.setbacks + 1 >= MOST_SETBACKS:
-                self._outcomes.fail(running.job, self._engine.failure)
+                self._outcomes.fail(running.job, failure)
             else:
                 self._store.set_back(running.job.id)
-        raise EngineEnded
+        raise EngineEnded(failure)
 
     @property
     def _engine_failure(self) -> CinelineError | None:
         return None if self._engine is None else self._engine.failure
 
     def _advance(self, running: Running) -> None:
-        """Write what has come of a job."""
-        handle = running.handle
-        done = handle.done  # first, so that of a finished one all is seen
-        self._count(running)
-        for preview in handle.take_previews()[-1:]:
-            running.preview = running.steps, preview
+        """Write what has come of a job.
+
+        Raises:
+            sqlite3.OperationalError, OSError: the disk refuses, and may not later.
+        """
         try:
-            if not running.written:
-                self._write(running.sink, done)
-                running.written = done
+            if not running.update(self._metrics):
+                return
+            self._outcomes.complete(running.job)
         except CinelineError as error:
             running.sink.give_up(error)
             if self._engine_failure is None:
                 self._end_badly(running, error)
             return
-        if done:
-            self._outcomes.complete(running.job)
-            self._running.pop(running.job.id)  # after that: whoever looks has the one or the other
-            handle.delivered()
-
-    @staticmethod
-    def _write(sink: Sink, done: bool) -> None:
-        sink.update()
-        if done:
-            sink.finish()
-            if sink.failed is not None:
-                raise sink.failed
-
-    def _count(self, running: Running) -> None:
-        steps, restarts = running.handle.progress[0], running.handle.restarts
-        self._metrics.steps.inc(steps - running.steps)
-        self._metrics.restarts.inc(restarts - running.restarts)
-        running.steps, running.restarts = steps, restarts
+        except OSError as error:
+            running.tries += 1
+            if running.tries < MOST_TRIES and not isinstance(error, FileNotFoundError):
+                raise
+            words = f"The video cannot be kept ({reason(error)}): check the service's disk."
+            self._end_badly(running, OutputError(words))
+            return
+        except sqlite3.OperationalError:
+            raise
+        except Exception as error:
+            running.sink.give_up(error)
+            self._end_badly(running, unforeseen(running.job, error))
+            return
+        self._outcomes.pace.done(running.job.work)
+        self._running.pop(running.job.id)  # after that: whoever looks has the one or the other
+        running.handle.delivered()
 
     def _end_badly(self, running: Running, error: CinelineError) -> None:
-        """Of one job alone: the disk may have room later, and what is of the request's own it is told."""
-        job = running.job
-        if isinstance(error, RequestCancelled):
-            pass  # it was deleted
-        elif isinstance(error, OutputError) and job.setbacks + 1 < MOST_SETBACKS:
-            log.warning("Job %s begins anew: %s", job.id, error)
-            self._store.queue_again(job.id, setback=True)
-        else:
-            self._outcomes.fail(job, error)
-        self._running.pop(job.id)
+        """Of one job alone."""
+        self._outcomes.set_back(running.job, error)
+        self._running.pop(running.job.id)
         running.handle.cancel()
         running.handle.delivered()
 
@@ -308,7 +301,13 @@ class Dispatcher:
         except InvalidRequest as error:  # the model's rules, or the devices, are others than when it was taken
             self._outcomes.fail(job, error)
             return
+        except (EngineClosed, RankFailed) as error:  # it ended a moment ago, by another's fault
+            self._store.queue_again(job.id)
+            self._blame(error)
+        except CinelineError as error:
+            self._outcomes.set_back(job, error)
+            return
+        except Exception as error:
+            self._outcomes.set_back(job, unforeseen(job, error))
+            return
         self._watch(job, handle)
-        if self._store.get(job.id) is None:  # deleted meanwhile
-            with suppress(CinelineError):
-                handle.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,9 @@ PING_EVERY_S = 15
 
 MOST_STREAMS = 200
 """At once; each looks at the jobs five times a second."""
+
+OVERLAP_S = 10.0
+"""Of looks for jobs that have ended: a row may come so long after the time that it says, as its write may wait."""
 
 ENDS = ("completed", "failed")
 
@@ -85,13 +89,23 @@ class Events:
         told: dict[str, VideoObject] = {}
         line: list[object] | None = None
         shown: dict[str, int] = {}
+        ends = _Ends(self.service, client)
+        await run_in_threadpool(ends.new, True)  # those that ended before are not told
         while not self.service.stopping:
             now = {video.id: video for video in await run_in_threadpool(self.service.open_jobs, client)}
-            for job in told.keys() - now.keys():
-                yield await self._end(client, job)
+            gone = told.keys() - now.keys()
+            for video in await run_in_threadpool(ends.new, bool(gone)):
+                now.pop(video.id, None)  # it has ended since
+                gone.discard(video.id)
+                yield _video(video)
+            for job in gone - ends.told:
+                yield _deleted(job)
             for job, video in now.items():
-                if video != told.get(job):
+                before = told.get(job)
+                if video is not before and video != before:
                     yield _video(video)
+                if video.phase == "waiting":
+                    continue
                 preview = await run_in_threadpool(self.service.preview, client, job, shown.get(job, -1))
                 if preview is not None:
                     shown[job] = preview[0]
@@ -103,11 +117,30 @@ class Events:
                 line = states
             await asyncio.sleep(LOOK_EVERY_S)
 
-    async def _end(self, client: Client, job: str) -> ServerSentEvent:
-        try:
-            return _video(await run_in_threadpool(self.service.get, client, job))
-        except Refusal:
-            return _deleted(job)
+
+class _Ends:
+    """A client's jobs that end from now on, each once.
+
+    Attributes:
+        told: those of the last seconds.
+    """
+
+    def __init__(self, service: Service, client: Client) -> None:
+        self._service, self._client = service, client
+        self._since, self._changes = time.time(), -1
+        self.told: set[str] = set()
+
+    def new(self, must_look: bool) -> list[VideoObject]:
+        """Those since the last time."""
+        changes = self._service.changes
+        if changes == self._changes and not must_look:
+            return []
+        moment = time.time()
+        found = self._service.ended_since(self._client, self._since - OVERLAP_S)
+        new = [video for video in found if video.id not in self.told]
+        self.told = {video.id for video in found}
+        self._since, self._changes = moment, changes
+        return new
 
 
 def _video(video: VideoObject) -> ServerSentEvent:

@@ -10,6 +10,7 @@ DATA/snapshots           the engine's (docs/recovery.md)
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import secrets
@@ -24,6 +25,8 @@ from PIL import Image
 
 from cineline.core.output import check_folder, unwritable, whole_file
 from cineline.core.request import IMAGES
+from cineline.engine.folder import entries_in
+from cineline.engine.keeper import REQUEST
 from cineline.errors import InvalidConfig, OutputError, shown
 
 ID = re.compile(r"video_[0-9a-f]{32}")
@@ -133,6 +136,25 @@ class DataFolder:
             found = ID.search(path.name)
             if found and path.suffix in (".mp4", ".png") and (path.name.startswith(".") or found[0] not in kept):
                 path.unlink(missing_ok=True)
+
+    def fit_snapshots(self, open_jobs: set[str]) -> None:
+        """Those of jobs that are gone go, and those that were made where the folder had another path are of this one;
+        of one that cannot be read the engine says so."""
+        for entry in entries_in(self.snapshots):
+            file = entry / REQUEST
+            try:
+                stored = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
+                outputs, given = stored["outputs"], Path(stored["outputs"]["video"])
+            except (ValueError, LookupError, TypeError):
+                continue
+            if given.stem not in open_jobs:
+                file.unlink()  # first: without it the rest is no entry
+                shutil.rmtree(entry)
+            elif given != self.video(given.stem):
+                outputs["video"] = str(self.video(given.stem))
+                with whole_file(file) as temporary:
+                    temporary.write_bytes(json.dumps(stored, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+                    _sync(temporary)
 
 
 def thumbnail(video: Path) -> bytes:

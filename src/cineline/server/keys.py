@@ -25,11 +25,14 @@ from cineline.server.refusal import Refusal
 LEAST_KEY = 16
 """Characters: shorter ones are guessed."""
 
+AS_SENT = r"^[!-~]([ -~]*[!-~])?$"
+"""What a header carries whole: ASCII, without a space at an end."""
+
 
 class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    key: Annotated[str, Field(min_length=LEAST_KEY, max_length=1000)]
+    key: Annotated[str, Field(min_length=LEAST_KEY, max_length=1000, pattern=AS_SENT)]
     open_jobs: Annotated[int | None, Field(ge=1)] = None
     priority: Priority = "high"
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from PIL import Image
 
 from cineline.core.family import FamilySpec, GriddedFamily
-from cineline.core.request import Job, VideoRequest, with_seed
+from cineline.core.request import MOST_STEPS, Job, VideoRequest, with_seed
 from cineline.errors import InvalidRequest, shown
 from cineline.server.fair import WEIGHTS
 from cineline.server.fields import OFFERED
@@ -36,6 +36,9 @@ PICTURES: Mapping[str, str] = {
 
 TEXT_LIMIT = 20_000
 """Characters of a prompt; the model reads 512 tokens."""
+
+LIST_LIMIT = MOST_STEPS
+"""Items: of noise levels one a step, and nobody has as many LoRAs."""
 
 USER_LIMIT = 256
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
@@ -190,6 +193,8 @@ def _check_known(fields: Mapping[str, Any]) -> None:
 
 def _check_text(name: str, value: object) -> None:
     """What can be kept and read again: no half of a character, no zero, not too long."""
+    if isinstance(value, list) and len(value) > LIST_LIMIT:
+        raise invalid(f"{name} has {len(value)} items: use {LIST_LIMIT} at most.", name)
     for text in value if isinstance(value, list) else [value]:
         if not isinstance(text, str):
             continue

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from cineline.errors import (
@@ -12,13 +15,16 @@ from cineline.errors import (
     OutOfMemory,
     OutputError,
     RankFailed,
+    RequestCancelled,
     RequestTimedOut,
+    reason,
+    shown,
 )
 from cineline.server.files import DataFolder
 from cineline.server.metrics import Metrics
 from cineline.server.pace import Pace
 from cineline.server.settings import ServeConfig
-from cineline.server.store import Store, StoredJob
+from cineline.server.store import OPEN, Store, StoredJob
 
 CODES: tuple[tuple[type[CinelineError], str], ...] = (
     (OutOfMemory, "out_of_memory"),
@@ -29,6 +35,21 @@ CODES: tuple[tuple[type[CinelineError], str], ...] = (
     (RankFailed, "rank_failed"),
 )
 """What clients are told, by the kind of error."""
+
+MOST_SETBACKS = 3
+"""Times that a job is begun anew after what may have been its own fault: the engine's end, or a full disk."""
+
+log = logging.getLogger(__name__)
+
+
+class Unforeseen(CinelineError):
+    """Of one job."""
+
+
+def unforeseen(job: StoredJob, error: Exception) -> Unforeseen:
+    """What the job's client is told; the log has the rest."""
+    log.error("Job %s failed.", job.id, exc_info=error)
+    return Unforeseen(f"The job failed ({type(error).__name__}): try again, and tell whoever runs the service.")
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,24 @@ class Outcomes:
     metrics: Metrics
     pace: Pace = field(default_factory=Pace)
 
+    def recover(self) -> None:
+        """After any end of a process: complete what has its file, and remove what is of no job.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        try:
+            for job in self.store.in_state("in_progress"):
+                if self.folder.is_whole(job.id, job.said["num_frames"]):
+                    self.complete(job)
+                else:
+                    self.folder.video(job.id).unlink(missing_ok=True)
+            open_jobs = {job.id for job in self.store.in_state(*OPEN)}
+            self.folder.tidy(open_jobs | {job.id for job in self.store.in_state("completed")})
+            self.folder.fit_snapshots(open_jobs)
+        except (sqlite3.Error, OSError) as error:
+            raise OutputError(f"{shown(self.folder.path)} cannot be used ({reason(error)}): check the disk.") from None
+
     def complete(self, job: StoredJob) -> None:
         """Its file has its name, and is on the disk before the store says so."""
         nbytes = self.folder.seal_video(job.id)
@@ -55,7 +94,6 @@ class Outcomes:
         self.metrics.jobs.labels("completed").inc()
         if job.started_at is not None:
             self.metrics.took.observe(max(0.0, time.time() - job.started_at))
-        self.pace.done(job.work)
 
     def fail(self, job: StoredJob, error: CinelineError) -> None:
         """It will never be."""
@@ -64,8 +102,38 @@ class Outcomes:
             self.folder.remove(job.id)
             self.metrics.jobs.labels(code).inc()
 
+    def set_back(self, job: StoredJob, error: CinelineError) -> None:
+        """Begin it anew, or fail it: the disk may have room later, and what nobody foresaw may not come again; what is
+        of the request's own it is told."""
+        if isinstance(error, RequestCancelled) or self.store.get(job.id) is None:
+            return  # it was deleted
+        may_pass = isinstance(error, (OutputError, Unforeseen))
+        if may_pass and job.setbacks + 1 < MOST_SETBACKS:
+            log.warning("Job %s begins anew: %s", job.id, error)
+            self.store.queue_again(job.id, setback=True)
+        else:
+            self.fail(job, error)
+
+    def queue_lost(self, running: Collection[str]) -> None:
+        """What should be with the engine and is not among these begins anew."""
+        for job in self.store.in_state("in_progress"):
+            if job.id not in running:
+                self.store.queue_again(job.id)
+
     def expire(self) -> None:
         """Finished jobs whose time is over go, and those that take too much."""
         for job in self.store.expired(self.settings.keep_for_bytes):
-            if self.store.remove(job):
-                self.folder.remove(job)
+            self.remove(job)
+
+    def remove(self, job: str) -> None:
+        """It and its files go.
+
+        Raises:
+            sqlite3.Error: it is still there.
+        """
+        try:
+            self.store.remove(job)
+        except sqlite3.OperationalError:  # a full disk, which has room for that once the files are gone
+            self.folder.remove(job)
+            self.store.remove(job)
+        self.folder.remove(job)

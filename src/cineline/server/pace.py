@@ -18,7 +18,7 @@ LONGEST_S = 3600
 
 
 class Pace:
-    """Work a second, of the jobs that were done last; for any thread.
+    """Work a second, of the jobs that were done last, while there was any; for any thread.
 
     Args:
         clock: seconds.
@@ -27,19 +27,25 @@ class Pace:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._done: deque[tuple[float, float]] = deque([(clock(), 0.0)], MOST)
+        self._since = clock()
+        self._done: deque[tuple[float, float]] = deque(maxlen=MOST)
+
+    def idle(self) -> None:
+        """Nothing is being done: this time does not count."""
+        with self._lock:
+            self._since = self._clock()
 
     def done(self, work: float) -> None:
         """A job is."""
         with self._lock:
-            self._done.append((self._clock(), work))
+            now = self._clock()
+            self._done.append((now - self._since, work))
+            self._since = now
 
     def seconds_for(self, work: float) -> int:
         """In which so much is done, in whole seconds from 1 on."""
         with self._lock:
-            began, _ = self._done[0]
-            last, _ = self._done[-1]
-            total = sum(each for _, each in list(self._done)[1:])
-        if total <= 0 or last <= began:
+            took, total = (sum(each[column] for each in self._done) for column in (0, 1))
+        if total <= 0 or took <= 0:
             return UNKNOWN_S
-        return min(LONGEST_S, max(1, math.ceil(work * (last - began) / total)))
+        return min(LONGEST_S, max(1, math.ceil(work * took / total)))

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from cineline.core.config import ParallelConfig
 from cineline.core.family import FamilySpec, StoredFamily
@@ -119,7 +119,7 @@ class Server(uvicorn.Server):
     """uvicorn's, which at the first signal answers on until the engine has ended."""
 
     def __init__(
-        self, app: FastAPI, service: Service, dispatcher: Dispatcher, listening: socket.socket, grace_s: float
+        self, app: ASGIApp, service: Service, dispatcher: Dispatcher, listening: socket.socket, grace_s: float
     ) -> None:
         super().__init__(
             uvicorn.Config(

@@ -76,10 +76,12 @@ class Service:
     ) -> None:
         self.stopping = False
         self.names = names
+        self._outcomes = outcomes
         self._spec, self._dispatcher, self._pace = spec, dispatcher, outcomes.pace
         self._settings, self._store, self._folder = outcomes.settings, outcomes.store, outcomes.folder
         self._orders = Orders(spec, names, defaults, self._settings.fit_sizes, self._check)
         self._taking = threading.Lock()
+        self._open: dict[str, tuple[int, list[tuple[StoredJob, VideoObject]]]] = {}
 
     @property
     def is_ready(self) -> bool:
@@ -102,8 +104,8 @@ class Service:
 
     def create(
         self, client: Client, fields: Mapping[str, Any], images: Mapping[str, Image.Image], key: str | None
-    ) -> VideoObject:
-        """Queue a job; it is on the disk when this returns.
+    ) -> tuple[VideoObject, bool]:
+        """Queue a job, which is on the disk when this returns; false with one that the client's key has made before.
 
         Raises:
             Refusal: it cannot be made, or not now.
@@ -111,13 +113,13 @@ class Service:
         order = self._orders.read(fields, images, client.priority)
         same = Idempotency.of(key, fields, images)
         if (before := self._same(client, same)) is not None:
-            return before
+            return before, False
         self._check_limits(client, order)  # before anything is written
         new = self._new(client, order, same)
         try:
             with self._taking:  # so that limits hold, and a key makes one job
                 if (before := self._same(client, same)) is not None:
-                    return before
+                    return before, False
                 self._check_limits(client, order)
                 self._store.add(new)
         except sqlite3.Error as error:
@@ -126,7 +128,7 @@ class Service:
             if self._store.get(new.id) is None:
                 self._folder.remove(new.id)
         self._dispatcher.wake()
-        return self.get(client, new.id)
+        return self.get(client, new.id), True
 
     def _same(self, client: Client, same: Idempotency | None) -> VideoObject | None:
         """The job that the client's key has made before."""
@@ -197,9 +199,22 @@ class Service:
         return self._shown(self._own(client, job), handles)
 
     def open_jobs(self, client: Client) -> list[VideoObject]:
-        """A client's jobs that wait or run, in order."""
-        handles = self._handles
-        return [self._shown(job, handles) for job in self._store.in_state(*OPEN) if job.owner == client.name]
+        """A client's jobs that wait or run, in order. Only what changes is made anew, however many ask how often."""
+        handles, changes = self._handles, self._store.changes
+        before, found = self._open.get(client.name, (-1, []))
+        if before != changes:
+            found = [(job, self._shown(job, {})) for job in self._store.open_of(client.name)]
+            self._open[client.name] = changes, found
+        return [self._shown(job, handles) if job.id in handles else video for job, video in found]
+
+    def ended_since(self, client: Client, moment: float) -> list[VideoObject]:
+        """A client's jobs that ended then or later, in order."""
+        return [self._shown(job, {}) for job in self._store.ended_since(client.name, moment)]
+
+    @property
+    def changes(self) -> int:
+        """Of jobs' states so far."""
+        return self._store.changes
 
     def page(self, client: Client, after: str | None, limit: int, order: str) -> VideoPage:
         """Jobs behind that one, newest first or oldest first.
@@ -228,11 +243,14 @@ class Service:
         """The job and its files are gone; what runs of it stops.
 
         Raises:
-            Refusal: there is none.
+            Refusal: there is none, or the disk is too full even for that.
         """
         stored = self._own(client, job)
-        self._store.remove(stored.id)
-        self._folder.remove(stored.id)
+        try:
+            self._outcomes.remove(stored.id)
+        except sqlite3.Error as error:
+            words = f"The job cannot be deleted ({reason(error)}): try again."
+            raise Refusal(DISK_STATUS, words, "storage_full", retry_after_s=60) from None
         self._dispatcher.cancel(stored.id)
         return stored.id
 
@@ -273,12 +291,7 @@ class Service:
         said = job.said
         steps = said["num_inference_steps"]
         progress = 100 if job.state == "completed" else min(99, 100 * (step + decoded) // (steps + (chunks or 0)))
-        took = None
-        if job.state == "completed" and job.completed_at is not None and job.started_at is not None:
-            took = round(job.completed_at - job.started_at, 3)
-        error = None
-        if job.error_code is not None:
-            error = JobError(code=job.error_code, message=job.error_message or "")
+        error = _error(job)
         return VideoObject(
             id=job.id,
             status=status,
@@ -292,9 +305,20 @@ class Service:
             decoded=decoded,
             chunks=chunks,
             restarts=restarts,
-            inference_time_s=took,
+            inference_time_s=_took(job),
             **said,
         )
+
+
+def _error(job: StoredJob) -> JobError | None:
+    return None if job.error_code is None else JobError(code=job.error_code, message=job.error_message or "")
+
+
+def _took(job: StoredJob) -> float | None:
+    """Seconds of one that is done."""
+    if job.state != "completed" or job.completed_at is None or job.started_at is None:
+        return None
+    return round(job.completed_at - job.started_at, 3)
 
 
 def _unkept(error: Exception) -> Refusal:

@@ -50,6 +50,7 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE UNIQUE INDEX IF NOT EXISTS by_key ON jobs (owner, idempotency_key) WHERE idempotency_key IS NOT NULL;
 CREATE INDEX IF NOT EXISTS by_state ON jobs (state, number);
 CREATE INDEX IF NOT EXISTS by_owner ON jobs (owner, number);
+CREATE INDEX IF NOT EXISTS by_end ON jobs (owner, completed_at);
 """
 
 
@@ -112,11 +113,15 @@ class NewJob:
 class Store:
     """A database of jobs; for any thread. Readers do not wait for who writes.
 
+    Attributes:
+        changes: counted so far; who asks for it first and for jobs then has none that are older.
+
     Raises:
         OutputError: it cannot be opened. InvalidConfig: it is another version's.
     """
 
     def __init__(self, path: Path) -> None:
+        self.changes = 0
         try:
             self._writer, self._reader = _connected(path), _connected(path)
             self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
@@ -152,7 +157,9 @@ class Store:
     def _change(self, statement: str, values: Sequence[Any]) -> int:
         """How many rows it changed; they are on the disk."""
         with self._write_lock:
-            return self._writer.execute(statement, values).rowcount
+            changed = self._writer.execute(statement, values).rowcount
+            self.changes += 1
+            return changed
 
     def _ask(self, question: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         with self._read_lock, closing(self._reader.execute(question, values)) as cursor:
@@ -195,6 +202,16 @@ class Store:
         marks = ", ".join("?" * len(states))
         question = f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY number"
         return list(map(StoredJob.of, self._ask(question, states)))
+
+    def open_of(self, owner: str) -> list[StoredJob]:
+        """An owner's jobs that wait or run, in order."""
+        question = "SELECT * FROM jobs WHERE owner = ? AND state IN (?, ?) ORDER BY number"
+        return list(map(StoredJob.of, self._ask(question, (owner, *OPEN))))
+
+    def ended_since(self, owner: str, moment: float) -> list[StoredJob]:
+        """An owner's jobs that ended then or later, in order."""
+        question = "SELECT * FROM jobs WHERE owner = ? AND completed_at >= ? ORDER BY completed_at, number"
+        return list(map(StoredJob.of, self._ask(question, (owner, moment))))
 
     def waiting(self) -> list[Waiting]:
         """What is queued, in order, as far as its turn depends on it."""
