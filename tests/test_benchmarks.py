@@ -87,7 +87,7 @@ def test_memory_divides_the_weights(tmp_path: Path, monkeypatch: MonkeyPatch) ->
     monkeypatch.setitem(memory.THIRDS, "t2v", RandomConfig("t2v", seed=1))
     monkeypatch.setattr(memory, "bare_bytes", nothing)
     one, two = found("memory --pp 2", tmp_path, monkeypatch)["rows"]
-    assert sum(two["read"]) == sum(one["read"]) > 0
+    assert 0 < sum(one["read"]) < sum(two["read"]) < 1.05 * sum(one["read"])  # the patch embedding twice
     assert one["share"] == 1
     assert len(two["resident"]) == 2
     assert min(two["resident"]) > 1e7  # the libraries

@@ -326,7 +326,7 @@ def test_a_last_image_is_fitted_as_the_first(image_engine: Engine, i2v: Path, or
     given = picture(2, 50, 32)
     handle = image_engine.submit(pictured(last_image=given, fit="crop"))
     ready = pictured(last_image=fitted(given, 32, 32, "crop"))
-    assert handle.fitting == ", image 32x32, image 50x32 cropped to 32x32"
+    assert handle.fitting == ", image 32x32, last image 50x32 cropped to 32x32"
     assert_equal(handle.result(60), oracle.run(i2v, "float32", ready))
 
 

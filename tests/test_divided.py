@@ -148,12 +148,16 @@ class DecodingHandle:
     """A request whose chunks come when the test says so."""
 
     def __init__(self) -> None:
-        self.job = SimpleNamespace(fps=8)
+        self.job = SimpleNamespace(fps=8, preview=None)
+        self.describe = None
         self.chunks: list[np.ndarray] = []
 
     def take_frames(self) -> list[np.ndarray]:
         taken, self.chunks = self.chunks, []
         return taken
+
+    def take_previews(self) -> list[np.ndarray]:
+        return []
 
     def result(self, timeout: float) -> Video:
         frames = self.take_frames()
