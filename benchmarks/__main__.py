@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from cineline.bench.measure import plain
+from cineline.bench.measure import beside_first, plain
 from cineline.bench.report import machine, report
 from cineline.cli import run
 from cineline.cli.options import InFlight, Json, Runs, axes_of, one_of, teller, whole_numbers
@@ -129,12 +129,12 @@ def preview(
     json: Json = None,
 ) -> None:
     """What a preview at every step costs: 8 blocks of width 512 at 1,536 tokens."""
-    from benchmarks.preview import COLUMNS, PreviewCase, rows, time_previews
+    from benchmarks.preview import COLUMNS, PreviewCase, time_previews
 
     case = PreviewCase(pp, requests, steps, runs)
     results = time_previews(case, DeviceConfig("cpu", pin_cores=True), teller())
     title = f"A preview at each of {steps} steps, pp={pp}, M={requests}, float32, {runs} runs: median (range)"
-    _report(title, COLUMNS, rows(case, results), {"case": asdict(case), "runs": plain(results)}, json)
+    _report(title, COLUMNS, beside_first(results, requests), {"case": asdict(case), "runs": plain(results)}, json)
 
 
 @app.command()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from cineline.bench.line import LineCase, time_requests
-from cineline.bench.measure import Run, Summary, interleave, others, ratios
+from cineline.bench.measure import Run, interleave
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
@@ -56,16 +56,3 @@ def time_previews(case: PreviewCase, config: DeviceConfig, tell: Callable[[str],
         time_requests(engine, ways[EACH][:1])
         arms = {name: partial(time_requests, engine, requests) for name, requests in ways.items()}
         return interleave(arms, case.pairs, tell)
-
-
-def rows(case: PreviewCase, results: dict[str, list[Run]]) -> list[list[str]]:
-    """A row of `COLUMNS` for each arm."""
-    return [
-        [name, str(Summary.of([run.seconds / case.in_flight for run in own])), _share(results[NONE], own), others(own)]
-        for name, own in results.items()
-    ]
-
-
-def _share(base: Sequence[Run], arm: Sequence[Run]) -> str:
-    ratio = ratios(base, arm)
-    return f"{ratio.median:.1%} ({ratio.low:.1%} to {ratio.high:.1%})"

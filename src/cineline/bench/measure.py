@@ -126,3 +126,15 @@ def others(runs: Sequence[Run]) -> str:
 def ratios(base: Sequence[Run], arm: Sequence[Run]) -> Summary:
     """How many times faster than the base the arm was, round by round."""
     return Summary.of([one.seconds / other.seconds for one, other in zip(base, arm, strict=True)])
+
+
+def beside_first(results: Mapping[str, Sequence[Run]], requests: int) -> list[list[str]]:
+    """A row for each arm: its name, seconds a request, throughput as a share of the first one's, and others' CPU."""
+    base = next(iter(results.values()))
+    rows = []
+    for name, own in results.items():
+        share = ratios(base, own)
+        each = Summary.of([run.seconds / requests for run in own])
+        told = f"{share.median:.1%} ({share.low:.1%} to {share.high:.1%})"
+        rows.append([name, str(each), told, others(own)])
+    return rows

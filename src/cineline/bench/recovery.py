@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cineline.bench.line import LineCase, time_requests
-from cineline.bench.measure import Run, Summary, interleave, others, ratios
+from cineline.bench.measure import Run, interleave
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.engine.api import Engine
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
@@ -55,16 +55,3 @@ def time_recovery(case: RecoveryCase, config: DeviceConfig, tell: Callable[[str]
             time_requests(engine, requests[:1])
             arms[name] = partial(time_requests, engine, requests)
         return interleave(arms, case.pairs, tell)
-
-
-def rows(case: RecoveryCase, results: dict[str, list[Run]]) -> list[list[str]]:
-    """A row of `COLUMNS` for each arm."""
-    return [
-        [name, str(Summary.of([run.seconds / case.in_flight for run in own])), _share(results[NONE], own), others(own)]
-        for name, own in results.items()
-    ]
-
-
-def _share(base: Sequence[Run], arm: Sequence[Run]) -> str:
-    ratio = ratios(base, arm)
-    return f"{ratio.median:.1%} ({ratio.low:.1%} to {ratio.high:.1%})"

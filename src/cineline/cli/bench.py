@@ -119,8 +119,8 @@ def recovery(
     json: Json = None,
 ) -> None:
     """What snapshots cost: 8 blocks of width 512 at 1,536 tokens, without them, with them, and on disk."""
-    from cineline.bench.measure import plain
-    from cineline.bench.recovery import COLUMNS, RecoveryCase, rows, time_recovery
+    from cineline.bench.measure import beside_first, plain
+    from cineline.bench.recovery import COLUMNS, RecoveryCase, time_recovery
     from cineline.bench.report import machine, report
 
     config = DeviceConfig(**devices, pin_cores=devices["device"] == "cpu")
@@ -129,7 +129,7 @@ def recovery(
     report(
         f"A snapshot every {snapshot_every} steps, {arm}, M={in_flight}, {config.dtype}, {runs} runs: median (range)",
         COLUMNS,
-        rows(case, results),
+        beside_first(results, in_flight),
         {"machine": machine(config.device), "case": asdict(case), "runs": plain(results)},
         json,
     )

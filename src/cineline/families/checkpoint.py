@@ -1,17 +1,22 @@
-"""A checkpoint in diffusers format, of a family that takes it as it is (no torch)."""
+"""A checkpoint in diffusers format, of a family that takes it as it is and has one stack of blocks (no torch)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, ClassVar
 
+from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
+from cineline.core.hardware import Device, Link
 from cineline.core.lora import Lora, LoraMode
-from cineline.core.request import IMAGES, VideoRequest
+from cineline.core.request import IMAGES, Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidRequest, shown
 from cineline.families.configs import read_json
+from cineline.families.stack import StackCosts, StackLine
+from cineline.planning.cut import default_cut
 
 DEFAULTS_FILE = "cineline.json"
 
@@ -23,8 +28,8 @@ NO_DEFAULTS = ("prompt", "decode", "loras", *IMAGES, "preset", "num_videos", "fi
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What `StoredFamily` asks for, where there are no files beside the folder and no LoRAs.
+class Checkpoint(ABC):
+    """What `StoredFamily` asks for, where there are no files beside the folder and no LoRAs, and `PlannedFamily`.
 
     Attributes:
         folder: holds `model_index.json` and a folder for each component.
@@ -36,6 +41,34 @@ class Checkpoint:
     configs: Mapping[str, Mapping[str, Any]]
     defaults: Mapping[str, Any]
     variant: str | None = None
+
+    line_class: ClassVar[type[StackLine]]
+    """What items cost on one division."""
+
+    @abstractmethod
+    def costs(self, dtype: Dtype, vae_dtype: Dtype) -> StackCosts:
+        """See `PlannedFamily.costs`."""
+
+    def cut(self, parallel: ParallelConfig, config: DeviceConfig) -> tuple[Cut, ...]:
+        """See `FamilySpec.cut`."""
+        costs = self.costs(config.dtype, config.vae_dtype)
+        return default_cut(costs, parallel).cut(costs.blocks, costs.text_layers, len(costs.decoder_bytes))
+
+    def line(
+        self,
+        parallel: ParallelConfig,
+        devices: Sequence[Device],
+        link: Link,
+        job: Job,
+        dtype: Dtype = "float32",
+        vae_dtype: Dtype = "float32",
+    ) -> StackLine:
+        """See `PlannedFamily.line`."""
+        return self.line_class(self, self.costs(dtype, vae_dtype), parallel, tuple(devices), link, job)
+
+    def example(self, fields: Mapping[str, Any]) -> VideoRequest:
+        """See `PlannedFamily.example`."""
+        return VideoRequest(prompt="an example", **fields)
 
     @property
     def files(self) -> Mapping[str, Path]:

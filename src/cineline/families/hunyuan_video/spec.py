@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
-from cineline.core.hardware import Device, Link
+from cineline.core.config import Dtype, ParallelConfig
 from cineline.core.request import Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidRequest, shown
 from cineline.families.checkpoint import Checkpoint, check_plain, own_defaults, read_configs
 from cineline.families.fields import Fields
 from cineline.families.hunyuan_video.costs import HunyuanCosts, HunyuanLine
 from cineline.families.placing import heads_alone
-from cineline.planning.cut import default_cut
 
 CLASSES = {
     "transformer": "HunyuanVideo15Transformer3DModel",
@@ -69,6 +67,7 @@ class HunyuanVideoSpec(Checkpoint):
     `PlannedFamily` ask for."""
 
     stages_class: ClassVar[str] = "cineline.families.hunyuan_video.stages:HunyuanVideoStages"
+    line_class = HunyuanLine
 
     @classmethod
     def open(cls, folder: Path, variant: str | None = None) -> HunyuanVideoSpec:
@@ -120,30 +119,9 @@ class HunyuanVideoSpec(Checkpoint):
         """See `FamilySpec.place`."""
         return heads_alone(parallel, int(self.configs["transformer"].get("num_attention_heads", 16)))
 
-    def cut(self, parallel: ParallelConfig, config: DeviceConfig) -> tuple[Cut, ...]:
-        """See `FamilySpec.cut`."""
-        costs = self.costs(config.dtype, config.vae_dtype)
-        return default_cut(costs, parallel).cut(costs.blocks, costs.text_layers, len(costs.decoder_bytes))
-
     def costs(self, dtype: Dtype, vae_dtype: Dtype) -> HunyuanCosts:
         """See `PlannedFamily.costs`."""
         return HunyuanCosts.of(self.configs, dtype, vae_dtype)
-
-    def line(
-        self,
-        parallel: ParallelConfig,
-        devices: Sequence[Device],
-        link: Link,
-        job: Job,
-        dtype: Dtype = "float32",
-        vae_dtype: Dtype = "float32",
-    ) -> HunyuanLine:
-        """See `PlannedFamily.line`."""
-        return HunyuanLine(self, self.costs(dtype, vae_dtype), parallel, tuple(devices), link, job)
-
-    def example(self, fields: Mapping[str, Any]) -> VideoRequest:
-        """See `PlannedFamily.example`."""
-        return VideoRequest(prompt="an example", **fields)
 
     def resolve(self, request: VideoRequest, number: int) -> HunyuanJob:
         """See `FamilySpec.resolve`. Guidance is off where its scale is 1, as in diffusers' `ClassifierFreeGuidance`."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cineline.core.config import Cut, DeviceConfig, Dtype, ParallelConfig
-from cineline.core.hardware import Device, Link
+from cineline.core.config import Dtype, ParallelConfig
 from cineline.core.request import Branch, Job, VideoRequest
 from cineline.errors import CheckpointError, InvalidRequest, reason, shown
 from cineline.families.checkpoint import Checkpoint, check_plain, own_defaults, read_configs
@@ -18,7 +17,6 @@ from cineline.families.fields import Fields
 from cineline.families.placing import heads_alone
 from cineline.families.qwen_image.costs import QwenCosts, QwenLine
 from cineline.families.qwen_image.prompts import DROPPED, LONGEST, MOST_TEXT, TEMPLATE
-from cineline.planning.cut import default_cut
 
 CLASSES = {
     "transformer": "QwenImageTransformer2DModel",
@@ -75,6 +73,7 @@ class QwenImageSpec(Checkpoint):
     """A Qwen-Image checkpoint in diffusers format: what `FamilySpec` and `PlannedFamily` ask for."""
 
     stages_class: ClassVar[str] = "cineline.families.qwen_image.stages:QwenImageStages"
+    line_class = QwenLine
 
     @classmethod
     def open(cls, folder: Path, variant: str | None = None) -> QwenImageSpec:
@@ -113,30 +112,9 @@ class QwenImageSpec(Checkpoint):
         transformer = self.configs["transformer"]
         return heads_alone(parallel, int(transformer.get("num_attention_heads", 24)))
 
-    def cut(self, parallel: ParallelConfig, config: DeviceConfig) -> tuple[Cut, ...]:
-        """See `FamilySpec.cut`."""
-        costs = self.costs(config.dtype, config.vae_dtype)
-        return default_cut(costs, parallel).cut(costs.blocks, costs.text_layers, len(costs.decoder_bytes))
-
     def costs(self, dtype: Dtype, vae_dtype: Dtype) -> QwenCosts:
         """See `PlannedFamily.costs`."""
         return QwenCosts.of(self.configs, dtype, vae_dtype)
-
-    def line(
-        self,
-        parallel: ParallelConfig,
-        devices: Sequence[Device],
-        link: Link,
-        job: Job,
-        dtype: Dtype = "float32",
-        vae_dtype: Dtype = "float32",
-    ) -> QwenLine:
-        """See `PlannedFamily.line`."""
-        return QwenLine(self, self.costs(dtype, vae_dtype), parallel, tuple(devices), link, job)
-
-    def example(self, fields: Mapping[str, Any]) -> VideoRequest:
-        """See `PlannedFamily.example`."""
-        return VideoRequest(prompt="an example", **fields)
 
     def resolve(self, request: VideoRequest, number: int) -> QwenJob:
         """See `FamilySpec.resolve`. There is one frame, and guidance is true classifier-free guidance."""
