@@ -27,8 +27,6 @@ FIELDS = ("line", "seed", "video")
 DIGITS = re.compile(r"0?[0-9]{0,2}")
 """What may stand behind a field's colon."""
 
-DEFAULT_NAME = "{line:04}"
-
 
 def check_name(outputs: Outputs, is_batch: bool) -> None:
     """Refuse a template that names no file, and contradictions.
