@@ -227,12 +227,12 @@ def test_a_full_disk_refuses_new_jobs_and_keeps_the_old(
     with serving(model, tmp_path / "data", step_s=0.05, in_flight=1) as client:
         done, running = create(client)["id"], create(client, num_inference_steps=8)["id"]
         wait_done(client, done)
-        monkeypatch.setattr(files, "RESERVE", 2**62)
-        answer = client.post("/v1/videos", json={"prompt": "a cat"})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (507, "storage_full")
-        assert wait_done(client, running)["status"] == "completed"
-        assert client.get(f"/v1/videos/{done}/content").status_code == 200
-        monkeypatch.undo()
+        with monkeypatch.context() as full:
+            full.setattr(files, "RESERVE", 2**62)
+            answer = client.post("/v1/videos", json={"prompt": "a cat"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (507, "storage_full")
+            assert wait_done(client, running)["status"] == "completed"
+            assert client.get(f"/v1/videos/{done}/content").status_code == 200
         assert wait_done(client, create(client)["id"])["status"] == "completed"
 
 

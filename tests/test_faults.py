@@ -325,7 +325,8 @@ def test_what_is_not_finite_in_wan_stays_in_its_request(
     plan(*faults)
     folder, wanted = checkpoint(RandomConfig()), wan(1)
     with Engine(folder, parallel, device="cpu") as line:
-        handles = [line.submit(wan(0)) for _ in kinds]
+        # Prompts of their own: those that share a kept embedding share what spoils it, until that has been told.
+        handles = [line.submit(wan(0, prompt=f"{kind} red", negative_prompt=f"{kind} blue")) for kind in kinds]
         right = line.submit(wanted)
         for handle, fault in zip(handles, faults, strict=True):
             assert_named(handle, fault, parallel.place(fault["rank"]).pp)
@@ -358,9 +359,16 @@ def test_a_device_without_memory_fails_wan(plan: Plan, checkpoint: Checkpoint) -
         line.submit(wan(0)).result(2 * LIMIT_S)
 
 
-def wan(seed: int) -> VideoRequest:
+def wan(seed: int, prompt: str = "a red square", negative_prompt: str = "") -> VideoRequest:
     return VideoRequest(
-        prompt="a red square", height=64, width=64, num_frames=5, num_inference_steps=3, guidance_scale=3.0, seed=seed
+        prompt=prompt,
+        negative_prompt=negative_prompt,
+        height=64,
+        width=64,
+        num_frames=5,
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        seed=seed,
     )
 
 
