@@ -47,8 +47,8 @@ from cineline.core.config import DeviceConfig, Dtype, Place
 from cineline.core.lora import Lora
 from cineline.core.request import drawn
 from cineline.engine.hub import open_model
-from cineline.engine.identity import identity_of
 from cineline.engine.lora import add_loras
+from cineline.families.identity import identity_of
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.lora_keys import adapters
