@@ -18,8 +18,14 @@ from cineline.errors import InvalidConfig, reason, shown
 
 LOOK_EVERY_S = 0.2
 
+OPEN_LIMIT = timedelta(seconds=15)
+"""For torchrun's store to take a call: it is there before any rank is started, and may have gone since."""
+
 VISIT_LIMIT = timedelta(minutes=5)
-"""For a store to be there that another process opens."""
+"""The same for one that rank 0's own process opens, once it has loaded torch."""
+
+WAIT_LIMIT = timedelta(minutes=30)
+"""For what others are to put there, while ranks meet each other."""
 
 NAME_LIMIT = 255
 """Characters of what a rank says of its host."""
@@ -90,7 +96,10 @@ class Rendezvous:
         """
         from torch.distributed.rendezvous import rendezvous
 
-        return cls._open(lambda: next(rendezvous("env://"))[0])
+        shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        joined = cls._open(lambda: next(rendezvous("env://", timeout=OPEN_LIMIT if shared else WAIT_LIMIT))[0])
+        joined.store.set_timeout(WAIT_LIMIT)
+        return joined
 
     @classmethod
     def visit(cls) -> Rendezvous:
