@@ -15,7 +15,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from cineline import errors
 from cineline.errors import CinelineError
 
 LENGTH = struct.Struct("<I")
+
+AS_IT_IS = frozenset((type(None), bool, int, float, str))
+"""Classes that JSON has; not those that are derived from them."""
 
 PIXELS = "RGB"
 """The mode of images that travel."""
@@ -71,12 +74,20 @@ class Codec:
 
     def _plain(self, value: Any, blobs: list[bytes | memoryview]) -> Any:
         """As JSON has it; what it has not goes to the blobs."""
-        many = partial(map, lambda one: self._plain(one, blobs))
+        kind = type(value)
+        if kind in AS_IT_IS:  # most of them
+            return value
+
+        def many(values: Iterable[Any]) -> list[Any]:
+            return [self._plain(one, blobs) for one in values]
+
+        if (names := _fields_of(kind)) is not None:
+            return {"of": [self._name(kind), names, many(getattr(value, name) for name in names)]}
         match value:
             case Enum():
-                return {"enum": [self._name(type(value)), value.value]}
-            case None | bool() | str():
-                return value
+                return {"enum": [self._name(kind), value.value]}
+            case str():
+                return str(value)
             case int():
                 return int(value)
             case float():  # numpy's float64 is one, too
@@ -97,13 +108,12 @@ class Codec:
             case CinelineError():
                 return {"error": self._plain(_parts_of(value), blobs)}
             case list():
-                return list(many(value))
+                return many(value)
             case Mapping():
-                return {"map": [list(many(pair)) for pair in value.items()]}
-            case tuple() if not hasattr(value, "_fields"):
-                return {"tuple": list(many(value))}
-        fields = _fields_of(value)
-        return {"of": [self._name(type(value)), list(fields), list(many(fields.values()))]}
+                return {"map": [many(pair) for pair in value.items()]}
+            case tuple():
+                return {"tuple": many(value)}
+        raise TypeError(f"{kind.__qualname__} cannot travel: use dataclasses, and numbers, texts and the like")
 
     def _value(self, reader: _Reader, tagged: dict[str, Any]) -> Any:
         """What an object of the header is; whatever it holds has been read."""
@@ -144,7 +154,7 @@ class Codec:
             found = importlib.import_module(module)
             for part in path.split("."):
                 found = getattr(found, part)
-        if not isinstance(found, type) or not issubclass(found, base) or not _is_plain(found):
+        if not isinstance(found, type) or not issubclass(found, base) or (base is object and _fields_of(found) is None):
             raise ValueError(f"{name[:80]!r} is no class that is read here")
         return found
 
@@ -172,21 +182,14 @@ class _Reader:
             raise ValueError(f"{len(self._view) - self._at} bytes are left over")
 
 
-def _is_plain(kind: type) -> bool:
-    """Whether its constructor takes its fields."""
-    named = issubclass(kind, tuple) and hasattr(kind, "_fields")
-    return dataclasses.is_dataclass(kind) or named or issubclass(kind, (BaseModel, Enum))
-
-
-def _fields_of(value: Any) -> dict[str, Any]:
-    """What its constructor takes, by name."""
-    if not _is_plain(type(value)):
-        raise TypeError(f"{type(value).__qualname__} cannot travel: use dataclasses, and numbers, texts and the like")
-    if isinstance(value, BaseModel):
-        return dict(value)
-    if isinstance(value, tuple):
-        return dict(zip(value._fields, value, strict=True))  # type: ignore[attr-defined]
-    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value) if each.init}
+@cache
+def _fields_of(kind: type) -> list[str] | None:
+    """What its constructor takes, by name; None where it is no class of fields."""
+    if issubclass(kind, BaseModel):
+        return list(kind.model_fields)
+    if issubclass(kind, tuple):
+        return list(kind._fields) if hasattr(kind, "_fields") else None
+    return [each.name for each in dataclasses.fields(kind) if each.init] if dataclasses.is_dataclass(kind) else None
 
 
 def _parts_of(error: CinelineError) -> list[Any]:
