@@ -15,6 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from oracle import Checkpoint, Oracle
 from safetensors.torch import load_file, save_file
 from served import SMALL, small_model
@@ -129,6 +130,32 @@ def test_the_interface_is_that_of_the_address_unless_one_is_named(
     monkeypatch.setenv(INTERFACES, "eth7")
     choose_interface(0, "127.0.0.1")
     assert os.environ[INTERFACES] == "eth7"
+
+
+def test_a_rank_leaves_word_whatever_keeps_it_from_coming(
+    rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rendezvous, "join", lambda: rendezvous)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(InvalidConfig, match="MASTER_ADDR='no-such-host.invalid' is no host that can be found"):
+        meeting.meet_engine()
+    with pytest.raises(RankFailed, match="Rank 1 failed: MASTER_ADDR='no-such-host.invalid' is no host"):
+        gather(rendezvous, 2, Runs(), LIMIT_S)
+    monkeypatch.setattr(meeting, "address_of_master", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        meeting.meet_engine()
+    with pytest.raises(RankFailed, match="Rank 1 failed: ZeroDivisionError: division by zero"):
+        gather(rendezvous, 2, Runs(), LIMIT_S)
+
+
+def test_a_rank_says_what_it_is(rendezvous: Rendezvous, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    rendezvous.say(meeting._hello(5, "127.0.1.1"))
+    (said,) = rendezvous.hellos([4, 5]).values()
+    assert (said.rank, said.local_rank, said.dials, said.address) == (5, 3, "127.0.1.1", "127.0.0.1")
+    assert said.versions["torch"] == torch.__version__.partition("+")[0] or "+" in said.versions["torch"]
 
 
 # The key.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import sys
 
-from cineline.cli.options import Given
+from cineline.cli.options import Given, one_of
 from cineline.core.config import AXES, DeviceConfig
-from cineline.engine.blueprint import default_device
+from cineline.engine.blueprint import check_launcher, default_device
 from cineline.engine.hosts import serve_torchrun_rank
 from cineline.engine.launch import Launcher
-from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
-from cineline.errors import InvalidConfig, shown
+from cineline.engine.torchrun import torchrun_rank, torchrun_world
 
 LAUNCHER = "local or torchrun; torchrun inside its world."
 """The option's text."""
@@ -25,12 +24,9 @@ def launcher_of(name: str | None) -> Launcher:
     """
     if name is None:
         return "local" if torchrun_rank() is None else "torchrun"
-    if name == "local":
-        return "local"
-    if name != "torchrun":
-        raise InvalidConfig(f"launcher={shown(name)} is not known: use local or torchrun.")
-    need_torchrun()
-    return "torchrun"
+    launcher: Launcher = one_of("launcher", name, Launcher)
+    check_launcher(launcher)
+    return launcher
 
 
 def stages_of(line: Given, launcher: Launcher) -> int:
