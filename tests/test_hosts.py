@@ -139,9 +139,9 @@ def test_a_rank_leaves_word_whatever_keeps_it_from_coming(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
-    with pytest.raises(InvalidConfig, match="MASTER_ADDR='no-such-host.invalid' is no host that can be found"):
+    with pytest.raises(InvalidConfig, match=r"MASTER_ADDR='no-such-host\.invalid' is no host that can be found"):
         meeting.meet_engine()
-    with pytest.raises(RankFailed, match="Rank 1 failed: MASTER_ADDR='no-such-host.invalid' is no host"):
+    with pytest.raises(RankFailed, match=r"Rank 1 failed: MASTER_ADDR='no-such-host\.invalid' is no host"):
         gather(rendezvous, 2, Runs(), LIMIT_S)
     monkeypatch.setattr(meeting, "address_of_master", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
