@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from cineline.core.request import Branch, Group, Job, Kind, Remembered, VideoReq
 from cineline.core.trace import Slice
 from cineline.engine.hub import open_model
 from cineline.errors import CinelineError, NotFinite, OutOfMemory, RankFailed
+from cineline.families import registry
 from cineline.families.wan.random_checkpoint import RandomConfig
 
 PLAIN = st.recursive(
@@ -128,6 +130,13 @@ def test_a_models_spec_travels(checkpoint: Checkpoint, kind: Any) -> None:
     image = Image.new("RGB", (64, 64)) if kind == "i2v" else None
     job = spec.resolve(VideoRequest(prompt="x", image=image), 3)
     assert FROM_ENGINE.decode(FROM_ENGINE.encode(job)) == job
+
+
+def test_the_specs_of_all_known_models_travel() -> None:
+    known = [spec for module in registry.KNOWN for spec in importlib.import_module(module).KNOWN.values()]
+    assert len(known) > 5 and len({type(spec) for spec in known}) == 3
+    for spec in known:
+        assert FROM_ENGINE.decode(FROM_ENGINE.encode(spec)) == spec
 
 
 class Foreign(RankFailed):
