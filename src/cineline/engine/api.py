@@ -123,10 +123,11 @@ class Engine:
         self._takes_snapshots = recovery.restarts > 0 or recovery.snapshot_dir is not None
         setup = blueprint.setup(self._trace is not None, recovery.snapshot_every if self._takes_snapshots else 0)
         fetch_weights(self.spec)
+        setup = blueprint.compared(setup)
         self._process = os.getpid()
         self._room = blueprint.room
         self._record = Record(recovery.snapshot_dir, blueprint.run)
-        self._ranks = Ranks(blueprint.launch, blueprint.compared(setup))
+        self._ranks = Ranks(blueprint.launch, setup)
         try:
             self.bytes_read = self._ranks.start()
             self._record.started()

@@ -105,7 +105,7 @@ class Blueprint:
         Raises:
             CheckpointError: a file cannot be read.
         """
-        if self.launcher == "local" or not spans_hosts() or not isinstance(self.spec, StoredFamily):
+        if self.launcher != "torchrun" or not spans_hosts() or not isinstance(self.spec, StoredFamily):
             return setup
         return replace(setup, identity=identity_of(self.spec, self.config.compare_weights == "content"))
 
