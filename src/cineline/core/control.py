@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import get_args
 
 import numpy as np
 
@@ -239,9 +240,9 @@ has come."""
 
 _GROUP, _DATA = b"g", b"d"
 
-_OF_RANKS = (StoreOpen, Ready, Begun, Done, Spoiled, Snapshot, Piece, Unkept, Beat, Failed, Timeline)
 _OF_THE_ENGINE = (Setup, Admit, Stop)
-_IN_THEM = (Group, WorkItem, Kind, Branch, Slice)
+_OF_RANKS = [kind for kind in get_args(Message) if kind not in _OF_THE_ENGINE]
+_IN_THEM = (WorkItem, Kind, Branch, Slice)
 _IN_THE_ENGINES = (ParallelConfig, Cut, DeviceConfig, Fault, Job, Remembered, KeyFrames, Lora)
 
 FROM_RANK = Codec([*_OF_RANKS, *_IN_THEM])
