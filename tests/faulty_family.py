@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import struct
 import sys
 import time
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from toy_family import ToySpec, ToyStages, ToyState
 
+from cineline.core.codec import Codec
 from cineline.core.control import Timeline
 from cineline.families.pipeline_parallel import StagePart
 from cineline.rank.engine_link import EngineLink
@@ -48,7 +48,7 @@ class FaultyStages(ToyStages):
             link = link_of_this_rank()
             if words[0] == "leave":
                 link.leave(Timeline((), {}))
-            body = b"p" + {"pickle": b"none", "message": pickle.dumps(3), "long": b""}[words[3]]
+            body = b"d" + {"data": b"none", "message": Codec([]).encode(3), "long": b""}[words[3]]
             size = 2**30 + 1 if words[3] == "long" else len(body)
             os.write(link.connection.fileno(), struct.pack("!i", size) + body)
         return super().run_blocks(state, step, states, text)

@@ -23,6 +23,7 @@ from faulty_family import FaultySpec, HeavySpec
 from forked_ranks import processes_of
 from test_engine import assert_right, own_ranks, request
 from toy_arithmetic import DECODER_UNITS
+from two_hosts import two_hosts
 
 from cineline import Engine, EngineClosed, ParallelConfig, RankFailed, RequestCancelled, WrongProcess
 from cineline.core import control
@@ -336,7 +337,7 @@ def test_a_rank_that_is_slow_is_not_mistaken_for_one_that_hangs(monkeypatch: pyt
 # Messages that cannot be read.
 
 
-@pytest.mark.parametrize("garbage", [b"p\x80\x05garbage", b"g123", b"", b"pcos\nno_such_name\n."])
+@pytest.mark.parametrize("garbage", [b"d\x80\x05garbage", b"g123", b"", b"pcos\nno_such_name\n.", b"d\x02\0\0\0{}"])
 def test_a_rank_that_cannot_read_what_it_is_told_says_so(garbage: bytes) -> None:
     with engine() as line:
         handle = line.submit(request("slow", num_inference_steps=2000))
@@ -346,7 +347,7 @@ def test_a_rank_that_cannot_read_what_it_is_told_says_so(garbage: bytes) -> None
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("garbage", ["pickle", "message", "long"])
+@pytest.mark.parametrize("garbage", ["data", "message", "long"])
 def test_what_the_engine_cannot_read_is_the_ranks_failure(garbage: str, stage: int) -> None:
     with engine() as line:
         handle = line.submit(request(f"garble {stage} 2 {garbage}"))
@@ -511,46 +512,23 @@ def test_a_caller_who_is_interrupted_leaves_no_word_half_said(monkeypatch: pytes
 
 # Two hosts.
 
-APART = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
-
-ON_EACH_HOST = """
-GLOO_SOCKET_IFNAME=$IFNAME exec {python} -m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank $NODE \
-    --master-addr $HOST --master-port 29500 {program}
-"""
-
 
 def test_a_host_that_is_cut_off_is_named_within_seconds_under_torchrun() -> None:
-    if subprocess.run(
-        [*APART, "ip", "link", "add", "va", "type", "veth", "peer", "vb"], capture_output=True
-    ).returncode:
-        pytest.skip("no network namespaces, or no veth, can be made here")
-    here = Path(__file__).parent
-    command = ON_EACH_HOST.format(python=sys.executable, program=here / "torchrun_toy.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*APART, "bash", here / "two_hosts.sh", "bash", "-c", command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ) as hosts:
-        try:
-            assert hosts.stdin is not None
-            assert hosts.stdout is not None
-            with killed_after(hosts, 2 * LIMIT_S):
-                assert hosts.stdout.readline() == "going\n"
-            hosts.stdin.write("unplug\n")
-            hosts.stdin.flush()
-            unplugged = time.monotonic()
-            with killed_after(hosts, LIMIT_S):
-                said = hosts.stdout.readline()
-            assert time.monotonic() - unplugged < 15
-            assert re.match("Rank 1 failed: (nothing was heard of it for 1|its connection closed)", said)
-            rest, _ = hosts.communicate(timeout=2 * LIMIT_S)  # both hosts' processes end
-            assert rest.splitlines() == ["host 0 ended with 1", "host 1 ended with 1"]
-        finally:
-            hosts.kill()
+    with two_hosts(str(Path(__file__).parent / "torchrun_toy.py"), plugged=True) as hosts:
+        assert hosts.stdin is not None
+        assert hosts.stdout is not None
+        with killed_after(hosts, 2 * LIMIT_S):
+            assert hosts.stdout.readline() == "going\n"
+        hosts.stdin.write("unplug\n")
+        hosts.stdin.flush()
+        unplugged = time.monotonic()
+        with killed_after(hosts, LIMIT_S):
+            said = hosts.stdout.readline()
+        assert time.monotonic() - unplugged < 15
+        assert re.match("Rank 1 failed: (nothing was heard of it for 1|its connection closed)", said)
+        assert "(10.9.0.2)" in said
+        rest, _ = hosts.communicate(timeout=2 * LIMIT_S)  # both hosts' processes end
+        assert rest.splitlines() == ["host 0 ended with 1", "host 1 ended with 1"]
 
 
 @pytest.fixture(autouse=True)

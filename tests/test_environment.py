@@ -19,8 +19,9 @@ from toy_family import ToySpec
 
 from cineline import Engine, InvalidConfig, ParallelConfig
 from cineline.core.config import MOST_THREADS, DeviceConfig, asked_threads
+from cineline.core.hosts import address_of_master
 from cineline.engine import launch
-from cineline.engine.torchrun import need_torchrun, torchrun_host, torchrun_rank, torchrun_world
+from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
 from cineline.errors import shown
 from cineline.transport.mesh import check_interfaces
 
@@ -59,7 +60,7 @@ def test_some_of_torchruns_variables_are_no_world(there: set[str], empty: set[st
         elif not missing:
             assert torchrun_rank() == 3
             assert torchrun_world() == (8, 2)
-            assert torchrun_host() == "127.0.0.1"
+            assert address_of_master() == "127.0.0.1"
             return
         else:
             with pytest.raises(InvalidConfig) as refused:

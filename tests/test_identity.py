@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from toy_family import ToySpec
 
 from cineline import CheckpointError, ModelFiles
-from cineline.engine import identity as identities
 from cineline.engine.hub import open_model
-from cineline.engine.identity import identity_of
+from cineline.families import identity as identities
+from cineline.families.identity import identity_of
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.spec import SOLVERS, WanSpec
 from cineline.weights.sources import open_source
@@ -123,7 +123,7 @@ def test_the_minis_are_two_models_and_a_family_of_ones_own_is_what_it_says() -> 
 
 def test_it_is_the_same_in_another_process_which_needs_no_torch() -> None:
     code = (
-        "import sys; from cineline.engine.hub import open_model; from cineline.engine.identity import identity_of; "
+        "import sys; from cineline.engine.hub import open_model; from cineline.families.identity import identity_of; "
         "print(identity_of(open_model('mini-t2v')), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -44,11 +43,12 @@ from test_weights import owner
 from cineline import CheckpointError, Engine, InvalidConfig, InvalidRequest, ModelFiles, ParallelConfig, VideoRequest
 from cineline.cli.resume import Order
 from cineline.core.config import DeviceConfig, Dtype, Place
+from cineline.core.control import FROM_ENGINE
 from cineline.core.lora import Lora
 from cineline.core.request import drawn
 from cineline.engine.hub import open_model
-from cineline.engine.identity import identity_of
 from cineline.engine.lora import add_loras
+from cineline.families.identity import identity_of
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.lora_keys import adapters
@@ -713,7 +713,7 @@ def test_what_a_request_may_name(folder: Path, tmp_path: Path) -> None:
         save_file(alone(**{name: torch.ones(shape)}), tmp_path / "merged.safetensors")
         with_loras(folder, str(tmp_path / "merged.safetensors"))
     spec = with_loras(folder, *(f"{file}@0.5" for file in files), mode="runtime")
-    assert pickle.loads(pickle.dumps(spec)) == spec
+    assert FROM_ENGINE.decode(FROM_ENGINE.encode(spec)) == spec
     for asked_for, names, scales in ((None, ("b", "a"), (1, 1)), (["a@2", "b"], ("a", "b"), (2, 1)), ([], (), ())):
         job = spec.resolve(asked("t2v", 1, loras=asked_for), 0)
         assert (job.loras, job.lora_scales) == (names, scales)

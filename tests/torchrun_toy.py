@@ -10,7 +10,7 @@ from faulty_family import FaultySpec
 
 from cineline import CinelineError, Engine, ParallelConfig, VideoRequest
 from cineline.core.config import DeviceConfig
-from cineline.engine.launch import serve_torchrun_rank
+from cineline.engine.hosts import serve_torchrun_rank
 from cineline.engine.torchrun import torchrun_world
 
 

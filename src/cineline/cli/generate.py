@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import typer
 
 from cineline.cli.batch import Outputs, Task, check_tasks, single_task, tasks_of_file
 from cineline.cli.files import check_name, settle_files
+from cineline.cli.launching import LAUNCHER, launcher_of, serve_where_not_first, stages_of
 from cineline.cli.options import FILES, Fields, Given, Lora, LoraWay, PromptCache, one_of, spread
 from cineline.cli.progress import RequestProgress, make_view
 from cineline.cli.resume import (
@@ -26,7 +25,7 @@ from cineline.cli.resume import (
     tell_how_to_resume,
     tells_metadata,
 )
-from cineline.core.config import AXES, DeviceConfig, ModelFiles, ParallelConfig
+from cineline.core.config import DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.lora import LoraMode
 from cineline.core.output import check_output
@@ -34,16 +33,14 @@ from cineline.core.recovery import Recovery
 from cineline.core.request import Job, VideoRequest
 from cineline.core.streams import console
 from cineline.engine.api import Engine
-from cineline.engine.blueprint import default_device
 from cineline.engine.folder import entries_in
 from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import MINIS, fetch_weights, missing_weights, open_model
-from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
+from cineline.engine.launch import PROGRESS
 from cineline.engine.lora import add_loras
 from cineline.engine.prompts import PROMPT_CACHE, bytes_of
 from cineline.engine.sink import Sink
-from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
-from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
+from cineline.errors import CinelineError, InvalidRequest, OutputError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +93,7 @@ def generate(
     line: Annotated[Given, Fields(ParallelConfig, panel=_PARALLEL, unset={"pp": "1, or torchrun's world"}, given=True)],
     in_flight: Annotated[int | None, _option(_PARALLEL, "Requests that denoise at once; fills the line.")] = None,
     devices: Annotated[Given, Fields(DeviceConfig, panel=_PARALLEL, unset=_CHOSEN, given=True)],
-    launcher: Annotated[str | None, _option(_PARALLEL, "local or torchrun; torchrun inside its world.")] = None,
+    launcher: Annotated[str | None, _option(_PARALLEL, LAUNCHER)] = None,
     quiet: Annotated[bool, _option(_RUN, "No progress, no settings.", "--quiet")] = False,
     no_metadata: Annotated[
         bool, _option(_RUN, "Files do not say what made them (cineline show).", "--no-metadata")
@@ -115,7 +112,7 @@ def generate(
     black, moving left, right, up or down, growing or shrinking, on a
     background of another of these colours. Other words do no harm.
     """
-    launch = _launcher(launcher)
+    launch = launcher_of(launcher)
     screen = console(stderr=True)
     order = Order(model, variant, files, line, devices, in_flight, lora or [], lora_mode)
     outputs = Outputs(output, output_dir, save_latents, name, skip_existing or None, overwrite or None)
@@ -124,10 +121,8 @@ def generate(
         recovery["snapshot_dir"] = resume
         order = order.resumed(resume)
     bytes_of(prompt_cache)
-    parallel = ParallelConfig(**{"pp": _stages(order.line, launch), **order.line})
-    if launch == "torchrun" and torchrun_rank() != 0:
-        config = DeviceConfig(**{"device": default_device(), **order.devices})
-        sys.exit(serve_torchrun_rank(config.rank_environment(torchrun_world()[1])))
+    parallel = ParallelConfig(**{"pp": stages_of(order.line, launch), **order.line})
+    serve_where_not_first(launch, order.devices)
 
     asked = [] if resume is not None else _tasks(prompt, requests, fields, outputs)
     if resume is not None and not entries_in(resume):
@@ -323,20 +318,3 @@ def _describe(job: Job) -> str:
         f"{job.width}x{job.height}, {job.num_frames} frames at {job.fps} fps, {job.steps} steps, "
         f"{guidance}{own}, seed {job.seed}"
     )
-
-
-def _stages(line: Given, launcher: Launcher) -> int:
-    """What the other axes leave of torchrun's world."""
-    others = math.prod(line.get(axis, 1) for axis in AXES if axis != "pp")
-    return torchrun_world()[0] // others or 1 if launcher == "torchrun" and others > 0 else 1
-
-
-def _launcher(name: str | None) -> Launcher:
-    if name is None:
-        return "local" if torchrun_rank() is None else "torchrun"
-    if name == "local":
-        return "local"
-    if name != "torchrun":
-        raise InvalidConfig(f"launcher={shown(name)} is not known: use local or torchrun.")
-    need_torchrun()
-    return "torchrun"

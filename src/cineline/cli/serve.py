@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cineline.cli.launching import LAUNCHER, launcher_of, serve_where_not_first, stages_of
 from cineline.cli.options import FILES, Fields, Given, Lora, LoraWay, PromptCache, one_of, spread
 from cineline.core.config import DeviceConfig, ModelFiles, ParallelConfig
 from cineline.core.extras import need
@@ -24,6 +25,7 @@ from cineline.server.settings import ServeConfig
 _LINE, _RUN, _SERVICE = "The line", "The run", "The service"
 _CHOSEN = {"device": "cuda where there is one", "dtype": "float32 on the CPU", "text_encoder": ""}
 _KEPT = ("snapshot_every", "restarts")
+_UNLESS_TORCHRUN = {"restarts": "3, under torchrun 0"}
 _DEFAULTS = {"skip_guidance_at_one": ""}
 """Of requests that leave it out."""
 
@@ -42,10 +44,11 @@ def serve(
     files: Annotated[Given, Fields(ModelFiles, panel=FILES)],
     lora: Lora = None,
     lora_mode: LoraWay = "merge",
-    line: Annotated[Given, Fields(ParallelConfig, panel=_LINE, unset={"pp": "1"}, given=True)],
+    line: Annotated[Given, Fields(ParallelConfig, panel=_LINE, unset={"pp": "1, or torchrun's world"}, given=True)],
     in_flight: Annotated[int | None, _option(_LINE, "Requests that denoise at once; fills the line.", min=1)] = None,
     devices: Annotated[Given, Fields(DeviceConfig, panel=_LINE, unset=_CHOSEN, given=True)],
-    recovery: Annotated[Given, Fields(Recovery, _KEPT, panel=_RUN)],
+    launcher: Annotated[str | None, _option(_LINE, LAUNCHER)] = None,
+    recovery: Annotated[Given, Fields(Recovery, _KEPT, panel=_RUN, unset=_UNLESS_TORCHRUN)],
     prompt_cache: PromptCache = PROMPT_CACHE,
     defaults: Annotated[Given, Fields(VideoRequest, list(_DEFAULTS), panel=_RUN, unset=_DEFAULTS)],
     service: Annotated[Given, Fields(ServeConfig, panel=_SERVICE, unset=_UNSET)],
@@ -58,16 +61,19 @@ def serve(
     quiet: Annotated[bool, _option(_RUN, "Say nothing.", "--quiet")] = False,
 ) -> None:
     """Serve OpenAI's videos API: POST /v1/videos and the rest, with jobs that survive any end of this process."""
+    launch = launcher_of(launcher)
+    serve_where_not_first(launch, devices)
     need("fastapi")
     hosts = [] if allow_image_hosts is None else [host.strip().lower() for host in allow_image_hosts.split(",")]
     settings = ServeConfig(**service, aliases=tuple(alias or ()), image_hosts=tuple(hosts))
     spec = open_model(model, variant, ModelFiles(**files))
     spec = add_loras(spec, lora or [], one_of("lora_mode", lora_mode, LoraMode))
-    parallel = spec.place(ParallelConfig(**line))
+    parallel = spec.place(ParallelConfig(**{"pp": stages_of(line, launch), **line}))
     from cineline.server.run import Served, serve
 
     def make_engine(snapshots: Path) -> Engine:
         own: Given = {"in_flight": in_flight, "prompt_cache": prompt_cache, "snapshot_dir": snapshots}
+        own["launcher"] = launch
         return Engine(spec, parallel, **own, **devices, **recovery)
 
     screen = console(stderr=True)

@@ -16,6 +16,9 @@ TextEncoder = Literal["resident", "reload", "cpu"]
 """Where a stage keeps its layers of the text encoder: on its device, there only while prompts are encoded, or in the
 host's memory, where they are run too."""
 
+Compared = Literal["samples", "content"]
+"""What of a checkpoint's weights hosts compare: headers and a sample of each tensor, or all bytes."""
+
 ExpertPlacement = Literal["shared", "split"]
 VaeDecode = Literal["layers", "rows", "tail", "tiled"]
 """How the VAE decodes: its layers cut over the stages (exact), the picture's rows shared out among them (close), all
@@ -371,6 +374,9 @@ class DeviceConfig:
     memory_gb: Annotated[float | None, "GB of each device, which refuses larger requests; as a GPU says of itself"] = (
         None
     )
+    compare_weights: Annotated[Compared, "Of several hosts: samples, or content, which reads all of the files"] = (
+        "samples"
+    )
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES and not self.allow_untested_device:
@@ -385,6 +391,9 @@ class DeviceConfig:
         if self.text_encoder not in get_args(TextEncoder):
             known = ", ".join(get_args(TextEncoder))
             raise InvalidConfig(f"text_encoder={shown(self.text_encoder)} is not known: use one of {known}.")
+        if self.compare_weights not in get_args(Compared):
+            known = " or ".join(get_args(Compared))
+            raise InvalidConfig(f"compare_weights={shown(self.compare_weights)} is not known: use {known}.")
         if self.memory_gb is not None and self.text_encoder != "resident":
             raise InvalidConfig(
                 f"memory_gb={shown(self.memory_gb)} is held against a resident text encoder, not "

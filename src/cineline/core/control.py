@@ -1,28 +1,27 @@
 """What the engine and a rank say to each other, beside the tensors.
 
 One ordered connection joins the engine to each rank. A group of work items travels as a header of fixed size, all else
-as a pickle of the classes below.
+as data of the classes below (`codec`): what a rank says can be nothing else, and runs no code in the engine.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import get_args
 
 import numpy as np
 
+from cineline.core.codec import Codec
 from cineline.core.config import Cut, DeviceConfig, ParallelConfig
 from cineline.core.family import FamilySpec
 from cineline.core.faults import Fault
 from cineline.core.image import KeyFrames
-from cineline.core.request import Group, Job, WorkItem
+from cineline.core.lora import Lora
+from cineline.core.request import Branch, Group, Job, Kind, Remembered, WorkItem
 from cineline.core.trace import Slice
 from cineline.errors import CinelineError, reason, shown
-
-ENGINE_ADDRESS = "CINELINE_ENGINE"
-"""Environment of torchrun's rank 0: host, port and key (hexadecimal) of the engine, separated by commas."""
 
 BEAT_EVERY_S = 0.5
 """From one beat of a rank to the next, whatever it does."""
@@ -43,6 +42,8 @@ class Setup:
         trace: whether to keep a timeline.
         faults: on purpose, of all ranks. start: which start of the ranks this is, from 0.
         snapshot_every: solver steps of a request from one snapshot to the next; 0 for none.
+        address: under torchrun, that of this rank's host at which others reach it.
+        identity: of the model on the engine's host, where ranks of others are to have the same.
     """
 
     spec: FamilySpec
@@ -56,6 +57,8 @@ class Setup:
     faults: tuple[Fault, ...]
     start: int
     snapshot_every: int = 0
+    address: str | None = None
+    identity: str | None = None
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,18 @@ KeepSnapshot = Callable[[int, Callable[[], Snapshot]], None]
 """Has a request's snapshot sent when nothing else is to be; it is made then, on the sender's thread, unless a newer one
 has come."""
 
-_GROUP, _PICKLE = b"g", b"p"
+_GROUP, _DATA = b"g", b"d"
+
+_OF_THE_ENGINE = (Setup, Admit, Stop)
+_OF_RANKS = [kind for kind in get_args(Message) if kind not in _OF_THE_ENGINE]
+_IN_THEM = (WorkItem, Kind, Branch, Slice)
+_IN_THE_ENGINES = (ParallelConfig, Cut, DeviceConfig, Fault, Job, Remembered, KeyFrames, Lora)
+
+FROM_RANK = Codec([*_OF_RANKS, *_IN_THEM])
+"""Reads what ranks say."""
+
+FROM_ENGINE = Codec([*_OF_RANKS, *_OF_THE_ENGINE, *_IN_THEM, *_IN_THE_ENGINES], imports=True)
+"""Reads what the engine says, too: a family's own spec and jobs, whose module it names as that of the stages."""
 
 
 class UnreadableMessage(Exception):
@@ -244,11 +258,11 @@ class UnreadableMessage(Exception):
 
 def pack(message: Message) -> bytes:
     """The message as it travels."""
-    return _GROUP + message.pack() if isinstance(message, Group) else _PICKLE + pickle.dumps(message)
+    return _GROUP + message.pack() if isinstance(message, Group) else _DATA + FROM_ENGINE.encode(message)
 
 
-def receive(connection: Connection) -> Message:
-    """The next message.
+def receive(connection: Connection, codec: Codec = FROM_RANK) -> Message:
+    """The next message; `codec` reads it.
 
     Raises:
         EOFError, OSError: the other end is gone.
@@ -261,8 +275,8 @@ def receive(connection: Connection) -> Message:
             raise UnreadableMessage(f"it is over {MESSAGE_LIMIT} bytes") from None
         raise
     try:
-        message = Group.unpack(body[1:]) if body[:1] == _GROUP else pickle.loads(body[1:])
-    except Exception as error:  # whatever a pickle's classes may raise
+        message = Group.unpack(body[1:]) if body[:1] == _GROUP else codec.decode(memoryview(body)[1:])
+    except Exception as error:  # whatever the classes of what came may raise
         raise UnreadableMessage(f"{type(error).__name__}: {reason(error)}") from None
     if not isinstance(message, Message):
         raise UnreadableMessage(f"it is {shown(message)}")

@@ -15,7 +15,7 @@ from cineline.errors import InvalidConfig
 
 
 class FamilySpec(Protocol):
-    """What the engine must know of a model before any rank runs; picklable, no torch.
+    """What the engine must know of a model before any rank runs; a dataclass of plain values (`core.codec`), no torch.
 
     Attributes:
         stages_class: "module:Class" of the family's `PipelineParallelMixin`, imported by the ranks.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import struct
 
 IDLE_S, EVERY_S, PROBES = 4, 2, 3
 """Keepalive: the first probe of a connection that is idle, the further ones, and how many are not answered."""
@@ -31,10 +32,21 @@ def notice_loss(descriptor: int, unanswered_s: int | None = None) -> None:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def notice_loss_of_all() -> None:
-    """The same for all of this process's connections, those that libraries have made."""
+def notice_loss_of_all(port: int | None = None, unanswered_s: int | None = None) -> None:
+    """The same for all of this process's connections, those that libraries have made.
+
+    Args:
+        port: of the other end, for those to it alone.
+    """
     import psutil
 
     for connection in psutil.Process().net_connections("tcp"):
-        if connection.status == psutil.CONN_ESTABLISHED and connection.fd >= 0:
-            notice_loss(connection.fd)
+        of_these = port is None or (connection.raddr and connection.raddr.port == port)
+        if of_these and connection.status == psutil.CONN_ESTABLISHED and connection.fd >= 0:
+            notice_loss(connection.fd, unanswered_s)
+
+
+def limit_receives(descriptor: int, seconds: int) -> None:
+    """Have a wait for what the other end sends end with an error after so long; 0 for no limit."""
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", seconds, 0))

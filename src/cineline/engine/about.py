@@ -15,8 +15,8 @@ from cineline.core.family import FamilySpec, StoredFamily
 from cineline.core.request import IMAGES, Job, VideoRequest
 from cineline.engine.blueprint import OPTION_OF, Blueprint
 from cineline.engine.hub import public_name, public_path
-from cineline.engine.identity import identity_of
 from cineline.errors import CheckpointError
+from cineline.families.identity import identity_of
 
 log = logging.getLogger(__name__)
 

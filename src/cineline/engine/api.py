@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from cineline.core.config import DeviceConfig, Dtype, ModelFiles, ParallelConfig, TextEncoder
+from cineline.core.config import Compared, DeviceConfig, Dtype, ModelFiles, ParallelConfig, TextEncoder
 from cineline.core.family import FamilySpec
 from cineline.core.image import KeyFrames, load_image
 from cineline.core.lora import LoraMode
@@ -61,8 +61,8 @@ class Engine:
         lora_mode: merge adds them to the weights, for all requests; runtime lets each request name its own.
         device: None takes cuda where there is one.
         dtype: None is float32 on the CPU, bfloat16 elsewhere.
-        vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb: as `device` and `dtype`, see
-            `DeviceConfig`.
+        vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb, compare_weights: as `device` and `dtype`,
+            see `DeviceConfig`.
         in_flight: requests that denoise at once; None fills the line with one to spare.
         trace: write a Chrome trace there on close, where nothing was left undone; of the ranks' last start.
         launcher: start the ranks here, or be rank 0 of a torchrun world.
@@ -100,6 +100,7 @@ class Engine:
         pin_cores: bool = DeviceConfig.pin_cores,
         allow_untested_device: bool = DeviceConfig.allow_untested_device,
         memory_gb: float | None = None,
+        compare_weights: Compared = DeviceConfig.compare_weights,
         snapshot_every: int = Recovery.snapshot_every,
         snapshot_dir: str | Path | None = None,
         restarts: int | None = None,
@@ -109,7 +110,8 @@ class Engine:
         recovery = _recovery(snapshot_every, snapshot_dir, restarts, launcher)
         device = device or default_device()
         dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        config = DeviceConfig(device, dtype, vae_dtype, text_encoder, pin_cores, allow_untested_device, memory_gb)
+        given = pin_cores, allow_untested_device, memory_gb, compare_weights
+        config = DeviceConfig(device, dtype, vae_dtype, text_encoder, *given)
         self.spec = add_loras(open_model(model, variant, files), loras, lora_mode)
         blueprint = Blueprint.draw(self.spec, parallel, config, in_flight, launcher)
         self._about = About(blueprint)
@@ -121,6 +123,7 @@ class Engine:
         self._takes_snapshots = recovery.restarts > 0 or recovery.snapshot_dir is not None
         setup = blueprint.setup(self._trace is not None, recovery.snapshot_every if self._takes_snapshots else 0)
         fetch_weights(self.spec)
+        setup = blueprint.compared(setup)
         self._process = os.getpid()
         self._room = blueprint.room
         self._record = Record(recovery.snapshot_dir, blueprint.run)

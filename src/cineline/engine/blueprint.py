@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, Literal, get_args
 
@@ -13,13 +13,13 @@ from cineline.core.family import FamilySpec, StoredFamily
 from cineline.core.faults import planned
 from cineline.engine.auto import divide
 from cineline.engine.folder import Run
+from cineline.engine.hosts import launch_torchrun
 from cineline.engine.hub import name_of
-from cineline.engine.identity import identity_of
-from cineline.engine.launch import Launcher, RankProcess, check_launch, launch_local, launch_torchrun
-from cineline.engine.ranks import START_LIMIT_S
+from cineline.engine.launch import Launcher, RankProcess, check_launch, launch_local
 from cineline.engine.room import Room, memory_of
-from cineline.engine.torchrun import need_torchrun, torchrun_world
+from cineline.engine.torchrun import need_torchrun, spans_hosts, torchrun_world
 from cineline.errors import InvalidConfig, shown
+from cineline.families.identity import identity_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ LIBRARIES = ("torch", "diffusers")
 OPTION_OF = {"text_encoder": "text_encoder_file"}
 """Of `ModelFiles`, where it has another name than the component."""
 
-OF_THE_MACHINE = ("memory_gb", "allow_untested_device")
+OF_THE_MACHINE = ("memory_gb", "allow_untested_device", "compare_weights")
 """Options that say nothing of a run on another one."""
 
 
@@ -99,10 +99,20 @@ class Blueprint:
             self.spec, 0, self.parallel, self.cut, self.config, 0, None, trace, faults, 0, snapshot_every=snapshot_every
         )
 
+    def compared(self, setup: Setup) -> Setup:
+        """The same, with what other hosts compare their model with, where there are any; the weights are here.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        if self.launcher != "torchrun" or not spans_hosts() or not isinstance(self.spec, StoredFamily):
+            return setup
+        return replace(setup, identity=identity_of(self.spec, self.config.compare_weights == "content"))
+
     def launch(self) -> list[RankProcess]:
         """Start the ranks' processes."""
         if self.launcher == "torchrun":
-            return launch_torchrun(self.parallel.ranks, self._environment, START_LIMIT_S)
+            return launch_torchrun(self.parallel.ranks, self._environment)
         family = self.spec.stages_class.partition(":")[0] if self.config.device == "cpu" else None
         return launch_local(self.parallel.ranks, self._environment, family)
 

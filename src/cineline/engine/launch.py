@@ -1,4 +1,4 @@
-"""Starts the rank processes: on this machine, or as the ranks of an existing torchrun world.
+"""Starts the rank processes of this machine (those of a torchrun world: `hosts`).
 
 A rank is a process of its own with one connection to the engine, whose end tells the engine of the rank's. A rank ends
 with the process that started it (`rank.owner`), whoever else may have that connection open.
@@ -6,30 +6,27 @@ with the process that started it (`rank.owner`), whoever else may have that conn
 
 from __future__ import annotations
 
-import contextlib
+import ipaddress
 import logging
 import os
-import secrets
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Connection, answer_challenge, deliver_challenge
+from multiprocessing.connection import Connection
 from typing import Literal, Protocol
 
 from cineline.core.config import ParallelConfig
-from cineline.core.control import ENGINE_ADDRESS
-from cineline.core.sockets import UNANSWERED_S, notice_loss
+from cineline.core.hosts import LEAVE, address_of_master
+from cineline.core.key import given_key
 from cineline.engine.nursery import Nursery, NurseryRank
-from cineline.engine.owned import let_go, own, owned_pipe
-from cineline.engine.torchrun import LEAVE, WORLD, torchrun_host, torchrun_world
-from cineline.errors import InvalidConfig, RankFailed, reason, shown
+from cineline.engine.owned import let_go, owned_pipe
+from cineline.engine.torchrun import WORLD, torchrun_world
+from cineline.errors import InvalidConfig, reason, shown
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +38,8 @@ NURSERY = "cineline.rank.nursery"
 LIBRARIES = ("cineline.rank.loop", "cineline.transport.mesh")
 """What every rank loads, beside its family's module: nothing that starts threads or runs torch in parallel."""
 
-POLL_S = 0.2
-
 MOST_CALLS = 128
 """That may wait to be answered at once."""
-
-MEET_LIMIT_S = 20
-"""For a caller to say who it is."""
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_LIMIT_S = 5.0
@@ -86,18 +78,21 @@ class RankProcess:
         rank: its number in the world.
         local_rank: its number on its host.
         connection: to its process.
-        process: None when another host's torchrun owns it.
+        process: None when torchrun owns it.
+        host: where it is, in words; empty where that is this one. address: its own there, which the others reach.
     """
 
     rank: int
     local_rank: int
     connection: Connection
     process: Process | None
+    host: str = ""
+    address: str | None = None
 
     def describe_end(self) -> str:
         """How the process ended, in words."""
         if self.process is None:
-            return "its connection closed (the process or its host is gone)"
+            return f"its connection closed (the process or its host{self.host and f' {self.host}'} is gone)"
         try:
             code = self.process.wait(timeout=END_LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -124,8 +119,8 @@ def check_launch(launcher: Launcher, parallel: ParallelConfig) -> None:
     """Refuse what the ranks would fail at, or wait for until their limit.
 
     Raises:
-        InvalidConfig: torchrun's world has not as many ranks, its address is none of this host's, or the ranks of this
-            machine could not reach each other.
+        InvalidConfig: torchrun's world has not as many ranks, its address is none of this host's, the key between hosts
+            is none, or the ranks of this machine could not reach each other.
     """
     if launcher == "torchrun":
         world, _ = torchrun_world()
@@ -134,7 +129,8 @@ def check_launch(launcher: Launcher, parallel: ParallelConfig) -> None:
                 f"torchrun started {world} processes, but {parallel} is {parallel.ranks} ranks: "
                 f"{parallel.advice(world)}."
             )
-        _open_server(torchrun_host()).close()
+        given_key()
+        open_server(address_of_master()).close()
     elif parallel.ranks > 1:
         _check_loopback()
 
@@ -199,10 +195,18 @@ def _check_loopback() -> None:
         ) from None
 
 
-def _open_server(host: str) -> socket.socket:
+def open_server(host: str) -> socket.socket:
+    """Listen at MASTER_ADDR, as it is called somewhere.
+
+    Raises:
+        InvalidConfig: it is no address of this host.
+    """
     try:
-        return socket.create_server((host, 0), backlog=MOST_CALLS)
-    except OSError as error:
+        if ipaddress.ip_address(host).is_unspecified:
+            raise OSError("it stands for all addresses")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, 0), family=family, backlog=MOST_CALLS)
+    except (OSError, ValueError) as error:
         raise InvalidConfig(
             f"MASTER_ADDR={shown(host)} is no address of this host ({reason(error)}): {LEAVE}"
         ) from None
@@ -226,85 +230,7 @@ def _has_descriptor() -> bool:
         return False
 
 
-def launch_torchrun(ranks: int, environment: Mapping[str, str], limit_s: float) -> list[RankProcess]:
-    """Rank 0 of a torchrun world: start the own rank and wait for the connections of all.
-
-    Raises:
-        InvalidConfig: not all of them called within `limit_s`.
-        RankFailed: the own rank ended before it called.
-    """
-    _, per_host = torchrun_world()
-    host, key = torchrun_host(), secrets.token_bytes(32)
-    with _open_server(host) as server:
-        address = f"{host},{server.getsockname()[1]},{key.hex()}"
-        own_rank = _popen_rank({**environment, ENGINE_ADDRESS: address})
-        try:
-            connections = accept(server, key, ranks, own_rank, limit_s)
-        except BaseException:
-            own_rank.kill()
-            own_rank.wait()
-            raise
-    return [
-        RankProcess(rank, rank % per_host, own(connections[rank]), own_rank if rank == 0 else None)
-        for rank in range(ranks)
-    ]
-
-
-def accept(server: socket.socket, key: bytes, ranks: int, own_rank: Process, limit_s: float) -> dict[int, Connection]:
-    """Those of all ranks, by number; whoever else calls, or calls and says nothing, is not waited for.
-
-    Raises:
-        InvalidConfig: not all of them called within `limit_s`.
-        RankFailed: the own rank ended before it called.
-    """
-    connections: dict[int, Connection] = {}
-    server.settimeout(POLL_S)
-    deadline = time.monotonic() + limit_s
-    try:
-        while missing := sorted(set(range(ranks)) - connections.keys()):
-            with contextlib.suppress(TimeoutError):
-                call = server.accept()[0]
-                threading.Thread(target=_meet, args=(call, key, connections), daemon=True).start()
-            if own_rank.poll() is not None and 0 not in connections:
-                raise RankFailed(0, f"the process ended with exit code {own_rank.poll()} before it called the engine")
-            if time.monotonic() > deadline:
-                raise InvalidConfig(f"Ranks {missing} did not call within {limit_s:.0f} s: check their hosts' output.")
-    except BaseException:
-        for connection in connections.values():
-            connection.close()
-        raise
-    return connections
-
-
-def _meet(call: socket.socket, key: bytes, connections: dict[int, Connection]) -> None:
-    """Keep the connection of whoever knows the key and says a rank's number."""
-    call.setblocking(True)
-    call.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", MEET_LIMIT_S, 0))
-    notice_loss(call.fileno(), UNANSWERED_S)
-    connection = Connection(call.detach())
-    try:
-        deliver_challenge(connection, key)
-        answer_challenge(connection, key)
-        rank = int(connection.recv())
-    except (EOFError, OSError, AuthenticationError, ValueError):  # somebody else's call
-        connection.close()
-        return
-    with socket.socket(fileno=os.dup(connection.fileno())) as met:
-        met.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 0, 0))
-    connections[rank] = connection
-
-
-def _popen_rank(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def popen_rank(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a rank that finds its engine by torchrun's environment."""
     bound = ["--bound"] if threading.current_thread() is threading.main_thread() else []
     return _popen([WORKER, "--parent", str(os.getpid()), *bound], environment, inherited=())
-
-
-def serve_torchrun_rank(environment: Mapping[str, str]) -> int:
-    """Any other rank of a torchrun world: run the rank's process to its end; its exit code."""
-    process = _popen_rank(environment)
-    try:
-        return process.wait()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()

@@ -47,6 +47,7 @@ class WatchedRank:
 
     def __init__(self, process: RankProcess, hear: Callable[[Said], None]) -> None:
         self.rank, self.local_rank = process.rank, process.local_rank
+        self.host, self.address = process.host, process.address
         self._process = process
         self._link = Link(process.connection, lambda message: hear((self, message)), process.describe_end)
         self.say, self.hang_up, self.close = self._link.say, self._link.hang_up, self._link.close
@@ -148,7 +149,7 @@ class Ranks:
     def _set_up(self, setup: control.Setup, deadline: float, tick: Deed) -> dict[int, int]:
         port = None
         for rank in self._all:
-            own = replace(setup, rank=rank.rank, local_rank=rank.local_rank, store_port=port)
+            own = replace(setup, rank=rank.rank, local_rank=rank.local_rank, store_port=port, address=rank.address)
             rank.say(control.pack(own))
             if rank.rank == 0 and len(self._all) > 1 and self._all[1].is_local:
                 port = self._expect(control.StoreOpen, deadline, tick)[1].port

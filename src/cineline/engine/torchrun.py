@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 
-from cineline.errors import InvalidConfig, reason, shown
-
-SIGNS = ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE")
-"""Set by torchrun alone; others set the rest of its variables too."""
+from cineline.core.hosts import LEAVE, SIGNS
+from cineline.errors import InvalidConfig, shown
 
 WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What all of its processes have."""
-
-LEAVE = f"start with torchrun, or unset {' and '.join(SIGNS)}."
-"""The remedy where the environment is not torchrun's."""
 
 
 def torchrun_rank() -> int | None:
@@ -41,6 +35,12 @@ def torchrun_world() -> tuple[int, int]:
     return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
 
 
+def spans_hosts() -> bool:
+    """Whether some of them are on another host."""
+    world, local = torchrun_world()
+    return world > local
+
+
 def need_torchrun() -> None:
     """Refuse to be a rank of torchrun's outside its world.
 
@@ -52,21 +52,6 @@ def need_torchrun() -> None:
             "launcher='torchrun' needs a torchrun world: start with torchrun -m cineline generate, or your program "
             f"with torchrun (not set: {', '.join([SIGNS[0], *_missing()])})."
         )
-
-
-def torchrun_host() -> str:
-    """The address of rank 0's host.
-
-    Raises:
-        InvalidConfig: it cannot be found.
-    """
-    name = os.environ["MASTER_ADDR"]
-    try:
-        return socket.gethostbyname(name)
-    except (OSError, UnicodeError) as error:
-        raise InvalidConfig(
-            f"MASTER_ADDR={shown(name)} is no host that can be found ({reason(error)}): {LEAVE}"
-        ) from None
 
 
 def _number(name: str, least: int, most: int = 10**6) -> int:

@@ -46,6 +46,11 @@ class Watched(Protocol):
     @property
     def beat(self) -> Beat | None: ...
 
+    @property
+    def host(self) -> str:
+        """Where it is, in words; empty where that is this host."""
+        ...
+
 
 def is_stopped(pid: int) -> bool:
     """Whether a signal has stopped the process."""
@@ -100,7 +105,8 @@ class Watch:
                 return RankFailed(rank.rank, cause)
         silent_s = now - max(rank.heard, self._since)
         if silent_s >= (LOADING_LIMIT_S if self.loading else SILENT_LIMIT_S):
-            cause = f"nothing was heard of it for {silent_s:.0f} s (its process or its host is stopped, or cut off)"
+            host = f"its host{rank.host and f' {rank.host}'}"
+            cause = f"nothing was heard of it for {silent_s:.0f} s (its process or {host} is stopped, or cut off)"
             return RankFailed(rank.rank, cause)
         beat = rank.beat
         if beat is not None and beat.limit_s is not None and beat.computing_s >= beat.limit_s:

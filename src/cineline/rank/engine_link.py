@@ -49,7 +49,7 @@ class EngineLink:
 
     def first(self) -> control.Message:
         """The first message; those that follow come to the inbox."""
-        message = control.receive(self.connection)
+        message = control.receive(self.connection, control.FROM_ENGINE)
         threading.Thread(target=self._receive_all, daemon=True).start()
         return message
 
@@ -90,7 +90,7 @@ class EngineLink:
         """Take in what the engine says; end at once when it is gone, whatever the loop waits for."""
         while True:
             try:
-                self.inbox.put(control.receive(self.connection))
+                self.inbox.put(control.receive(self.connection, control.FROM_ENGINE))
             except control.UnreadableMessage as error:
                 self.fail(control.Failed(f"it cannot read what the engine said ({error})"))
             except (EOFError, OSError):
@@ -115,7 +115,7 @@ def _print(details: str) -> None:
 
 
 def _packed(message: control.Message) -> bytes:
-    """As it travels; of an error that cannot be pickled the words."""
+    """As it travels; of an error that cannot the words."""
     try:
         return control.pack(message)
     except Exception as error:  # whatever an error's class may raise

@@ -1,7 +1,7 @@
 """A rank's process: `python -m cineline.rank.worker --parent PID`, or forked (`nursery`); it ends with its parent.
 
 With `--fd N` it has inherited one end of a pipe to the engine; without it finds the engine through torchrun's
-rendezvous.
+rendezvous (`meeting`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,25 @@ import gc
 import importlib
 import os
 import signal
+import socket
+import sys
 import traceback
-from multiprocessing.connection import Client, Connection
-from typing import Any, NoReturn
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cineline.core import control, streams
-from cineline.core.sockets import UNANSWERED_S, notice_loss, notice_loss_of_all
-from cineline.errors import EdgeBroken, InvalidConfig
+from cineline.core.sockets import notice_loss_of_all
+from cineline.errors import CinelineError, EdgeBroken, InvalidConfig, shown
 from cineline.rank.engine_link import EngineLink
 from cineline.rank.failure import failure_of
+from cineline.rank.meeting import meet_engine
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from cineline.transport.axis import Traffic
+    from cineline.transport.channel import Edges
+    from cineline.transport.queue import DeviceQueue
 from cineline.rank.owner import die_with, end_with
 
 
@@ -35,7 +45,11 @@ def main() -> None:
     (die_with if options.bound else end_with)(options.parent)
     if options.fd is not None:
         serve(Connection(options.fd))
-    store, connection = _find_engine()
+    try:
+        store, connection = meet_engine()
+    except CinelineError as error:
+        print(f"cineline: {error}", file=sys.stderr)
+        sys.exit(1)
     serve(connection, store)
 
 
@@ -61,6 +75,8 @@ def _serve(link: EngineLink, store: Any) -> NoReturn:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[setup.local_rank % len(cores)]})
 
+    _check_model(setup)
+
     # Late, so that the rank is pinned and told its threads before torch starts any.
     import torch
 
@@ -74,20 +90,11 @@ def _serve(link: EngineLink, store: Any) -> NoReturn:
 
     if setup.config.device == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    parallel, under_torchrun = setup.parallel, store is not None
-    if parallel.ranks > 1 and store is None:
-        store = mesh.open_store(setup.store_port, parallel.ranks)
-        if setup.store_port is None:
-            link.say(control.StoreOpen(store.port))
+    parallel = setup.parallel
     device = queue_of(mesh.pick_device(setup.config.device, setup.local_rank))
     link.device = str(device.device)
     traffic = Traffic()
-    try:
-        edges, device_mesh = mesh.join(store, setup.rank, parallel, device, traffic)
-    except RuntimeError as error:
-        raise EdgeBroken(f"the other ranks could not be met ({error})") from None
-    if under_torchrun:  # the others may be on other hosts
-        notice_loss_of_all()
+    edges, device_mesh = _meet_others(link, setup, store, device, traffic)
     place = parallel.place(setup.rank)
     part = StagePart(place, parallel, setup.cut[place.pp], device.device, setup.config, device_mesh, traffic)
     module, name = setup.spec.stages_class.split(":")
@@ -111,25 +118,35 @@ def _serve(link: EngineLink, store: Any) -> NoReturn:
     link.leave(control.Timeline(tuple(slices), dict(traffic)))
 
 
-def _find_engine() -> tuple[Any, Connection]:
-    """Under torchrun: its store, and a connection to the engine, whose address rank 0 was given."""
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
+def _check_model(setup: control.Setup) -> None:
+    """On each host but rank 0's, one of the ranks."""
+    if setup.identity is not None and setup.rank and not setup.local_rank:
+        from cineline.families.identity import check_same
 
-    store, rank, _ = next(rendezvous("env://"))
-    # The store outlives a start of the world, and with it where the ranks were.
-    store = PrefixStore(f"cineline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    key = "engine"
-    if rank == 0:
-        store.set(key, os.environ[control.ENGINE_ADDRESS])
-    host, port, secret = store.get(key).decode().split(",")
+        who = f"Rank {setup.rank} on {shown(socket.gethostname())}"
+        check_same(setup.spec, setup.identity, setup.config.compare_weights == "content", who)
+
+
+def _meet_others(
+    link: EngineLink, setup: control.Setup, store: Any, device: DeviceQueue, traffic: Traffic
+) -> tuple[Edges, DeviceMesh | None]:
+    """As `mesh.join`, by torchrun's store or, without one, by that of the ranks of this host."""
+    from cineline.transport import mesh
+
+    under_torchrun = store is not None
+    if setup.parallel.ranks > 1 and store is None:
+        store = mesh.open_store(setup.store_port, setup.parallel.ranks)
+        if setup.store_port is None:
+            link.say(control.StoreOpen(store.port))
+    if setup.address is not None:
+        mesh.choose_interface(setup.rank, setup.address)
     try:
-        connection = Client((host, int(port)), authkey=bytes.fromhex(secret))
-    except OSError as error:
-        raise InvalidConfig(f"Rank {rank} cannot reach the engine at {host}:{port} ({error}).") from None
-    notice_loss(connection.fileno(), UNANSWERED_S)
-    connection.send(rank)
-    return store, connection
+        joined = mesh.join(store, setup.rank, setup.parallel, device, traffic)
+    except RuntimeError as error:
+        raise EdgeBroken(f"the other ranks could not be met ({error})") from None
+    if under_torchrun:  # the others may be on other hosts
+        notice_loss_of_all()
+    return joined
 
 
 if __name__ == "__main__":

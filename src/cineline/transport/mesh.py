@@ -6,9 +6,11 @@ ahead and back may join the same two ranks. What the ranks of one stage do toget
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import socket
+import sys
 from datetime import timedelta
 from socket import AF_INET, AF_INET6
 from typing import Any
@@ -106,6 +108,19 @@ def choose_backend(store: Store, rank: int, parallel: ParallelConfig, device: to
         level = logging.WARNING if staged else logging.INFO
         log.log(level, "%d ranks on %d devices talk over %s%s.", len(ranks), devices, backend, way)
     return backend, staged
+
+
+def choose_interface(rank: int, address: str) -> None:
+    """Have gloo talk over the interface that has this address of the host's, and say so, unless the environment names
+    others."""
+    if os.environ.get(INTERFACES):
+        return
+    named = [name for name, own in psutil.net_if_addrs().items() if address in {one.address for one in own}]
+    if named:
+        os.environ[INTERFACES] = named[0]
+        if not ipaddress.ip_address(address).is_loopback:
+            words = f"Rank {rank} talks to the others over {named[0]} ({address}); {INTERFACES} would name another."
+            print(words, file=sys.stderr)
 
 
 def check_interfaces(given: str) -> None:

@@ -1,4 +1,5 @@
-"""What a model is, as one number: snapshots go on with the model that made them, and with no other (no torch)."""
+"""What a model is, as one number: snapshots go on with the model that made them, and with no other, and hosts have
+one model alike (no torch)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
 from cineline.core.family import FamilySpec, StoredFamily
@@ -34,21 +35,72 @@ LENGTH = 8
 """Bytes that say how long something is, here and in safetensors files."""
 
 
-def identity_of(spec: FamilySpec) -> str:
+def identity_of(spec: FamilySpec, whole: bool = False) -> str:
     """The SHA-256 of what the model is, in hexadecimal.
 
     Of a stored family that is the spec's fields, the configs, the tokenizer's files, and of each file of weights that
     the ranks read its name, its size, its header and a sample of each tensor, since fine-tunes of a model have the same
     headers. Where the folder is does not matter. Of another family's spec it is its class and its `repr`.
 
+    Args:
+        whole: of all bytes of each file of weights, too.
+
     Raises:
         CheckpointError: a file cannot be read.
     """
     digest = hashlib.sha256()
+    if whole and isinstance(spec, StoredFamily):
+        digest.update(b"".join(_whole(path) for path in _weights_of(spec)))
     for part in _stored_parts(spec) if isinstance(spec, StoredFamily) else (repr(spec).encode(errors="replace"),):
         digest.update(len(part).to_bytes(LENGTH, "little") + part)
     digest.update(f"{type(spec).__module__}.{type(spec).__qualname__}".encode())
     return digest.hexdigest()
+
+
+def check_same(spec: FamilySpec, identity: str, whole: bool, who: str) -> None:
+    """Refuse a model that is not the same here as where the number was made.
+
+    Args:
+        whole: as of `identity_of`. who: looks, and where.
+
+    Raises:
+        CheckpointError: it is not here, or another.
+    """
+    paths = [spec.folder, *spec.files.values(), *(lora.path for lora in spec.loras)] if _is_stored(spec) else []
+    for path in paths:
+        if not path.exists():
+            raise CheckpointError(
+                f"{who} has no {shown(path)}: put the model, and all files of it that are named, at the same path on "
+                "every host."
+            )
+    if identity_of(spec, whole) != identity:
+        named = shown(paths[0]) if paths else type(spec).__name__
+        raise CheckpointError(
+            f"{who} has another model in {named} than rank 0's host: copy it from there, or download both alike."
+        )
+
+
+def _is_stored(spec: FamilySpec) -> TypeGuard[StoredFamily]:
+    return isinstance(spec, StoredFamily)
+
+
+def _weights_of(spec: StoredFamily) -> Iterator[Path]:
+    """All files of weights, in an order that does not depend on where they are."""
+    for component in sorted(path.parent for path in spec.folder.glob("*/config.json")):
+        yield from _weights(component, spec.variant) if component.name not in spec.files else ()
+    for _, given in sorted(spec.files.items()):
+        yield from sorted(given.iterdir()) if given.is_dir() else [given]
+    for lora in spec.loras:
+        yield from sorted(lora.path.iterdir()) if lora.path.is_dir() else [lora.path]
+
+
+def _whole(path: Path) -> bytes:
+    """The SHA-256 of a file's bytes."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read ({reason(error)}): download it again.") from None
 
 
 def _stored_parts(spec: StoredFamily) -> Iterator[bytes]:
