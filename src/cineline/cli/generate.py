@@ -34,7 +34,7 @@ from cineline.core.recovery import Recovery
 from cineline.core.request import Job, VideoRequest
 from cineline.core.streams import console
 from cineline.engine.api import Engine
-from cineline.engine.blueprint import default_device
+from cineline.engine.blueprint import check_launcher, default_device
 from cineline.engine.folder import entries_in
 from cineline.engine.handle import RequestHandle
 from cineline.engine.hub import MINIS, fetch_weights, missing_weights, open_model
@@ -42,8 +42,8 @@ from cineline.engine.launch import PROGRESS, Launcher, serve_torchrun_rank
 from cineline.engine.lora import add_loras
 from cineline.engine.prompts import PROMPT_CACHE, bytes_of
 from cineline.engine.sink import Sink
-from cineline.engine.torchrun import need_torchrun, torchrun_rank, torchrun_world
-from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, OutputError, shown
+from cineline.engine.torchrun import torchrun_rank, torchrun_world
+from cineline.errors import CinelineError, InvalidRequest, OutputError, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,7 +96,7 @@ def generate(
     line: Annotated[Given, Fields(ParallelConfig, panel=_PARALLEL, unset={"pp": "1, or torchrun's world"}, given=True)],
     in_flight: Annotated[int | None, _option(_PARALLEL, "Requests that denoise at once; fills the line.")] = None,
     devices: Annotated[Given, Fields(DeviceConfig, panel=_PARALLEL, unset=_CHOSEN, given=True)],
-    launcher: Annotated[str | None, _option(_PARALLEL, "local or torchrun; torchrun inside its world.")] = None,
+    launcher: Annotated[str | None, _option(_PARALLEL, "local, torchrun, or ray; torchrun inside its world.")] = None,
     quiet: Annotated[bool, _option(_RUN, "No progress, no settings.", "--quiet")] = False,
     no_metadata: Annotated[
         bool, _option(_RUN, "Files do not say what made them (cineline show).", "--no-metadata")
@@ -334,9 +334,6 @@ def _stages(line: Given, launcher: Launcher) -> int:
 def _launcher(name: str | None) -> Launcher:
     if name is None:
         return "local" if torchrun_rank() is None else "torchrun"
-    if name == "local":
-        return "local"
-    if name != "torchrun":
-        raise InvalidConfig(f"launcher={shown(name)} is not known: use local or torchrun.")
-    need_torchrun()
-    return "torchrun"
+    launcher: Launcher = one_of("launcher", name, Launcher)
+    check_launcher(launcher)
+    return launcher

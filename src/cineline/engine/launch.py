@@ -1,4 +1,4 @@
-"""Starts the rank processes: on this machine, or as the ranks of an existing torchrun world.
+"""Starts the rank processes: on this machine, or as the ranks of an existing torchrun world (on Ray's: `ray_launch`).
 
 A rank is a process of its own with one connection to the engine, whose end tells the engine of the rank's. A rank ends
 with the process that started it (`rank.owner`), whoever else may have that connection open.
@@ -33,7 +33,7 @@ from cineline.errors import InvalidConfig, RankFailed, reason, shown
 
 log = logging.getLogger(__name__)
 
-Launcher = Literal["local", "torchrun"]
+Launcher = Literal["local", "torchrun", "ray"]
 
 WORKER = "cineline.rank.worker"
 NURSERY = "cineline.rank.nursery"
