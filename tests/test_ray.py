@@ -7,9 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from faulty_family import FaultySpec, UnloadableSpec
 from oracle import Checkpoint
 from safetensors.torch import load_file
 from served import ServerProcess, create, small_model, wait_done, wait_ready
+from test_contract import APART
 from test_engine import assert_right, request
 from test_parity import mixed_requests
 
@@ -37,13 +40,25 @@ CORES = 4
 """That the cluster believes to have."""
 
 
+def short_folder() -> AbstractContextManager[str]:
+    """For a cluster's files; its name is short, since those of sockets are in it."""
+    return tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """One of this machine, which this process is connected to."""
-    with pytest.MonkeyPatch.context() as patch:
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         patch.setenv("RAY_AUTH_MODE", "disabled")  # Ray would keep a token in the home folder
-        ray.init(num_cpus=CORES, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+        ray.init(
+            num_cpus=CORES,
+            include_dashboard=False,
+            object_store_memory=80 * 2**20,
+            log_to_driver=False,
+            _temp_dir=stack.enter_context(short_folder()),
+        )
         yield
         ray.shutdown()
 
@@ -222,3 +237,32 @@ def test_a_service_has_two_lines_behind_one_queue(tmp_path: Path, checkpoint: Ch
     assert all(float(seconds) > 0 for _, seconds in busy)
     assert server.terminate() == 0
     assert_all_free()
+
+
+def test_a_node_that_is_lost_is_replaced_by_one_that_comes() -> None:
+    """Two nodes in network namespaces, a rank on each."""
+    if subprocess.run(
+        [*APART, "ip", "link", "add", "va", "type", "veth", "peer", "vb"], capture_output=True
+    ).returncode:
+        pytest.skip("no network namespaces, or no veth, can be made here")
+    here = Path(__file__).parent
+    with short_folder() as folder:
+        own = {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_FOLDER": folder, "CUT": "quietly"}
+        with subprocess.Popen(
+            [*APART, "bash", here / "two_hosts.sh", sys.executable, here / "ray_toy.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | own,
+        ) as hosts:
+            last = threading.Timer(5 * LIMIT_S, hosts.kill)
+            last.start()
+            try:
+                assert hosts.stdin is not None and hosts.stdout is not None
+                assert hosts.stdout.readline() == "going\n"
+                hosts.stdin.write("unplug\n")
+                hosts.stdin.flush()
+                assert hosts.stdout.readline() == "equal 1\n"
+            finally:
+                hosts.kill()
+                last.cancel()

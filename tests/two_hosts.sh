@@ -15,7 +15,11 @@ first=$!
 NODE=1 HOST=10.9.0.1 IFNAME=vb nsenter --target $other --net "$@" >&2 &
 second=$!
 read -r line
-ip link set va down
+if [ "$CUT" = quietly ]; then
+    nsenter --target $other --net ip address flush dev vb  # the cable's other end stays as it was, as at a switch
+else
+    ip link set va down
+fi
 wait $first || echo "host 0 ended with $?"
 wait $second || echo "host 1 ended with $?"
 kill $other
