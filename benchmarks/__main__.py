@@ -1,4 +1,4 @@
-"""`python -m benchmarks decode | memory | plan | preview | simulator | traffic | videos`, from the root."""
+"""`python -m benchmarks decode | memory | plan | preview | replicas | simulator | traffic | videos`, from the root."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from cineline.bench.measure import beside_first, plain
 from cineline.bench.report import machine, report
+from cineline.bench.schedule import ScheduleCase
 from cineline.cli import run
 from cineline.cli.options import InFlight, Json, Runs, axes_of, one_of, teller, whole_numbers
 from cineline.core.config import DeviceConfig, Dtype
@@ -135,6 +136,28 @@ def preview(
     results = time_previews(case, DeviceConfig("cpu", pin_cores=True), teller())
     title = f"A preview at each of {steps} steps, pp={pp}, M={requests}, float32, {runs} runs: median (range)"
     _report(title, COLUMNS, beside_first(results, requests), {"case": asdict(case), "runs": plain(results)}, json)
+
+
+@app.command()
+def replicas(
+    count: Annotated[int, typer.Option(help="Engines side by side, against one.", min=2)] = 2,
+    launcher: Annotated[str, typer.Option(help="local or ray.")] = "ray",
+    pp: Annotated[int, typer.Option(help="Stages of each; they sleep.", min=1)] = 2,
+    in_flight: Annotated[int, typer.Option(help="Requests in flight in each.", min=1)] = 2,
+    requests: Annotated[int, typer.Option(help="Of a run.", min=1)] = 24,
+    stage_ms: Annotated[float, typer.Option(help="Sleep of a stage, for one forward.", min=0.1)] = 50.0,
+    steps: Steps = 10,
+    runs: Runs = 4,
+    json: Json = None,
+) -> None:
+    """Several lines of sleeping stages behind one queue against one line."""
+    from benchmarks.replicas import COLUMNS, ReplicasCase, rows, time_replicas
+
+    line = ScheduleCase(pp, [in_flight], stage_ms / 1000, 3_000_000, steps, 2, runs)
+    case = ReplicasCase(line, count, requests, one_of("launcher", launcher, Literal["local", "ray"]))
+    results = time_replicas(case, teller())
+    title = f"{requests} requests of {steps} steps, pp={pp} of {stage_ms:g} ms each, M={in_flight}, {runs} runs"
+    _report(title, COLUMNS, rows(case, results), {"case": asdict(case), "runs": plain(results)}, json)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from served import LIMIT_S
 
 from cineline import ParallelConfig, VideoRequest
 from cineline.errors import CinelineError, RankFailed, RequestCancelled
-from cineline.server import dispatcher, files
+from cineline.server import dispatcher, files, outcomes
 from cineline.server.dispatcher import Dispatcher
 from cineline.server.files import DataFolder, new_id
 from cineline.server.metrics import Metrics, Now
@@ -32,7 +32,7 @@ class Handle:
 
     def __init__(self, video: Path, number: int = 0) -> None:
         self.outputs, self.job = {"video": video}, SimpleNamespace(id=number)
-        self.done = self.cancelled = False
+        self.done = self.cancelled = self.is_abandoned = False
         self.failed: BaseException | None = None
         self.before_its_end: Callable[[], None] = lambda: None
         self.after_its_file: Callable[[], None] = lambda: None
@@ -184,6 +184,19 @@ def test_a_delete_between_the_files_name_and_its_seal_stops_nobody_else(bench: B
         engine.handles[job].end()
     until(lambda: bench.state(jobs[1]) == "completed" and len(engine.handles) == 4)
     assert bench.state(jobs[0]) is None and jobs[0] not in running.running
+
+
+def test_a_job_whose_replica_has_ended_goes_to_another_and_fails_at_the_third_time(bench: Bench) -> None:
+    (job,), engine = bench.add(1), StubEngine()
+    bench.start(engine)
+    ended: list[Handle | None] = [None]
+    for setbacks in range(outcomes.MOST_SETBACKS):
+        until(lambda: engine.handles.get(job) is not ended[-1])
+        ended.append(engine.handles[job])
+        assert bench.setbacks(job) == setbacks
+        engine.handles[job].is_abandoned = True
+        engine.handles[job].end(RankFailed(1, "It is gone."))
+    until(lambda: bench.state(job) == "failed")
 
 
 def test_a_file_that_goes_is_made_again(bench: Bench) -> None:

@@ -30,6 +30,8 @@ def test_extras_are_pyprojects() -> None:
         ("accelerate", ["bench", "line"]),
         ("torchmetrics", ["eval", "compare", "a.safetensors", "a.safetensors"]),
         ("fastapi", ["serve"]),
+        ("ray", ["generate", "a cat", "--launcher", "ray"]),
+        ("ray", ["serve", "--launcher", "ray"]),
         ("matplotlib", [*PLAN, "--picture", "plan.png"]),
     ],
 )

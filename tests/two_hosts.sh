@@ -15,7 +15,13 @@ NODE=0 HOST=10.9.0.1 IFNAME=va unshare --mount "$@" &
 first=$!
 NODE=1 HOST=10.9.0.1 IFNAME=vb nsenter --target $other --net unshare --mount "$@" >&2 &
 second=$!
-if read -r line; then ip link set va down; fi
+if read -r line; then
+    if [ "$CUT" = quietly ]; then
+        nsenter --target $other --net ip address flush dev vb  # the cable's other end stays as it was, as at a switch
+    else
+        ip link set va down
+    fi
+fi
 wait $first || echo "host 0 ended with $?"
 wait $second || echo "host 1 ended with $?"
 kill $other

@@ -1,4 +1,4 @@
-"""What starts the ranks: this process, or torchrun, whose other ranks serve rank 0's engine and do nothing else."""
+"""What starts the ranks: this process, Ray, or torchrun, whose other ranks serve rank 0's engine alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cineline.engine.hosts import serve_torchrun_rank
 from cineline.engine.launch import Launcher
 from cineline.engine.torchrun import torchrun_rank, torchrun_world
 
-LAUNCHER = "local or torchrun; torchrun inside its world."
+LAUNCHER = "local, torchrun, or ray: on the nodes of a cluster; torchrun inside its world."
 """The option's text."""
 
 

@@ -11,6 +11,7 @@ EXTRAS = {
     "fastapi": "serve",
     "gguf": "gguf",
     "matplotlib": "picture",
+    "ray": "ray",
     "torchmetrics": "eval",
 }
 """The extra that brings each."""

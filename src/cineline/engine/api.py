@@ -34,6 +34,7 @@ from cineline.engine.lora import add_loras
 from cineline.engine.prompts import PROMPT_CACHE, prompts_in
 from cineline.engine.ranks import Ranks, RankState
 from cineline.engine.record import Record
+from cineline.engine.replica import ALONE, Replica
 from cineline.engine.supervisor import serve
 from cineline.errors import CinelineError, InvalidConfig, InvalidRequest, check_process, shown
 
@@ -65,11 +66,12 @@ class Engine:
             see `DeviceConfig`.
         in_flight: requests that denoise at once; None fills the line with one to spare.
         trace: write a Chrome trace there on close, where nothing was left undone; of the ranks' last start.
-        launcher: start the ranks here, or be rank 0 of a torchrun world.
+        launcher: start the ranks here, be rank 0 of a torchrun world, or place them on a Ray cluster's nodes.
         snapshot_every, snapshot_dir, restarts: what is kept of requests, and how often lost ranks are started anew; see
             `Recovery`.
         prompt_cache: bytes, or as in "256MB", of prompts' embeddings that are kept on the first stage's device (each
             line's, with cfg), so that a prompt which comes again is not encoded again; 0 for none.
+        replica: which it is of several engines; see `engine.replicas`.
 
     Attributes:
         bytes_read: of weights, by rank.
@@ -105,6 +107,7 @@ class Engine:
         snapshot_dir: str | Path | None = None,
         restarts: int | None = None,
         prompt_cache: int | str = PROMPT_CACHE,
+        replica: Replica = ALONE,
     ) -> None:
         check_launcher(launcher)
         recovery = _recovery(snapshot_every, snapshot_dir, restarts, launcher)
@@ -113,7 +116,7 @@ class Engine:
         given = pin_cores, allow_untested_device, memory_gb, compare_weights
         config = DeviceConfig(device, dtype, vae_dtype, text_encoder, *given)
         self.spec = add_loras(open_model(model, variant, files), loras, lora_mode)
-        blueprint = Blueprint.draw(self.spec, parallel, config, in_flight, launcher)
+        blueprint = Blueprint.draw(self.spec, parallel, config, in_flight, launcher, replica)
         self._about = About(blueprint)
         prompts = prompts_in(self.spec, dtype, prompt_cache)
         self._trace = None if trace is None else Path(trace)

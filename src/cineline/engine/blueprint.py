@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, Literal, get_args
 
 from cineline.core.config import DEVICES, Cut, DeviceConfig, ParallelConfig, asked_threads, texts_of
 from cineline.core.control import Setup
+from cineline.core.extras import need
 from cineline.core.family import FamilySpec, StoredFamily
 from cineline.core.faults import planned
 from cineline.engine.auto import divide
@@ -16,6 +18,8 @@ from cineline.engine.folder import Run
 from cineline.engine.hosts import launch_torchrun
 from cineline.engine.hub import name_of
 from cineline.engine.launch import Launcher, RankProcess, check_launch, launch_local
+from cineline.engine.ray_launch import check_ray, launch_ray
+from cineline.engine.replica import ALONE, Replica
 from cineline.engine.room import Room, memory_of
 from cineline.engine.torchrun import need_torchrun, spans_hosts, torchrun_world
 from cineline.errors import InvalidConfig, shown
@@ -49,6 +53,7 @@ class Blueprint:
     Attributes:
         spec: the model's. parallel, cut: how it is divided. config: what the ranks compute on and in.
         in_flight: requests that denoise at once; None fills the line. launcher: what starts the ranks.
+        replica: which it is of the engines that stand side by side.
     """
 
     spec: FamilySpec
@@ -57,6 +62,7 @@ class Blueprint:
     config: DeviceConfig
     in_flight: int | None
     launcher: Launcher
+    replica: Replica = ALONE
 
     @classmethod
     def draw(
@@ -66,6 +72,7 @@ class Blueprint:
         config: DeviceConfig,
         in_flight: int | None,
         launcher: Launcher,
+        replica: Replica = ALONE,
     ) -> Blueprint:
         """From what the caller gives, as `Engine` takes it.
 
@@ -76,8 +83,10 @@ class Blueprint:
             raise InvalidConfig(f"in_flight={shown(in_flight)} is no whole number from 1 on: give 1 or more.")
         check_launcher(launcher)
         if parallel == "auto":
-            if launcher == "torchrun":
-                raise InvalidConfig("parallel='auto' is for ranks of this machine: give torchrun's a ParallelConfig.")
+            if launcher != "local":
+                raise InvalidConfig(
+                    f"parallel='auto' is for ranks of this machine: give {launcher}'s a ParallelConfig."
+                )
             parallel, in_flight = divide(spec, config, in_flight)
         parallel = spec.place(parallel or ParallelConfig())
         if parallel.vae_decode in NOT_EXACT:
@@ -85,8 +94,11 @@ class Blueprint:
         if launcher == "local":
             _check_devices(parallel, config)
         cut = spec.cut(parallel, config)
-        check_launch(launcher, parallel)
-        return cls(spec, parallel.filled(cut), cut, config, in_flight, launcher)
+        if launcher == "ray":
+            check_ray(config)
+        else:
+            check_launch(launcher, parallel)
+        return cls(spec, parallel.filled(cut), cut, config, in_flight, launcher, replica)
 
     def setup(self, trace: bool, snapshot_every: int) -> Setup:
         """What rank 0 is told in the first start.
@@ -111,6 +123,8 @@ class Blueprint:
 
     def launch(self) -> list[RankProcess]:
         """Start the ranks' processes."""
+        if self.launcher == "ray":
+            return launch_ray(self.parallel.ranks, self._environment, self.config.device)
         if self.launcher == "torchrun":
             return launch_torchrun(self.parallel.ranks, self._environment)
         family = self.spec.stages_class.partition(":")[0] if self.config.device == "cpu" else None
@@ -119,7 +133,13 @@ class Blueprint:
     @property
     def _environment(self) -> dict[str, str]:
         """The ranks'."""
-        return self.config.rank_environment(torchrun_world()[1] if self.launcher == "torchrun" else self.parallel.ranks)
+        match self.launcher:
+            case "torchrun":
+                return self.config.rank_environment(torchrun_world()[1])
+            case "ray":  # a core each: nodes need not have as many as this one
+                return self.config.rank_environment(len(os.sched_getaffinity(0)))
+        environment = self.config.rank_environment(self.parallel.ranks * self.replica.of)
+        return environment | self.replica.devices(self.parallel.ranks, self.config.device)
 
     @property
     def room(self) -> Room:
@@ -173,9 +193,11 @@ def check_launcher(launcher: str) -> None:
         InvalidConfig: it cannot.
     """
     if launcher not in get_args(Launcher):
-        raise InvalidConfig(f"launcher={shown(launcher)} is not known: use {' or '.join(get_args(Launcher))}.")
+        raise InvalidConfig(f"launcher={shown(launcher)} is not known: use {', '.join(get_args(Launcher))}.")
     if launcher == "torchrun":
         need_torchrun()
+    if launcher == "ray":
+        need("ray")
 
 
 def _check_devices(parallel: ParallelConfig, config: DeviceConfig) -> None:

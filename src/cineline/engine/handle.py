@@ -51,6 +51,7 @@ class Ticket:
         steps_done, chunks_done: so far.
         begun: the kind of the last group that the tail has begun, since the ranks were started last.
         restarts: of the ranks, since it was submitted. blamed: how many of them were for a failure in its items.
+        is_abandoned: it fails because its engine has ended.
     """
 
     def __init__(self, job: Job, timeout_s: float | None = None, outputs: Mapping[str, Path] | None = None) -> None:
@@ -66,6 +67,7 @@ class Ticket:
         self.begun: Kind | None = None
         self.restarts = 0
         self.blamed = 0
+        self.is_abandoned = False
         self._latents: np.ndarray | None = None
         self._lock = threading.Lock()
         self._chunks: list[np.ndarray] = []
@@ -125,9 +127,10 @@ class Ticket:
         self._latents = None
         return Video(latents, frames, self.job.fps)
 
-    def fail(self, error: CinelineError) -> None:
+    def fail(self, error: CinelineError, is_abandoned: bool = False) -> None:
         """It will never be."""
         if not self.future.done():
+            self.is_abandoned = is_abandoned
             self.future.set_exception(error)
 
 
@@ -200,6 +203,12 @@ class RequestHandle:
         """How often the ranks were started anew since it was submitted; it went on from its last snapshot."""
         check_process(self._process)
         return self._ticket.restarts
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Its engine has ended before it was done: another one may take it."""
+        check_process(self._process)
+        return self._ticket.is_abandoned
 
     @property
     def done(self) -> bool:

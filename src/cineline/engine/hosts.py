@@ -14,7 +14,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection
 
@@ -174,19 +174,19 @@ def meet(rendezvous: Rendezvous, hellos: Sequence[Hello], own_rank: Process, lim
             port = servers[hello.dials].getsockname()[1]
             rendezvous.invite(hello.rank, Invitation(port=port, secret=secret.hex()))
 
-        def look(met: bool) -> None:
-            check_coming(rendezvous, own_rank, came=met)
+        def look(met: Collection[int]) -> None:
+            check_coming(rendezvous, own_rank, came=0 in met)
 
         return accept(list(servers.values()), key, len(hellos), look, limit_s)
 
 
 def accept(
-    servers: Sequence[socket.socket], key: bytes, ranks: int, look: Callable[[bool], None], limit_s: float
+    servers: Sequence[socket.socket], key: bytes, ranks: int, look: Callable[[Collection[int]], None], limit_s: float
 ) -> dict[int, Connection]:
     """Those of all ranks, by number; whoever else calls, or calls and says nothing, is not waited for.
 
     Args:
-        look: called again and again, with whether rank 0 is met; what it raises ends this.
+        look: called again and again, with the ranks that are met; what it raises ends this.
 
     Raises:
         InvalidConfig: not all of them called within `limit_s`.
@@ -201,7 +201,7 @@ def accept(
                 with contextlib.suppress(OSError):  # whoever called has hung up again
                     call = server.accept()[0]
                     threading.Thread(target=_meet, args=(call, key, ranks, connections), daemon=True).start()
-            look(0 in connections)
+            look(connections.keys())
             if time.monotonic() > deadline:
                 raise InvalidConfig(f"Ranks {missing} did not call within {limit_s:.0f} s: check their hosts' output.")
     except BaseException:

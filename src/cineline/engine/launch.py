@@ -1,4 +1,4 @@
-"""Starts the rank processes of this machine (those of a torchrun world: `hosts`).
+"""Starts the rank processes of this machine (those of a torchrun world: `hosts`; on Ray's nodes: `ray_launch`).
 
 A rank is a process of its own with one connection to the engine, whose end tells the engine of the rank's. A rank ends
 with the process that started it (`rank.owner`), whoever else may have that connection open.
@@ -30,7 +30,7 @@ from cineline.errors import InvalidConfig, reason, shown
 
 log = logging.getLogger(__name__)
 
-Launcher = Literal["local", "torchrun"]
+Launcher = Literal["local", "torchrun", "ray"]
 
 WORKER = "cineline.rank.worker"
 NURSERY = "cineline.rank.nursery"

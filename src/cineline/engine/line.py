@@ -87,7 +87,7 @@ class Line:
         self._open: dict[int, _Open] = {}
         self._alone: int | None = None
         self._held: list[_Open] = []
-        self._next_id = 0
+        self._next_id, self._id_step = blueprint.replica
         self._earliest = math.inf
         self.ended: CinelineError | None = None
 
@@ -127,7 +127,7 @@ class Line:
             job = self._spec.resolve(request, self._next_id)
             self.check_open()
             self._check(job)
-            self._next_id += 1
+            self._next_id += self._id_step
             ticket = self._tickets[job.id] = Ticket(job, request.timeout_s, outputs)
             ticket.steps_done = 0 if snapshot is None else snapshot.step
             self._earliest = min(self._earliest, ticket.deadline)
@@ -280,7 +280,7 @@ class Line:
             tickets, self._tickets = list(self._tickets.values()), {}
         for ticket in tickets:
             self._ranks.do(partial(self._drop, ticket.job.id))
-            ticket.fail(for_open or error)
+            ticket.fail(for_open or error, is_abandoned=True)
         return first
 
     # The engine's thread.

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 
 from cineline.core.config import ParallelConfig
 from cineline.core.request import VideoRequest
-from cineline.engine.api import Engine
 from cineline.engine.handle import RequestHandle
 from cineline.engine.ranks import RankState
+from cineline.engine.replicas import AnyEngine
 from cineline.engine.sink import Sink
 from cineline.errors import (
     CinelineError,
@@ -69,6 +69,7 @@ class Dispatcher:
         outcomes: of jobs, with where these are kept.
         make_engine: with the data folder's snapshots; may take minutes.
         parallel, in_flight: how the line is divided, and how many requests it is to hold; None fills it.
+        replicas: lines that the engine has.
         ended: called when the thread ends by itself.
 
     Attributes:
@@ -78,18 +79,18 @@ class Dispatcher:
     def __init__(
         self,
         outcomes: Outcomes,
-        make_engine: Callable[[], Engine],
+        make_engine: Callable[[], AnyEngine],
         parallel: ParallelConfig,
         in_flight: int | None,
         ended: Callable[[], None],
+        replicas: int = 1,
     ) -> None:
         self.failure: CinelineError | None = None
         self._outcomes = outcomes
         self._store, self._folder, self._metrics = outcomes.store, outcomes.folder, outcomes.metrics
         self._make_engine, self._ended = make_engine, ended
-        self._engine: Engine | None = None
-        branches = (1,) if parallel.cfg == 2 else (1, 2)
-        self._room = SPARE + (in_flight or max(default_in_flight(parallel.pp, each) for each in branches))
+        self._engine: AnyEngine | None = None
+        self._room = replicas * _room(parallel, in_flight)
         self._fair = FairQueue()
         self._running: dict[str, Running] = {}
         self._changed = threading.Event()
@@ -118,7 +119,7 @@ class Dispatcher:
             self._thread.join(limit_s)
 
     @property
-    def engine(self) -> Engine | None:
+    def engine(self) -> AnyEngine | None:
         """Once it is there, and until it is to end."""
         return None if self._stopping or self.failure is not None else self._engine
 
@@ -266,7 +267,7 @@ class Dispatcher:
 
     def _end_badly(self, running: Running, error: CinelineError) -> None:
         """Of one job alone."""
-        self._outcomes.set_back(running.job, error)
+        self._outcomes.set_back(running.job, error, running.handle.is_abandoned)
         self._running.pop(running.job.id)
         running.handle.cancel()
         running.handle.delivered()
@@ -312,3 +313,9 @@ class Dispatcher:
             self._outcomes.set_back(job, unforeseen(job, error))
             return
         self._watch(job, handle)
+
+
+def _room(parallel: ParallelConfig, in_flight: int | None) -> int:
+    """Requests that an engine is given at once."""
+    branches = (1,) if parallel.cfg == 2 else (1, 2)
+    return SPARE + (in_flight or max(default_in_flight(parallel.pp, each) for each in branches))

@@ -28,6 +28,7 @@ from cineline.core.output import check_folder, unwritable, whole_file
 from cineline.core.request import IMAGES
 from cineline.engine.folder import entries_in, kept_in
 from cineline.engine.keeper import REQUEST
+from cineline.engine.replicas import REPLICAS
 from cineline.errors import InvalidConfig, OutputError, reason, shown
 
 ID = re.compile(r"video_[0-9a-f]{32}")
@@ -147,7 +148,8 @@ class DataFolder:
     def fit_snapshots(self, open_jobs: set[str]) -> None:
         """Those of jobs that are gone go, and those that were made where the folder had another path are of this one.
         What this version cannot read or resume goes too: its job begins anew, or is told why it cannot."""
-        for entry in entries_in(self.snapshots):
+        folders = [self.snapshots, *self.snapshots.glob(REPLICAS)]
+        for entry in (entry for folder in folders for entry in entries_in(folder)):
             file = entry / REQUEST
             try:
                 stored = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))

@@ -102,12 +102,12 @@ class Outcomes:
             self.folder.remove(job.id)
             self.metrics.jobs.labels(code).inc()
 
-    def set_back(self, job: StoredJob, error: CinelineError) -> None:
-        """Begin it anew, or fail it: the disk may have room later, and what nobody foresaw may not come again; what is
-        of the request's own it is told."""
+    def set_back(self, job: StoredJob, error: CinelineError, is_abandoned: bool = False) -> None:
+        """Begin it anew, or fail it: the disk may have room later, what nobody foresaw may not come again, and where
+        its engine has ended (`is_abandoned`) another takes it; what is of the request's own it is told."""
         if isinstance(error, RequestCancelled) or self.store.get(job.id) is None:
             return  # it was deleted
-        may_pass = isinstance(error, (OutputError, Unforeseen))
+        may_pass = is_abandoned or isinstance(error, (OutputError, Unforeseen))
         if may_pass and job.setbacks + 1 < MOST_SETBACKS:
             log.warning("Job %s begins anew: %s", job.id, error)
             self.store.queue_again(job.id, setback=True)

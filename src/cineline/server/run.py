@@ -17,8 +17,8 @@ from starlette.types import ASGIApp
 
 from cineline.core.config import ParallelConfig
 from cineline.core.family import FamilySpec, StoredFamily
-from cineline.engine.api import Engine
 from cineline.engine.hub import name_of
+from cineline.engine.replicas import AnyEngine
 from cineline.errors import InvalidConfig, reason, shown
 from cineline.server.app import Parts, make_app
 from cineline.server.dispatcher import Dispatcher
@@ -51,14 +51,16 @@ class Served:
         spec: the model's. names: it goes by, its own first.
         parallel, in_flight: how the line is divided, and what it holds. make_engine: with snapshots in that folder.
         defaults: of requests, for fields that they leave out.
+        replicas: lines of that kind, side by side.
     """
 
     spec: FamilySpec
     names: Sequence[str]
     parallel: ParallelConfig
     in_flight: int | None
-    make_engine: Callable[[Path], Engine]
+    make_engine: Callable[[Path], AnyEngine]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    replicas: int = 1
 
     @property
     def made_of(self) -> str:
@@ -108,6 +110,7 @@ def opened(served: Served, settings: ServeConfig) -> Iterator[Server]:
             served.parallel,
             served.in_flight,
             lambda: server.end(),
+            served.replicas,
         )
         service = Service(served.spec, served.names, served.defaults, outcomes, dispatcher)
         app = make_app(Parts(service, folder, keys, Images(settings.image_hosts), metrics))
