@@ -68,7 +68,7 @@ def serve(
 
     def make_engine(snapshots: Path) -> Engine:
         own: Given = {"in_flight": in_flight, "prompt_cache": prompt_cache, "snapshot_dir": snapshots}
-        return Engine(spec, parallel, **own, **devices, **recovery)
+        return Engine(spec, parallel, live=True, **own, **devices, **recovery)
 
     screen = console(stderr=True)
     names = list(dict.fromkeys([_name(model, files), *settings.aliases]))

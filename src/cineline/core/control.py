@@ -43,6 +43,7 @@ class Setup:
         trace: whether to keep a timeline.
         faults: on purpose, of all ranks. start: which start of the ranks this is, from 0.
         snapshot_every: solver steps of a request from one snapshot to the next; 0 for none.
+        live: whether to say the timeline's slices as they come.
     """
 
     spec: FamilySpec
@@ -56,6 +57,7 @@ class Setup:
     faults: tuple[Fault, ...]
     start: int
     snapshot_every: int = 0
+    live: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ class Beat:
         limit_s: seconds that it may take, by the longest of its kind and size so far; None where there was none.
         request: whose turn it is.
         busy_s: seconds that it has computed since it began, all items together.
+        since_ns: wall-clock time at which the item began; None while it waits.
     """
 
     item: str = ""
@@ -179,6 +182,15 @@ class Beat:
     limit_s: float | None = None
     request: int | None = None
     busy_s: float = field(default=0.0, compare=False)
+    since_ns: int | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Rank to engine, beside its beats: what it has computed since the last time; the slices of its
+    `Timeline`, where it keeps one."""
+
+    slices: tuple[Slice, ...]
 
 
 @dataclass(frozen=True)
@@ -223,6 +235,7 @@ Message = (
     | Piece
     | Unkept
     | Beat
+    | Slices
     | Failed
     | Timeline
     | Stop
