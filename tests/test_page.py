@@ -38,10 +38,16 @@ def model(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def slow(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A service whose steps take their time; each test deletes what it makes."""
+def slow_service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     with serving(model, tmp_path_factory.mktemp("slow") / "data", step_s=SLOW_S) as client:
         yield client
+
+
+@pytest.fixture
+def slow(slow_service: httpx.Client) -> Iterator[httpx.Client]:
+    """A service whose steps take their time, without jobs."""
+    yield slow_service
+    delete_all(slow_service)
 
 
 def card(seen: Seen, job: str) -> Any:
@@ -75,7 +81,7 @@ def test_one_video_is_watched_and_played_and_the_other_cancelled(browser: Any, s
         for _ in range(2):
             with page.expect_response("**/v1/videos"):
                 page.get_by_role("button", name="Make the video").click()
-            page.wait_for_selector("#submit:enabled")
+            page.wait_for_selector("#submit:not([aria-disabled])")
         second, first = [job["id"] for job in jobs_of(slow)]
         assert get(slow, first)["prompt"] == HOSTILE
         assert card(seen, first).locator("h3").inner_text() == HOSTILE
@@ -198,8 +204,6 @@ def test_a_first_frame_is_dropped_and_comes_along_again(browser: Any, slow: http
         page.wait_for_selector("#image[aria-invalid=true]")
         assert page.locator("#prompt").input_value() == "it turns"
         assert len(jobs_of(slow)) == 2
-        delete_all(slow)
-        seen.wait("document.querySelectorAll('.card').length === 0")
 
 
 def test_again_with_another_seed_keeps_all_else(browser: Any, slow: httpx.Client) -> None:
@@ -216,7 +220,6 @@ def test_again_with_another_seed_keeps_all_else(browser: Any, slow: httpx.Client
     fields = [slow.get(f"/v1/videos/{job['id']}/settings").json()["fields"] for job in (same, second)]
     assert fields[0].pop("seed") != fields[1].pop("seed")
     assert fields[0] == fields[1]
-    delete_all(slow)
 
 
 def test_a_newcomer_is_told_what_the_mini_models_draw(browser: Any, slow: httpx.Client) -> None:
@@ -232,7 +235,7 @@ def test_a_newcomer_is_told_what_the_mini_models_draw(browser: Any, slow: httpx.
         prompts = seen.page.locator("#examples button").all_inner_texts()
         assert len(prompts) == 3 and all(prompt.endswith("background") for prompt in prompts)
         assert "circle, square or triangle" in seen.page.locator("#prompt-help").inner_text()
-        assert seen.page.locator("#size option").all_inner_texts()[0] == "Model's own, 128×128"
+        assert seen.page.locator("#size option").all_inner_texts()[0] == "Own, 128×128"
 
 
 def busy(client: httpx.Client) -> list[str]:
@@ -257,7 +260,7 @@ def test_everybody_can_use_it(scheme: str, browser: Any, slow: httpx.Client) -> 
             done, failed, running, *_ = busy(slow)
             seen.wait(state(failed, "failed"))
             page.wait_for_selector(f"#{running} img.preview")
-            assert "timeout_s" in card(seen, failed).locator(".problem").inner_text()
+            assert "timeout_s" in card(seen, failed).locator(".problem").text_content()
             page.evaluate("for (const it of document.querySelectorAll('details')) it.open = true")
             card(seen, done).get_by_role("button", name="Play", exact=False).last.click()
             seen.wait(f"document.querySelector('#{done} video')?.currentTime > 0")
@@ -339,7 +342,7 @@ def test_a_stream_that_breaks_is_joined_again_without_a_lost_state(browser: Any,
 DRAWN = """(main, timeline, line, colours, from, to) => {
     // The picture stands still at these microseconds; each slice with where it is, and whether it is of its colour.
     const { picture } = main;
-    picture.span.value = "60";
+    picture.span.value = "30";
     picture.heldAt = to;
     picture.touch();
     return new Promise((resolve) => setTimeout(() => {
@@ -362,7 +365,7 @@ DRAWN = """(main, timeline, line, colours, from, to) => {
 def test_the_picture_is_the_trace_of_the_same_run(browser: Any, model: Path, tmp_path: Path) -> None:
     """The same slices: rank, request, kind, number and times; drawn where they belong, in their video's colour."""
     trace = tmp_path / "trace.json"
-    with serving(model, tmp_path / "data", trace=trace, step_s=0.1) as client, opened_page(browser, client) as seen:
+    with serving(model, tmp_path / "data", trace=trace, step_s=0.2) as client, opened_page(browser, client) as seen:
         seen.page.wait_for_selector("#connection[data-state=live]")
         jobs = [create(client, seed=seed, num_inference_steps=6)["id"] for seed in (1, 2, 3)]
         for job in jobs:
@@ -408,8 +411,9 @@ def test_a_slice_is_read_and_its_video_followed(browser: Any, slow: httpx.Client
         seen.wait("document.querySelector('#table tr td + td')?.textContent.startsWith('denoise')")
         assert "number" in page.locator("#table").inner_text()
         seen.wait("document.querySelector('.share').textContent.endsWith('%')")
-        busiest = seen.modules("(main) => main.timeline.busy(0, main.timeline.newest)")
-        assert 0.3 < busiest <= 1  # it waits for nothing but itself: two requests, each step asleep on this rank
+        share = "(main) => main.timeline.busy(0, main.timeline.newest)"
+        while not 0.5 < seen.modules(share) <= 1:  # two requests, and each step is asleep on this rank
+            page.wait_for_timeout(100)
         where = """(main, timeline) => {
             const { view, width } = main.picture;
             const found = timeline.laidOut(main.timeline.ranks[0], view.from, view.to, width).at(-2);
@@ -428,8 +432,6 @@ def test_a_slice_is_read_and_its_video_followed(browser: Any, slow: httpx.Client
         seen.wait(f"document.querySelector('#{video} canvas').ariaLabel?.includes('slices on 2 ranks')")
         alone.click()
         assert main("(main) => main.picture.chosen") is None
-        delete_all(slow)
-        seen.wait("document.querySelectorAll('.card').length === 0")
 
 
 def test_older_videos_are_fetched_when_they_are_asked_for(browser: Any, model: Path, tmp_path: Path) -> None:

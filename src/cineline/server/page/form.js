@@ -78,7 +78,7 @@ export class Form {
     const { width, height } = this.takes.defaults;
     const { width_step: across, height_step: down } = this.takes;
     const own = `${width}x${height}`;
-    const offered = new Map([["", `Model's own, ${width}×${height}`]]);
+    const offered = new Map([["", `Own, ${width}×${height}`]]);
     for (const [name, x, y] of ASPECTS) {
       const area = Math.sqrt((width * height) / (x * y));
       const sides = [Math.max(1, Math.round((area * x) / across)) * across, Math.max(1, Math.round((area * y) / down)) * down];
@@ -218,10 +218,10 @@ export class Form {
 
   async #submit() {
     const button = by("submit");
-    if (button.disabled || this.takes === null) return;
+    if (button.ariaDisabled === "true" || this.takes === null) return;
     for (const input of this.form.querySelectorAll("[aria-invalid]")) this.#clear(input);
     this.#problem("");
-    button.disabled = true;
+    button.ariaDisabled = "true";
     button.textContent = "Sending";
     try {
       const images = Object.fromEntries(Object.entries(this.images).filter(([, file]) => file !== null));
@@ -230,7 +230,7 @@ export class Form {
     } catch (error) {
       this.#trouble(error);
     } finally {
-      button.disabled = false;
+      button.ariaDisabled = null;
       button.textContent = "Make the video";
     }
   }

@@ -276,26 +276,32 @@ class Card {
     }, SURE_MS);
   }
 
-  async #delete(it) {
-    it.disabled = true;
-    try {
-      await ask(`/v1/videos/${this.id}`, { method: "DELETE" });
+  #delete(it) {
+    const gone = async () => {
+      try {
+        await ask(`/v1/videos/${this.id}`, { method: "DELETE" });
+      } catch (error) {
+        if (error.status !== 404) throw error;
+      }
       this.jobs.remove(this.id);
-    } catch (error) {
-      it.disabled = false;
-      if (error.status === 404) this.jobs.remove(this.id);
-      else this.#say(error);
-    }
+    };
+    return this.#once(it, gone);
   }
 
-  async #again(it) {
-    it.disabled = true;
+  #again(it) {
+    return this.#once(it, () => this.parts.again(this.job));
+  }
+
+  /** Not again before it is done. (A button that is disabled would lose the focus.) */
+  async #once(it, deed) {
+    if (it.ariaDisabled === "true") return;
+    it.ariaDisabled = "true";
     try {
-      await this.parts.again(this.job);
+      await deed();
     } catch (error) {
       this.#say(error);
     } finally {
-      it.disabled = false;
+      it.ariaDisabled = null;
     }
   }
 

@@ -189,11 +189,11 @@ export class Picture {
 
   #frame(at) {
     requestAnimationFrame((next) => this.#frame(next));
-    if (!this.inView || document.hidden) return;
+    if (document.hidden) return;
     if (this.labels.children.length !== this.timeline.ranks.length) this.#label();
     const moves = this.heldAt === null && this.timeline.newest > this.view.from;
     const due = still.matches ? at - this.drawn > STILL_EVERY_MS : moves || at - this.drawn > STILL_EVERY_MS;
-    if (this.dirty || due) this.#draw(at);
+    if (this.inView && (this.dirty || due)) this.#draw(at);
     if (at - this.tabled > TABLE_EVERY_MS) this.#tell(at);
   }
 
