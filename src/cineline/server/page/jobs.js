@@ -39,6 +39,7 @@ export class Jobs {
     this.known = new Map();
     this.cards = new Map();
     this.loaded = PAGE;
+    this.told = new Set();
     this.more = false;
     this.changed = () => {};
     this.seen = new IntersectionObserver((entries) => {
@@ -51,8 +52,10 @@ export class Jobs {
     return job ? `“${job.prompt.slice(0, 60) || "a picture"}”` : "a video that is gone";
   }
 
-  /** The newest jobs, as many as were loaded before; what is not among them is gone, or is told as an event. */
+  /** The newest jobs, as many as were loaded before. What is not among them is gone; of what events tell meanwhile they
+   *  are right. */
   async sync() {
+    const told = (this.told = new Set());
     const found = [];
     let page = { has_more: true, last_id: null };
     while (page.has_more && found.length < this.loaded) {
@@ -61,8 +64,11 @@ export class Jobs {
     }
     this.more = page.has_more;
     const there = new Set(found.map((job) => job.id));
-    for (const id of [...this.known.keys()]) if (!there.has(id)) this.remove(id, false);
-    for (const job of found.reverse()) this.put(job);
+    const oldest = page.has_more ? found.at(-1).created_at : 0;
+    for (const { id, created_at } of [...this.known.values()]) {
+      if (!there.has(id) && !told.has(id) && created_at >= oldest) this.remove(id, false);
+    }
+    for (const job of found.reverse()) if (!told.has(job.id)) this.put(job);
     this.changed();
   }
 
@@ -82,6 +88,7 @@ export class Jobs {
   /** A job as it is now; what is told late of one that has ended is not so any more. */
   put(job) {
     const before = this.known.get(job.id);
+    this.told.add(job.id);
     if (before && ended(before) && !ended(job)) return;
     this.known.set(job.id, job);
     if (before) {
@@ -120,6 +127,7 @@ export class Jobs {
     this.seen.unobserve(card.root);
     card.root.remove();
     this.cards.delete(id);
+    this.told.add(id);
     this.known.delete(id);
     dropFiles(id);
     if (focused) (next?.querySelector("button") ?? document.getElementById("jobs-title")).focus();

@@ -9,6 +9,7 @@ import { Timeline } from "/page/timeline.js";
 import { examples } from "/page/words.js";
 
 const by = (id) => document.getElementById(id);
+const LOOK_EVERY_MS = 30_000;
 const STATES = { live: "live", joining: "joining again" };
 
 export const timeline = new Timeline();
@@ -123,6 +124,12 @@ async function meet() {
     }
   }
 }
+
+/** Others may delete what has ended, and it expires; no event tells of that. */
+function lookAgain() {
+  if (!document.hidden && by("connection").dataset.state === "live") jobs.sync().catch(() => {});
+}
+setInterval(lookAgain, LOOK_EVERY_MS);
 
 await meet();
 follow({
