@@ -10,6 +10,7 @@ const GAP = 6;
 const AXIS = 22;
 const STILL_EVERY_MS = 1000;
 const FAR_US = 60e6;
+const NARROW = 400;
 const TABLE_EVERY_MS = 1000;
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
@@ -71,6 +72,7 @@ export class Picture {
     this.backWords = part("back-words");
     this.live = part("live");
     this.span = part("span");
+    if (this.canvas.clientWidth < NARROW) this.span.value = "5";
     this.pointed = part("pointed");
     this.table = part("table");
     this.details = part("table-details");
