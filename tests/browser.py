@@ -48,6 +48,11 @@ class Seen:
     wrong: list[str] = field(default_factory=list)
     hosts: set[str] = field(default_factory=set)
 
+    def console(self, message: Any) -> None:
+        """What the browser says of the page."""
+        if message.type == "error":
+            self.wrong.append(message.text)
+
     def modules(self, script: str, *given: Any) -> Any:
         """What a function of the page's modules gives: (main, timeline, line, colours, given) => ..."""
         names = ("main", "timeline", "line", "colours")
@@ -70,7 +75,7 @@ def opened_page(browser: Any, client: httpx.Client, **options: Any) -> Iterator[
     page.set_default_timeout(LIMIT_MS)
     seen = Seen(page)
     page.on("pageerror", lambda error: seen.wrong.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and seen.wrong.append(message.text))
+    page.on("console", seen.console)
     page.on("request", lambda request: seen.hosts.add(request.url.partition("://")[2].partition("/")[0]))
     try:
         page.goto(f"{client.base_url}/")
