@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import uvicorn
@@ -64,6 +65,9 @@ TAKES = Takes(
 )
 
 SCRIPT = "FireAnimationFrame"
+LEAST_MS = 0.2
+"""What is less is the callback that counts frames, or a frame in which the page had nothing to draw."""
+
 CATEGORIES = ["devtools.timeline", "devtools.timeline.frame", "disabled-by-default-devtools.timeline.frame"]
 
 WATCH = """() => {
@@ -221,7 +225,8 @@ def measure(case: PageCase, tell: Callable[[str], None]) -> tuple[str, dict[str,
 def _telling(case: PageCase) -> Iterator[str]:
     """The address of a service that tells."""
     told: Any = Told(case)
-    app = make_app(Parts(told, told, Keys(), Images(), Metrics(lambda: Now(0, 0, 0, True, []))))
+    no_files: Any = SimpleNamespace(video=str)
+    app = make_app(Parts(told, no_files, Keys(), Images(), Metrics(lambda: Now(0, 0, 0, True, []))))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -263,8 +268,14 @@ def _scrolled(browser: Any, address: str, case: PageCase, screen: Mapping[str, i
     events = json.loads(browser.stop_tracing())["traceEvents"]
     context.close()
     drawn = sorted(each["ts"] / 1000 for each in events if each["name"] == "DrawFrame")
-    script = [each["tdur"] / 1000 for each in events if each["name"] == SCRIPT and "tdur" in each]
-    return Frames(frames, [after - before for before, after in itertools.pairwise(drawn)], script)
+    return Frames(frames, [after - before for before, after in itertools.pairwise(drawn)], list(_script_ms(events)))
+
+
+def _script_ms(events: Sequence[Mapping[str, Any]]) -> Iterator[float]:
+    """Of each frame in which the page drew."""
+    for each in events:
+        if each["name"] == SCRIPT and each.get("tdur", 0) / 1000 > LEAST_MS:
+            yield each["tdur"] / 1000
 
 
 def rows(found: Mapping[str, Frames]) -> list[list[str]]:
