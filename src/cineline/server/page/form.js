@@ -117,7 +117,7 @@ export class Form {
       this.#field("negative_prompt", { type: "text" }, "What it should not show"),
       ...fields.filter(({ name }) => name !== "preview").map((each) => this.#further(each)),
       this.#choice("priority", [["", "normal"], ["high", "high"], ["low", "low"]]),
-      ...(this.#previews ? [this.#choice("preview", [["", `${PREVIEWS} while it is made`], ["none", "none"]], "Previews")] : []),
+      ...(this.#previews ? [this.#choice("preview", [["", `${PREVIEWS} pictures`], ["none", "none"]], "Previews")] : []),
     ];
     by("advanced-fields").replaceChildren(...parts);
     for (const field of [frames, rate]) field.addEventListener("input", length);
@@ -127,10 +127,10 @@ export class Form {
   /** A field of the model's family, by the schema of its value. */
   #further({ name, description, values, default: held }) {
     const words = values.flatMap((each) => each.enum ?? (each.const === undefined ? [] : [each.const]));
-    if (words.length) return this.#choice(name, [["", held ?? "the model's own"], ...words.map((word) => [word, word])], "", description);
+    if (words.length) return this.#choice(name, [["", held ?? "the model's"], ...words.map((word) => [word, word])], "", description);
     const isNumber = values.some((each) => each.type === "number" || each.type === "integer");
     const kind = isNumber ? { type: "number", step: "any" } : { type: "text" };
-    return this.#field(name, { ...kind, placeholder: held ?? "the model's own" }, description);
+    return this.#field(name, { ...kind, placeholder: held ?? "the model's" }, description);
   }
 
   #field(name, attributes, help = "") {
