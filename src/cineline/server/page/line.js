@@ -15,8 +15,13 @@ const TABLE_EVERY_MS = 1000;
 
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
-/** Rows of slices on a canvas whose context is scaled to CSS pixels; those of other videos than `chosen` are faint. */
+/**
+ * Rows of slices on a canvas whose context is scaled to CSS pixels; those of other videos than `chosen` are faint.
+ * What has one colour is painted at once: reading a colour takes longer than painting with it.
+ */
 export function paint(context, rows, view, { width, height, gap, chosen = null, words = true }) {
+  const boxes = new Map();
+  const later = [];
   rows.forEach((row, rank) => {
     const top = rank * (height + gap);
     let painted = -1;
@@ -27,15 +32,28 @@ export function paint(context, rows, view, { width, height, gap, chosen = null, 
       const shown = Math.max(0.75, right - left - (wide > 3 ? 1 : 0));
       painted = left + shown;
       const faint = chosen !== null && slice.video !== chosen;
-      context.fillStyle = colourOf(slice.video, slice.kind, slice.open ? 0.6 : faint ? 0.18 : 1);
-      context.fillRect(left, top, shown, height);
-      if (slice.kind === "decode" && !faint) {
-        context.fillStyle = "rgb(0 0 0 / 0.35)";
-        context.fillRect(left, top + height - 4, shown, 4);
-      }
-      if (words && wide > 16 && !faint) write(context, slice, left, top, right - left, height);
+      const colour = boxColour(slice, faint);
+      if (!boxes.has(colour)) boxes.set(colour, []);
+      boxes.get(colour).push([left, top, shown]);
+      if (slice.kind === "decode" && !faint) later.push(() => foot(context, left, top + height, shown));
+      if (words && wide > 16 && !faint) later.push(() => write(context, slice, left, top, right - left, height));
     }
   });
+  for (const [colour, places] of boxes) {
+    context.fillStyle = colour;
+    for (const [left, top, shown] of places) context.fillRect(left, top, shown, height);
+  }
+  for (const paintIt of later) paintIt();
+}
+
+function boxColour(slice, faint) {
+  if (slice.open || faint) return colourOf(slice.video, slice.kind, faint ? 0.18 : 0.6);
+  return (slice.colour ??= colourOf(slice.video, slice.kind));
+}
+
+function foot(context, left, bottom, wide) {
+  context.fillStyle = "rgb(0 0 0 / 0.35)";
+  context.fillRect(left, bottom - 4, wide, 4);
 }
 
 function write(context, slice, left, top, wide, height) {
