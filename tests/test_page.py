@@ -267,7 +267,7 @@ def test_everybody_can_use_it(scheme: str, browser: Any, slow: httpx.Client) -> 
             seen.wait("document.querySelector('#table tr td')")
             assert serious(page) == []
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            page.evaluate("document.querySelector('label[for=seed]').remove()")
+            page.evaluate("document.querySelector('label[for=prompt]').remove()")
             assert serious(page) != []  # it would find something
             delete_all(slow)
 
@@ -433,6 +433,26 @@ def test_a_slice_is_read_and_its_video_followed(browser: Any, slow: httpx.Client
         seen.wait(f"document.querySelector('#{video} canvas').ariaLabel?.includes('slices on 2 ranks')")
         alone.click()
         assert main("(main) => main.picture.chosen") is None
+
+
+@pytest.mark.parametrize(("motion", "least", "most"), [("reduce", 1, 5), ("no-preference", 8, 1000)])
+def test_the_picture_moves_only_where_motion_is_wanted(
+    motion: str, least: int, most: int, browser: Any, slow: httpx.Client
+) -> None:
+    create(slow, num_inference_steps=40)
+    with opened_page(browser, slow, reduced_motion=motion) as seen:
+        seen.wait("document.querySelector('.share')?.textContent.endsWith('%')")
+        script = """(main) => new Promise((resolve) => {
+            const drawn = new Set();
+            const began = performance.now();
+            const look = (now) => {
+                drawn.add(main.picture.drawn);
+                if (now - began < 3000) requestAnimationFrame(look);
+                else resolve(drawn.size);
+            };
+            requestAnimationFrame(look);
+        })"""
+        assert least <= seen.modules(script) <= most
 
 
 def test_what_others_delete_goes_when_the_page_looks_again(browser: Any, slow: httpx.Client) -> None:

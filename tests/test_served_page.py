@@ -17,8 +17,9 @@ from oracle import Checkpoint
 from served import LIMIT_S, create, serving, small_model, wait_done
 from toy_family import ToySpec
 
+from cineline import Engine, ParallelConfig, VideoRequest
 from cineline.core.request import Branch, Kind, WorkItem
-from cineline.core.trace import Slice
+from cineline.core.trace import Slice, slice_name
 from cineline.engine import recent
 from cineline.engine.hub import open_model
 from cineline.engine.recent import Recent
@@ -120,6 +121,19 @@ def test_the_line_s_slices_are_the_trace_s(model: Path, tmp_path: Path) -> None:
         for (*_, start, took, waited), each in zip(mine, by_time, strict=True):
             assert took == each["dur"] and waited / 1000 == pytest.approx(each["args"]["waited_ms"])
             assert start - begin_us == pytest.approx(each["ts"], abs=1.001)  # whole microseconds since 1970
+
+
+def test_an_engine_that_is_closed_has_told_all_of_its_trace(tmp_path: Path) -> None:
+    for live in (True, False):
+        trace = tmp_path / "trace.json"
+        with Engine(ToySpec(), ParallelConfig(pp=2), device="cpu", trace=trace, live=live) as engine:
+            for handle in [engine.submit(VideoRequest(prompt="a", seed=seed)) for seed in range(3)]:
+                handle.result(LIMIT_S)
+        count, told = engine.recent.since(0)
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+        named = sorted((each.rank, slice_name(each.item)) for each in told)
+        assert named == (sorted((event["tid"], event["name"]) for event in events) if live else [])
+        assert count == len(told) and events
 
 
 def test_who_joins_later_is_told_the_last_minute(model: Path, tmp_path: Path) -> None:

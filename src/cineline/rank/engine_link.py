@@ -47,6 +47,7 @@ class EngineLink:
         self.connection = connection
         self._outbox = Outbox()
         self._slices: deque[Slice] = deque(maxlen=MOST_SLICES)
+        self._saying = threading.Lock()
         self._left = threading.Event()
         self._through = False
         self._sender = threading.Thread(target=self._send_all, daemon=True)
@@ -122,10 +123,11 @@ class EngineLink:
             time.sleep(control.BEAT_EVERY_S)
 
     def _say_slices(self) -> None:
-        """All that there are."""
-        found = [self._slices.popleft() for _ in range(len(self._slices))]
-        if found:
-            self.say(control.Slices(tuple(found)))
+        """All that there are; when it returns none is on its way to be said."""
+        with self._saying:
+            found = [self._slices.popleft() for _ in range(len(self._slices))]
+            if found:
+                self.say(control.Slices(tuple(found)))
 
 
 def _print(details: str) -> None:

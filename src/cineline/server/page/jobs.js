@@ -214,7 +214,7 @@ class Card {
 
   async play() {
     const video = element("video");
-    Object.assign(video, { controls: true, loop: true, muted: true, playsInline: true, autoplay: true });
+    Object.assign(video, { controls: true, loop: true, muted: true, playsInline: true });
     video.setAttribute("aria-label", this.job.prompt || "The video");
     try {
       video.src = await fileUrl(this.path);
@@ -224,6 +224,7 @@ class Card {
     }
     this.media.replaceChildren(video);
     video.focus();
+    video.play().catch(() => {}); // then its own button does
   }
 
   get path() {

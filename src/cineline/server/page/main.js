@@ -134,9 +134,6 @@ setInterval(lookAgain, LOOK_EVERY_MS);
 await meet();
 follow({
   sync: () => jobs.sync(),
-  take: (name, data) => {
-    takers[name]?.(data);
-    picture.touch();
-  },
+  take: (name, data) => takers[name]?.(data),
   state: connection,
 });
