@@ -1,4 +1,4 @@
-"""`python -m benchmarks decode | memory | plan | preview | replicas | simulator | traffic | videos`, from the root."""
+"""`python -m benchmarks COMMAND`, from the root: see --help."""
 
 from __future__ import annotations
 
@@ -119,6 +119,23 @@ def memory(kind: Kind = "t2v", pp: Stages = "2,4", json: Json = None) -> None:
     found = list(measure(_kind(kind), whole_numbers("pp", pp), teller()))
     title = f"A {kind} model of three equal thirds, float32"
     _report(title, COLUMNS, rows(found), {"rows": [asdict(row) for row in found]}, json)
+
+
+@app.command()
+def page(
+    jobs: Annotated[int, typer.Option(help="In the list.", min=1)] = 200,
+    ranks: Annotated[int, typer.Option(help="In the picture.", min=1)] = 8,
+    seconds: Annotated[float, typer.Option(help="Of scrolling.", min=0.5)] = 10.0,
+    json: Json = None,
+) -> None:
+    """The service's page in Chromium, before a service that only tells: frames while the list is scrolled."""
+    from benchmarks.page import COLUMNS, PageCase, measure, rows
+
+    case = PageCase(jobs, ranks, seconds)
+    browser, found = measure(case, teller())
+    title = f"{jobs} jobs, {ranks} ranks, scrolled for {seconds:g} s in Chromium {browser}"
+    result = {"case": asdict(case), "browser": browser, "arms": {name: asdict(arm) for name, arm in found.items()}}
+    _report(title, COLUMNS, rows(found), result, json)
 
 
 @app.command()

@@ -47,28 +47,45 @@ def delay(seconds: float) -> str:
 
 
 def served(
-    model: Path, pp: int, names: Sequence[str] = (), in_flight: int | None = None, restarts: int | None = None
+    model: Path,
+    pp: int,
+    names: Sequence[str] = (),
+    in_flight: int | None = None,
+    restarts: int | None = None,
+    trace: Path | None = None,
 ) -> Served:
     """The model on so many stages."""
     spec, parallel = open_model(model), ParallelConfig(pp=pp)
+    own: dict[str, Any] = {"in_flight": in_flight, "restarts": restarts, "trace": trace}
 
     def make_engine(snapshots: Path) -> Engine:
-        return Engine(spec, parallel, device="cpu", snapshot_dir=snapshots, in_flight=in_flight, restarts=restarts)
+        return Engine(spec, parallel, device="cpu", snapshot_dir=snapshots, live=True, **own)
 
     return Served(spec, [NAME, *names], parallel, in_flight, make_engine)
 
 
 @contextmanager
 def serving(
-    model: Path, data: Path, *, step_s: float = 0.0, pp: int = 2, in_flight: int | None = None, **settings: Any
+    model: Path,
+    data: Path,
+    *,
+    step_s: float = 0.0,
+    pp: int = 2,
+    in_flight: int | None = None,
+    trace: Path | None = None,
+    port: int = 0,
+    **settings: Any,
 ) -> Iterator[httpx.Client]:
     """A service in this process, its engine ready; a client of it."""
-    config = ServeConfig(port=0, data_dir=data, **settings)
+    config = ServeConfig(port=port, data_dir=data, **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "start_ranks", start_forked)
         if step_s:
             patch.setenv(VARIABLE, delay(step_s))
-        with opened(served(model, pp, config.aliases, in_flight), config) as server, answering(server) as client:
+        with (
+            opened(served(model, pp, config.aliases, in_flight, trace=trace), config) as server,
+            answering(server) as client,
+        ):
             yield client
 
 

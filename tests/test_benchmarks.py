@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,11 @@ def test_a_bad_option_is_refused(
         run(app)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_page_says_how_long_frames_take(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    if shutil.which("chromium") is None:
+        pytest.skip("The page is measured in Chromium: apt install chromium.")
+    arms = found("page --jobs 120 --ranks 3 --seconds 0.5", tmp_path, monkeypatch)["arms"]
+    assert arms.keys() == {"1280 px", "390 px"}
+    assert all(arm["ms"] and arm["drawn_ms"] and arm["script_ms"] for arm in arms.values())

@@ -114,6 +114,7 @@ def test_the_wheel_holds_the_models_and_works_elsewhere(tmp_path: Path) -> None:
     site = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True, capture_output=True, timeout=120)
+    assert (site / "cineline/server/page/index.html").exists()
     assert not (site / "training").exists() and not (site / "benchmarks").exists()
     absent = [*EXTRAS, "peft"]  # which needs one of them
     hidden = f"import sys; sys.modules.update(dict.fromkeys({absent}))"

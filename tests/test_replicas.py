@@ -54,6 +54,17 @@ def test_requests_go_to_the_one_that_has_least_to_do_and_have_one_numbering() ->
     assert isinstance(lines.failure, EngineClosed)
 
 
+def test_what_they_have_computed_is_told_as_of_one_line() -> None:
+    with pair(live=True) as lines:
+        for handle in [lines.submit(request(seed=seed)) for seed in range(2)]:
+            handle.result(LIMIT_S)
+        engines = list(lines._engines)
+    count, found = lines.recent.since(0)
+    assert count == len(found) == sum(engine.recent.since(0)[0] for engine in engines)
+    assert {(piece.rank, piece.item.request) for piece in found} == {(0, 0), (1, 0), (2, 1), (3, 1)}
+    assert lines.recent.since(count) == (count, [])
+
+
 def test_where_one_ends_the_other_goes_on_until_it_ends_too() -> None:
     with pair() as lines:
         first, second = (lines.submit(request("slow", seed=seed, num_inference_steps=40)) for seed in range(2))

@@ -15,6 +15,7 @@ from cineline.server import events
 from cineline.server.events import Events
 from cineline.server.files import new_id
 from cineline.server.keys import Client
+from cineline.server.line import LineView
 from cineline.server.service import Service
 from cineline.server.store import NewJob, Store
 
@@ -34,7 +35,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 def service(store: Store) -> Service:
     made = Service.__new__(Service)
     made.stopping, made._store, made._open = False, store, {}
-    made._dispatcher = SimpleNamespace(running={}, ranks=[])  # type: ignore[assignment]
+    made._dispatcher = SimpleNamespace(running={}, engine=None)  # type: ignore[assignment]
+    made.line = LineView(made._dispatcher)
     return made
 
 

@@ -22,7 +22,6 @@ from cineline.engine.api import Engine
 from cineline.engine.auto import local_cluster, replicate
 from cineline.engine.blueprint import default_device
 from cineline.engine.hub import MINIS, open_model
-from cineline.engine.launch import Launcher
 from cineline.engine.lora import add_loras
 from cineline.engine.prompts import PROMPT_CACHE
 from cineline.engine.ray_launch import connect_ray, ray_devices
@@ -83,11 +82,13 @@ def serve(
     run: Given = {"prompt_cache": prompt_cache, "launcher": launch, **devices, **recovery}
     if launch == "ray":
         connect_ray()  # here, where it may heed signals, and so that what it lacks is said at once
+    if launch == "torchrun" and replicas != "1":
+        raise InvalidConfig(f"replicas={shown(replicas)}: torchrun's world is one line; leave it out, or use Ray.")
     if replicas == "auto":
         parallel, in_flight, count = _planned(spec, line, in_flight, run)
     else:
         parallel = ParallelConfig(**{"pp": stages_of(line, launch), **line})
-        count = _count(replicas, launch)
+        count = _count(replicas)
     parallel = spec.place(parallel)
     from cineline.server.run import Served, serve
 
@@ -100,7 +101,7 @@ def serve(
 
 def _make_engine(spec: FamilySpec, parallel: ParallelConfig, options: Given, count: int, snapshots: Path) -> AnyEngine:
     def make(replica: Replica = ALONE) -> Engine:
-        return Engine(spec, parallel, snapshot_dir=folder_of(snapshots, replica), replica=replica, **options)
+        return Engine(spec, parallel, snapshot_dir=folder_of(snapshots, replica), replica=replica, live=True, **options)
 
     if count == 1:
         return make()
@@ -108,14 +109,10 @@ def _make_engine(spec: FamilySpec, parallel: ParallelConfig, options: Given, cou
     return Replicas(make, count)
 
 
-def _count(replicas: str, launcher: Launcher) -> int:
+def _count(replicas: str) -> int:
     if not (replicas.isascii() and replicas.isdigit() and len(replicas) < 10 and 1 <= int(replicas) <= MOST_REPLICAS):
         raise InvalidConfig(
             f"replicas={shown(replicas)} is not auto, nor a whole number from 1 to {MOST_REPLICAS}: give one of them."
-        )
-    if launcher == "torchrun" and int(replicas) > 1:
-        raise InvalidConfig(
-            f"replicas={replicas} are not for torchrun's world, which is one line: give 1, or another launcher."
         )
     return int(replicas)
 

@@ -44,6 +44,7 @@ class Setup:
         snapshot_every: solver steps of a request from one snapshot to the next; 0 for none.
         address: under torchrun, that of this rank's host at which others reach it.
         identity: of the model on the engine's host, where ranks of others are to have the same.
+        live: whether to say the timeline's slices as they come.
     """
 
     spec: FamilySpec
@@ -59,6 +60,7 @@ class Setup:
     snapshot_every: int = 0
     address: str | None = None
     identity: str | None = None
+    live: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,7 @@ class Beat:
         limit_s: seconds that it may take, by the longest of its kind and size so far; None where there was none.
         request: whose turn it is.
         busy_s: seconds that it has computed since it began, all items together.
+        since_ns: wall-clock time at which the item began; None while it waits.
     """
 
     item: str = ""
@@ -182,6 +185,15 @@ class Beat:
     limit_s: float | None = None
     request: int | None = None
     busy_s: float = field(default=0.0, compare=False)
+    since_ns: int | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """Rank to engine, beside its beats: what it has computed since the last time; the slices of its
+    `Timeline`, where it keeps one."""
+
+    slices: tuple[Slice, ...]
 
 
 @dataclass(frozen=True)
@@ -226,6 +238,7 @@ Message = (
     | Piece
     | Unkept
     | Beat
+    | Slices
     | Failed
     | Timeline
     | Stop

@@ -33,6 +33,7 @@ from cineline.engine.line import CLOSED, UNDONE, Line
 from cineline.engine.lora import add_loras
 from cineline.engine.prompts import PROMPT_CACHE, prompts_in
 from cineline.engine.ranks import Ranks, RankState
+from cineline.engine.recent import Recent
 from cineline.engine.record import Record
 from cineline.engine.replica import ALONE, Replica
 from cineline.engine.supervisor import serve
@@ -66,6 +67,7 @@ class Engine:
             see `DeviceConfig`.
         in_flight: requests that denoise at once; None fills the line with one to spare.
         trace: write a Chrome trace there on close, where nothing was left undone; of the ranks' last start.
+        live: keep the timeline's last slices while it runs, see `recent`.
         launcher: start the ranks here, be rank 0 of a torchrun world, or place them on a Ray cluster's nodes.
         snapshot_every, snapshot_dir, restarts: what is kept of requests, and how often lost ranks are started anew; see
             `Recovery`.
@@ -98,6 +100,7 @@ class Engine:
         text_encoder: TextEncoder = DeviceConfig.text_encoder,
         in_flight: int | None = None,
         trace: str | Path | None = None,
+        live: bool = False,
         launcher: Launcher = "local",
         pin_cores: bool = DeviceConfig.pin_cores,
         allow_untested_device: bool = DeviceConfig.allow_untested_device,
@@ -124,7 +127,8 @@ class Engine:
             check_output(self._trace, (".json",))
         self.traffic: dict[int, dict[str, int]] = {}
         self._takes_snapshots = recovery.restarts > 0 or recovery.snapshot_dir is not None
-        setup = blueprint.setup(self._trace is not None, recovery.snapshot_every if self._takes_snapshots else 0)
+        every = recovery.snapshot_every if self._takes_snapshots else 0
+        setup = blueprint.setup(self._trace is not None, live, every)
         fetch_weights(self.spec)
         setup = blueprint.compared(setup)
         self._process = os.getpid()
@@ -201,6 +205,11 @@ class Engine:
     def ranks(self) -> list[RankState]:
         """What each rank computes now, and how long it has computed."""
         return self._ranks.states
+
+    @property
+    def recent(self) -> Recent:
+        """What the ranks have computed lately: the slices of `trace`, told twice a second. Empty without `live`."""
+        return self._ranks.recent
 
     def resume(self, directory: str | Path) -> list[RequestHandle]:
         """Go on with the requests of a snapshot folder that are not done, each from its last snapshot, in the order in

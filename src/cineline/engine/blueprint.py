@@ -100,16 +100,15 @@ class Blueprint:
             check_launch(launcher, parallel)
         return cls(spec, parallel.filled(cut), cut, config, in_flight, launcher, replica)
 
-    def setup(self, trace: bool, snapshot_every: int) -> Setup:
+    def setup(self, trace: bool, live: bool, snapshot_every: int) -> Setup:
         """What rank 0 is told in the first start.
 
         Raises:
             InvalidConfig: the environment asks for faults that are none.
         """
         faults = planned()
-        return Setup(
-            self.spec, 0, self.parallel, self.cut, self.config, 0, None, trace, faults, 0, snapshot_every=snapshot_every
-        )
+        own = self.spec, 0, self.parallel, self.cut, self.config
+        return Setup(*own, 0, None, trace, faults, 0, snapshot_every=snapshot_every, live=live)
 
     def compared(self, setup: Setup) -> Setup:
         """The same, with what other hosts compare their model with, where there are any; the weights are here.

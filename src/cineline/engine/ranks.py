@@ -14,6 +14,7 @@ from cineline.core import control
 from cineline.engine.launch import RankProcess
 from cineline.engine.link import Link
 from cineline.engine.owned import let_go
+from cineline.engine.recent import Recent
 from cineline.engine.watch import TICK_S, Watch
 from cineline.errors import EdgeBroken, OutOfMemory, RankFailed
 
@@ -78,12 +79,14 @@ class RankState(NamedTuple):
     Attributes:
         rank: its number. item: what it computes, in words; empty while it waits. request: whose item that is.
         busy_s: seconds that it has computed since it was started.
+        since_ns: wall-clock time at which it began with the item; None while it waits.
     """
 
     rank: int
     item: str
     request: int | None
     busy_s: float
+    since_ns: int | None = None
 
 
 Said = tuple[WatchedRank, control.Message]
@@ -101,11 +104,13 @@ class Ranks:
 
     Attributes:
         timelines: what each rank has handed in at its end.
+        recent: what they have computed, where they say so as it comes.
         leaving: they are to end; no start follows.
     """
 
     def __init__(self, launch: Callable[[], Sequence[RankProcess]], setup: control.Setup) -> None:
         self.timelines: dict[int, control.Timeline] = {}
+        self.recent = Recent()
         self.leaving = False
         self._launch = launch
         self._setup = setup
@@ -128,7 +133,7 @@ class Ranks:
             Abandoned: they were to end meanwhile; none is left running.
         """
         deadline = time.monotonic() + START_LIMIT_S
-        self._all = _watched(self._launch(), self._events.put)
+        self._all = _watched(self._launch(), self._hear)
         self._watch = Watch(self._all)
         setup = replace(self._setup, start=self._starts)
         self._starts += 1
@@ -145,6 +150,13 @@ class Ranks:
             raise
         self._watch.loading = False
         return [ready[rank.rank] for rank in self._all]
+
+    def _hear(self, said: Said) -> None:
+        """From any rank's thread."""
+        if isinstance(said[1], control.Slices):
+            self.recent.add(said[1].slices)
+        else:
+            self._events.put(said)
 
     def _set_up(self, setup: control.Setup, deadline: float, tick: Deed) -> dict[int, int]:
         port = None
@@ -188,7 +200,7 @@ class Ranks:
     def states(self) -> list[RankState]:
         """Of each rank, in order."""
         beats = [(rank.rank, rank.beat or control.Beat()) for rank in self._all]
-        return [RankState(rank, beat.item, beat.request, beat.busy_s) for rank, beat in beats]
+        return [RankState(rank, beat.item, beat.request, beat.busy_s, beat.since_ns) for rank, beat in beats]
 
     def stop(self) -> None:
         """Have the ranks end when they are through with what is under way."""

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +18,7 @@ from cineline.core.request import Job, VideoRequest
 from cineline.engine.api import CLOSE_LIMIT_S, Engine
 from cineline.engine.handle import RequestHandle
 from cineline.engine.ranks import RankState
+from cineline.engine.recent import Recent
 from cineline.engine.replica import Replica
 from cineline.errors import CinelineError, EngineClosed, RankFailed, anew
 
@@ -47,6 +49,7 @@ class Replicas:
         self._engines = _made(make, count)
         self._open: list[list[RequestHandle]] = [[] for _ in self._engines]
         self._told: set[int] = set()
+        self._recent, self._seen = Recent(), [0] * len(self._engines)
 
     def __enter__(self) -> Replicas:
         return self
@@ -69,6 +72,17 @@ class Replicas:
         for engine in self._engines:
             found += [state._replace(rank=len(found) + state.rank) for state in engine.ranks]
         return found
+
+    @property
+    def recent(self) -> Recent:
+        """See `Engine.recent`; of all replicas, their ranks numbered as in `ranks`."""
+        with self._lock:
+            first = 0
+            for number, engine in enumerate(self._engines):
+                self._seen[number], found = engine.recent.since(self._seen[number])
+                self._recent.add(replace(piece, rank=first + piece.rank) for piece in found)
+                first += len(engine.ranks)
+            return self._recent
 
     def check(self, request: VideoRequest) -> Job:
         """See `Engine.check`: they are all alike."""

@@ -7,11 +7,13 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import NoReturn
 
 from cineline.core import control
+from cineline.core.trace import Slice
 from cineline.rank.outbox import Outbox
 from cineline.rank.pulse import Pulse
 
@@ -21,6 +23,9 @@ SEND_LIMIT_S = 30.0
 SNAPSHOTS_LIMIT_S = 1.0
 """For snapshots that wait when a rank fails. A newer one spares its request a step where the ranks are started anew; a
 longer wait would cost as much, and the engine looks for whoever failed for no more than moments."""
+
+MOST_SLICES = 10_000
+"""That may wait while the engine takes nothing in; older ones go."""
 
 PRINT_LIMIT_S = 2.0
 """For what is still to be printed then: nobody may read it."""
@@ -41,6 +46,8 @@ class EngineLink:
         self.device = ""
         self.connection = connection
         self._outbox = Outbox()
+        self._slices: deque[Slice] = deque(maxlen=MOST_SLICES)
+        self._saying = threading.Lock()
         self._left = threading.Event()
         self._through = False
         self._sender = threading.Thread(target=self._send_all, daemon=True)
@@ -61,10 +68,15 @@ class EngineLink:
         """Have a snapshot sent; see `control.KeepSnapshot`."""
         self._outbox.keep(request, make)
 
+    def computed(self, piece: Slice) -> None:
+        """Have the engine told with the next beat."""
+        self._slices.append(piece)
+
     def leave(self, timeline: control.Timeline) -> NoReturn:
         """Through: say so, and end when the engine hangs up, since the others may still need what was sent to them."""
         self._through = True
         self._outbox.keep_for(0.0)
+        self._say_slices()
         self.say(timeline)
         self._left.wait()  # the owner's end is another (`owner`)
         os._exit(0)  # backends' threads may hang in their own clean-up
@@ -106,8 +118,16 @@ class EngineLink:
         """Say that this process is alive, unless it could not be sent, which the engine sees by itself."""
         while True:
             if not self._outbox.waits:
+                self._say_slices()
                 self.say(self.pulse.beat())
             time.sleep(control.BEAT_EVERY_S)
+
+    def _say_slices(self) -> None:
+        """All that there are; when it returns none is on its way to be said."""
+        with self._saying:
+            found = [self._slices.popleft() for _ in range(len(self._slices))]
+            if found:
+                self.say(control.Slices(tuple(found)))
 
 
 def _print(details: str) -> None:

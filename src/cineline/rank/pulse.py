@@ -38,6 +38,7 @@ class Pulse:
     request: int | None = None
     words: str = ""
     _now: tuple[WorkItem, Size, float] | None = None
+    _since_ns: int = 0
     _beaten: tuple[float, float] = (0.0, 0.0)
     _busy_s: float = 0.0
     _longest: dict[Size, float] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class Pulse:
     def starts(self, item: WorkItem, job: Job) -> None:
         """All that the item needs is here."""
         since = self.clock()
-        self._beaten = since, 0.0
+        self._since_ns, self._beaten = time.time_ns(), (since, 0.0)
         self.words = _words(item)
         self._now = item, (item.kind, job.height, job.width, job.num_frames), since
 
@@ -79,7 +80,7 @@ class Pulse:
         longest = self._longest.get(size)
         limit = None if longest is None else max(LEAST_LIMIT_S, TIMES_LONGEST * longest)
         words = f"{_words(item)} of request {item.request}"
-        return Beat(words, self._beaten[1], limit, item.request, self._busy_s + here - since)
+        return Beat(words, self._beaten[1], limit, item.request, self._busy_s + here - since, self._since_ns)
 
 
 def _words(item: WorkItem) -> str:

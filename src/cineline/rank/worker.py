@@ -14,11 +14,13 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cineline.core import control, streams
 from cineline.core.sockets import notice_loss_of_all
+from cineline.core.trace import Slice
 from cineline.errors import CinelineError, EdgeBroken, InvalidConfig, shown
 from cineline.rank.engine_link import EngineLink
 from cineline.rank.failure import failure_of
@@ -110,12 +112,22 @@ def _serve(link: EngineLink, store: Any) -> NoReturn:
     gc.collect()
     gc.freeze()  # what is loaded stays: a collection that went through it all would stop the rank for 0.1 s
     link.say(control.Ready(bytes_read))
-    slices: list[Any] = []
-    record = slices.append if setup.trace else None
+    slices: list[Slice] = []
+    record = _all_of([slices.append] * setup.trace + [link.computed] * setup.live)
     ends = edges, device, link.inbox, link.say, link.keep, link.pulse
     StageLoop(family, part, *ends, record, setup.snapshot_every).run()
     edges.settle()
     link.leave(control.Timeline(tuple(slices), dict(traffic)))
+
+
+def _all_of(takers: Sequence[Callable[[Slice], None]]) -> Callable[[Slice], None] | None:
+    """What hands a slice to each of them; None where there are none."""
+
+    def record(piece: Slice) -> None:
+        for take in takers:
+            take(piece)
+
+    return record if takers else None
 
 
 def _check_model(setup: control.Setup) -> None:

@@ -25,6 +25,7 @@ from cineline.server.images import Images
 from cineline.server.keys import Client, Keys
 from cineline.server.metrics import Metrics
 from cineline.server.orders import REFERENCE
+from cineline.server.page_files import page_routes
 from cineline.server.refusal import Refusal, invalid
 from cineline.server.schemas import (
     CREATE_BODY,
@@ -35,6 +36,7 @@ from cineline.server.schemas import (
     ModelList,
     VideoObject,
     VideoPage,
+    VideoSettings,
 )
 from cineline.server.service import Service
 from cineline.server.waiters import Waiters
@@ -89,6 +91,7 @@ def make_app(parts: Parts) -> ASGIApp:
     _answer_errors(app)
     # Only where keys are needed: the document would say else that they were.
     secured = [Security(HTTPBearer(auto_error=False))] if parts.keys.clients else []
+    app.include_router(page_routes())
     app.include_router(_states(parts))
     app.include_router(_not_supported(), dependencies=secured)
     app.include_router(_making(parts), dependencies=secured)
@@ -190,6 +193,11 @@ def _looking(parts: Parts) -> APIRouter:
         )
         return video
 
+    @router.get("/v1/videos/{video_id}/settings", tags=["videos"])
+    def settings(video_id: str, client: Asks) -> VideoSettings:
+        """What a job was made of: the fields to send for it again, and which images came along."""
+        return service.settings(client, video_id)
+
     @router.head("/v1/videos/{video_id}/content", include_in_schema=False)
     @router.get("/v1/videos/{video_id}/content", tags=["videos"], response_class=Response, responses=CONTENT)
     def content(
@@ -215,13 +223,13 @@ def _looking(parts: Parts) -> APIRouter:
 
     @router.get("/v1/events", tags=["events"], response_class=Response, responses={200: STREAM})
     async def all_events(client: Asks) -> Response:
-        """All jobs' state, phase, step and previews as they change, and which item is on which rank."""
+        """All jobs' state, phase, step and previews as they change, and which item is on which rank, and has been."""
         return events.of_all(client)
 
     @router.get("/v1/models", tags=["models"])
     def models(client: Asks) -> ModelList:
-        """The names that the model goes by."""
-        return ModelList(data=[Model(id=name, created=began) for name in service.names])
+        """The names that the model goes by, and what it takes."""
+        return ModelList(data=[Model(id=name, created=began, takes=service.takes) for name in service.names])
 
     @router.get("/v1/models/{model:path}", tags=["models"])
     def model(model: str, client: Asks) -> Model:
@@ -230,7 +238,7 @@ def _looking(parts: Parts) -> APIRouter:
             raise Refusal(
                 404, f"There is no model {shown(model)}: use {' or '.join(service.names)}.", "model_not_found"
             )
-        return Model(id=model, created=began)
+        return Model(id=model, created=began, takes=service.takes)
 
     return router
 

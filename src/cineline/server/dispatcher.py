@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 from cineline.core.config import ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.handle import RequestHandle
-from cineline.engine.ranks import RankState
 from cineline.engine.replicas import AnyEngine
 from cineline.engine.sink import Sink
 from cineline.errors import (
@@ -35,6 +34,7 @@ from cineline.errors import (
 from cineline.schedule.scheduler import default_in_flight
 from cineline.server.fair import FairQueue
 from cineline.server.outcomes import MOST_SETBACKS, Outcomes, unforeseen
+from cineline.server.owners import Owners
 from cineline.server.running import Running, culprits
 from cineline.server.store import StoredJob
 
@@ -74,6 +74,7 @@ class Dispatcher:
 
     Attributes:
         failure: what ended it, if it was not told to end.
+        owners: whose the engine's requests are.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Dispatcher:
         replicas: int = 1,
     ) -> None:
         self.failure: CinelineError | None = None
+        self.owners = Owners()
         self._outcomes = outcomes
         self._store, self._folder, self._metrics = outcomes.store, outcomes.folder, outcomes.metrics
         self._make_engine, self._ended = make_engine, ended
@@ -122,12 +124,6 @@ class Dispatcher:
     def engine(self) -> AnyEngine | None:
         """Once it is there, and until it is to end."""
         return None if self._stopping or self.failure is not None else self._engine
-
-    @property
-    def ranks(self) -> list[RankState]:
-        """What each computes; none while there is no engine."""
-        engine = self.engine
-        return [] if engine is None else engine.ranks
 
     @property
     def running(self) -> dict[str, Running]:
@@ -194,6 +190,7 @@ class Dispatcher:
         self._outcomes.pace.idle()
 
     def _watch(self, job: StoredJob, handle: RequestHandle) -> None:
+        self.owners.note(handle.job.id, job)
         sink = Sink(handle, self._folder.video(job.id), None)
         self._running[job.id] = Running(job, handle, sink, handle.progress[0])
         if self._store.get(job.id) is None:  # deleted meanwhile

@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.concurrency import run_in_threadpool
@@ -91,8 +92,8 @@ class Events:
 
     async def _all(self, client: Client) -> AsyncIterator[ServerSentEvent]:
         told: dict[str, VideoObject] = {}
-        line: list[object] | None = None
         shown: dict[str, int] = {}
+        line = _Line(self.service, client)
         ends = _Ends(self.service, client)
         await run_in_threadpool(ends.new, True)  # those that ended before are not told
         while not self.service.stopping:
@@ -115,11 +116,28 @@ class Events:
                     shown[job] = preview[0]
                     yield _preview(job, *preview)
             told, shown = now, {job: step for job, step in shown.items() if job in now}
-            states: list[object] = list(self.service.line(client))
-            if states != line:
-                yield ServerSentEvent(event="line", data=_json(states))
-                line = states
+            for event in line.new():
+                yield event
             await asyncio.sleep(LOOK_EVERY_S)
+
+
+class _Line:
+    """The line's states and slices, to one client."""
+
+    def __init__(self, service: Service, client: Client) -> None:
+        self._line, self._client = service.line, client
+        self._told: list[dict[str, Any]] | None = None
+        self._count = 0
+
+    def new(self) -> Iterator[ServerSentEvent]:
+        """What has changed since the last time."""
+        states = self._line.states(self._client)
+        if states != self._told:
+            yield ServerSentEvent(event="line", data=_json(states))
+            self._told = states
+        self._count, slices = self._line.slices(self._client, self._count)
+        if slices:
+            yield ServerSentEvent(event="slices", data=_json({"now_us": time.time_ns() // 1000, "of": slices}))
 
 
 class _Ends:

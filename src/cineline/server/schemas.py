@@ -93,13 +93,60 @@ class Deleted(BaseModel):
     object: Literal["video.deleted"] = "video.deleted"
 
 
+class VideoSettings(BaseModel):
+    """What a job was made of, to be sent again.
+
+    Attributes:
+        fields: of its request, as `POST /v1/videos` takes them. images: the names of those that came along.
+    """
+
+    fields: dict[str, Any]
+    images: list[str]
+
+
+class ModelField(BaseModel):
+    """A further field that the model uses.
+
+    Attributes:
+        values: JSON schemas, of which it has one. default: what holds where it is left out, where that is one value.
+    """
+
+    name: str
+    description: str
+    values: list[dict[str, Any]]
+    default: Any = None
+
+
+class Takes(BaseModel):
+    """What the model takes.
+
+    Attributes:
+        defaults: of the fields that all models have.
+        width_step, height_step, frames_step: what width, height, and frames behind the first one are multiples of.
+        length: whether `num_frames` may be given.
+        image, last_image: whether it takes one. fields: further ones that it uses.
+        mini: it is a model that ships, which draws what a certain sentence says.
+    """
+
+    defaults: dict[str, Any]
+    width_step: int
+    height_step: int
+    frames_step: int
+    length: bool
+    image: Literal["no", "may", "must"]
+    last_image: Literal["no", "may", "must"]
+    fields: list[ModelField]
+    mini: bool
+
+
 class Model(BaseModel):
-    """A name that the model goes by."""
+    """A name that the model goes by, with what it takes."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["cineline"] = "cineline"
+    takes: Takes
 
 
 class ModelList(BaseModel):

@@ -20,11 +20,13 @@ from cineline.errors import OutputError, reason
 from cineline.server.dispatcher import Dispatcher
 from cineline.server.files import ID, animated, new_id
 from cineline.server.keys import Client
+from cineline.server.line import LineView
 from cineline.server.metrics import Now
+from cineline.server.model import takes_of
 from cineline.server.orders import Order, Orders
 from cineline.server.outcomes import Outcomes
 from cineline.server.refusal import Refusal, invalid
-from cineline.server.schemas import JobError, VideoObject, VideoPage
+from cineline.server.schemas import JobError, VideoObject, VideoPage, VideoSettings
 from cineline.server.store import OPEN, NewJob, StoredJob
 
 PAGE_LIMIT = 100
@@ -63,7 +65,7 @@ class Service:
     """The jobs of all clients; for any thread.
 
     Attributes:
-        stopping: no more jobs are taken.
+        stopping: no more jobs are taken. line: what its ranks compute. takes: what the model does.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Service:
     ) -> None:
         self.stopping = False
         self.names = names
+        self.line, self.takes = LineView(dispatcher), takes_of(spec, defaults)
         self._outcomes = outcomes
         self._spec, self._dispatcher, self._pace = spec, dispatcher, outcomes.pace
         self._settings, self._store, self._folder = outcomes.settings, outcomes.store, outcomes.folder
@@ -95,7 +98,7 @@ class Service:
         running = self._dispatcher.running.values()
         denoising = sum(each.handle.phase == "denoising" for each in running)
         queued = self._store.counts()["queued"]
-        return Now(queued, len(running), denoising, self.is_ready, self._folder.is_full, self._dispatcher.ranks)
+        return Now(queued, len(running), denoising, self.is_ready, self._folder.is_full, self.line.ranks)
 
     def _check(self, request: VideoRequest) -> Job:
         """By the engine, which knows the devices' memory; by the model's rules alone until there is one."""
@@ -239,6 +242,15 @@ class Service:
             return None
         return taken[0], f"data:image/webp;base64,{base64.b64encode(animated(taken[1])).decode()}"
 
+    def settings(self, client: Client, job: str) -> VideoSettings:
+        """What a job was made of.
+
+        Raises:
+            Refusal: there is none.
+        """
+        stored = self._own(client, job)
+        return VideoSettings(fields=dict(stored.request), images=list(stored.images))
+
     def delete(self, client: Client, job: str) -> str:
         """The job and its files are gone; what runs of it stops.
 
@@ -266,17 +278,6 @@ class Service:
         if stored.state != "completed":
             raise Refusal(404, "The video is not done yet: wait for status 'completed'.", "video_not_ready")
         return stored
-
-    def line(self, client: Client) -> list[dict[str, Any]]:
-        """What each rank computes, with the job where it is the client's own."""
-        owners = {each.handle.job.id: each.job for each in self._dispatcher.running.values()}
-        states = []
-        for rank in self._dispatcher.ranks:
-            job = None if rank.request is None else owners.get(rank.request)
-            own = job.id if job is not None and job.owner == client.name else None
-            item = rank.item.partition(" of request")[0] or None
-            states.append({"rank": rank.rank, "item": item, "video": own})
-        return states
 
     @property
     def _handles(self) -> Mapping[str, RequestHandle]:
