@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: video gpu test test-plans test-rules test-products test-soak test-chaos test-serve lint types mini mini-ti2v mini-t2v mini-score setup clean
+.PHONY: video gpu test test-products test-soak test-chaos test-serve lint types mini mini-ti2v mini-t2v mini-score setup clean
 
 ## make a video with the model that ships, on two stages
 video: setup
@@ -20,18 +20,14 @@ endif
 
 ## lint, type-check and test
 test: setup
-	$(MAKE) -j2 --output-sync=target lint types test-plans test-rules
-	$(BIN)/pytest $(addprefix --ignore=,$(PLANS) $(RULES))
+	$(MAKE) -j2 --output-sync=target lint types
+	$(BIN)/pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+	$(BIN)/pytest $(ALONE)
 
-# What only computes, in one process on one core, where nothing is timed: two at once. The other tests start ranks.
-PLANS := $(addprefix tests/test_,$(addsuffix .py,costs planner spec structure))
-RULES := $(addprefix tests/test_,$(addsuffix .py,rule scheduler simulator))
-
-test-plans: setup
-	$(BIN)/pytest $(PLANS)
-
-test-rules: setup
-	$(BIN)/pytest $(RULES)
+# What times something, or kills it, one test after the other; of all others two at once.
+ALONE := $(addprefix tests/test_,$(addsuffix .py,bench chaos cli contract dispatcher durable engine environment \
+	faults folder gpu_benchmark hostile hub outbox progress recovery resuming server served_bodies served_events \
+	served_parts served_web soak streams timeout watch))
 
 ## all products of parallel axes, on four to eight ranks, of which `test` runs one: minutes more
 test-products: setup

@@ -21,17 +21,20 @@ from diffusers import AutoencoderKLWan
 from cineline.bench.beside import hear, processes
 from cineline.bench.measure import Run, Summary, interleave, others, ratios
 from cineline.core.config import DeviceConfig, ParallelConfig
-from cineline.families.wan.costs.vae import VaeCosts
-from cineline.families.wan.decoder import Decoder, DecoderSlice, boundary_specs
 from cineline.families.wan.random_checkpoint import random_vae
-from cineline.families.wan.rows import RowDecoder
-from cineline.families.wan.shapes import Component, WanKind
+from cineline.families.wan.shapes import WanKind
+from cineline.families.wan_vae.costs import VaeCosts
+from cineline.families.wan_vae.decoder import Decoder, DecoderSlice, boundary_specs
+from cineline.families.wan_vae.halves import VaeFiles
+from cineline.families.wan_vae.rows import RowDecoder
 from cineline.planning.balance import cut_units, sums
 from cineline.schedule.words import RECEIVES_AHEAD, Edge, Value, Way
 from cineline.transport.axis import Axis, Traffic
 from cineline.transport.channel import Edges, Pending
 from cineline.transport.mesh import join, open_store
 from cineline.transport.queue import queue_of
+from cineline.weights.files import Weights
+from cineline.weights.sources import open_source
 
 WAYS = ("tail", "layers", "rows")
 """The first one on one rank, the others on as many as are asked for."""
@@ -196,9 +199,9 @@ def _make(task: _Task, device: torch.device, edges: Edges, axis: Axis) -> Callab
     return _Whole(DecoderSlice(vae, None, dtype, device, takes_latents=True))
 
 
-def vae_of(folder: Path) -> Component:
+def vae_of(folder: Path) -> VaeFiles:
     """The VAE in a folder that has no other component."""
-    return Component("vae", AutoencoderKLWan.load_config(folder / "vae"), folder / "vae")
+    return VaeFiles(AutoencoderKLWan.load_config(folder / "vae"), lambda: Weights(open_source(folder / "vae")))
 
 
 class _Whole:

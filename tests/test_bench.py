@@ -145,7 +145,7 @@ def test_exact_says_what_is_equal(checkpoint: Checkpoint, tmp_path: Path) -> Non
 
 def small_requests(case: LineCase, count: int) -> list[VideoRequest]:
     sizes = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": case.steps}
-    return [VideoRequest(prompt="x", seed=seed, decode=False, **sizes) for seed in range(count)]
+    return [VideoRequest(prompt="x", seed=seed, decode=False, cache=case.cache, **sizes) for seed in range(count)]
 
 
 def test_recovery_times_snapshots_beside_none(
@@ -169,10 +169,19 @@ def test_line_times_all_arms_in_one_run(
     assert "x diffusers" in capsys.readouterr().out
 
 
+def test_line_skips_steps_here_and_in_diffusers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(LineCase, "requests", small_requests)
+    bench(monkeypatch, "line", "--in-flight", "1", "--steps", "5", "--runs", "1", "--cache", "mag:0.1")
+    assert "5 steps of which 3 are skipped" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["line", "--in-flight", "1,x"], "in_flight='1,x'"),
+        (["line", "--kind", "t2v", "--cache", "mag"], "cache='mag' is for kind='ti2v'"),
         (["line", "--kind", "sora"], "kind='sora'"),
         (["schedule", "--in-flight", "0"], "in_flight='0'"),
         (["exact", "--json", "no/such/folder/x.json"], "does not exist"),
@@ -196,6 +205,7 @@ def test_serve_times_clients_beside_a_batch(checkpoint: Checkpoint, tmp_path: Pa
     done = bench_in_a_process("serve", *options, "--json", str(file))
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
-    assert {name: len(runs) for name, runs in result["runs"].items()} == {"a batch": 1, "clients": 1}
-    assert 0 < len(result["answers_s"]["list"]) <= 5 * (1 + result["runs"]["clients"][0]["repeats"])
+    asked = "clients, while somebody asks"
+    assert {name: len(runs) for name, runs in result["runs"].items()} == {"a batch": 1, "clients": 1, asked: 1}
+    assert 0 < len(result["answers_s"]["list"]) <= 5 * (1 + result["runs"][asked][0]["repeats"])
     assert "99 %" in done.stdout

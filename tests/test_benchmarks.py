@@ -120,7 +120,7 @@ def small_request() -> VideoRequest:
     [
         (["memory", "--kind", "sora"], "kind='sora'"),
         (["decode", "--size", "17"], "use 16 or 32"),
-        (["nothing"], "see benchmarks --help"),
+        (["nothing"], "No such command 'nothing': see "),
     ],
 )
 def test_a_bad_option_is_refused(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cache_oracle
+import lora_files
 import numpy as np
 import oracle
 import pytest
@@ -18,12 +19,15 @@ import solver_oracle
 import torch
 from local_line import LocalLine
 from oracle import Checkpoint, assert_equal
+from test_axes import BOUND
+from test_lora import latents_of
 from test_parity import DTYPES, picture
 
 from cineline import CheckpointError, Engine, InvalidRequest, ParallelConfig, VideoRequest
 from cineline.bench.calibrate import calibrate
 from cineline.cli import main
 from cineline.core.config import Dtype
+from cineline.core.lora import LoraMode
 from cineline.engine.hub import open_model
 from cineline.families.wan.convert import convert
 from cineline.families.wan.job import WanJob
@@ -128,6 +132,47 @@ def test_shared_tokens_equal_diffusers(checkpoint: Checkpoint, tmp_path: Path) -
     assert sum(computed) < 2 * 6
     with Engine(with_ratios(folder, tmp_path / "model"), ParallelConfig(pp=2, ulysses=2), device="cpu") as engine:
         assert_equal(engine.submit(request.model_copy(update={"cache": "mag:0.2"})).result(120), expected)
+
+
+@pytest.mark.parametrize("axes", [{"pp": 2, "ring": 2}, {"pp": 2, "tp": 2}], ids=str)
+def test_other_sums_are_close_to_diffusers(axes: dict[str, Any], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = checkpoint(RandomConfig("ti2v", heads=4))
+    sizes = {"height": 64, "width": 96, "num_frames": 5, "num_inference_steps": 6}
+    request = VideoRequest(prompt="a cat", guidance_scale=3.0, **sizes)
+    (expected, _), computed = cache_oracle.run(folder, "float32", request, MEANS, 0.2)
+    assert sum(computed) < 2 * 6
+    with Engine(with_ratios(folder, tmp_path / "model"), ParallelConfig(**axes), device="cpu") as engine:
+        found = engine.submit(request.model_copy(update={"cache": "mag:0.2"})).result(120).latents
+    assert (found - expected).abs().max() <= BOUND * expected.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["merge", "runtime"])
+def test_a_lora_and_four_steps_beside_a_cache_equal_diffusers(
+    mode: LoraMode, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """Two experts with two steps each; the second of each is skipped."""
+    folder = checkpoint(RandomConfig("t2v", seed=3))
+    file = lora_files.write(lora_files.truth(folder, 1, alpha=3), "lightx2v", tmp_path / "style.safetensors")
+    common: dict[str, Any] = {"prompt": "a cat", "height": 64, "width": 64, "num_frames": 5, "decode": False}
+    wanted = VideoRequest(preset="lightning", cache="mag:0.5", **common)
+    loras: dict[str, Any] = {"loras": [f"high:{file}@0.7"], "lora_mode": mode}
+    with Engine(with_ratios(folder, tmp_path / "model"), ParallelConfig(pp=2), device="cpu", **loras) as engine:
+        handle = engine.submit(wanted)
+        found = handle.result(120).latents
+    assert isinstance(handle.job, WanJob)
+    assert handle.job.skipped == (1, 3)
+
+    fields = {"solver": "euler", "sigmas": (1, 0.75, 0.5, 0.25), "flow_shift": 5, "num_inference_steps": 4}
+    by_hand = VideoRequest(guidance_scale=1.0, switch_step=2, **common | fields)
+    pipe = lora_files.pipeline_with(folder, "float32", [lora_files.Loaded(file, scale=0.7)], fuse=mode == "merge")
+    solver = solver_oracle.bound(solver_oracle.solver_of(pipe.scheduler, by_hand), by_hand)
+    solver.set_timesteps(4)
+    pipe.register_modules(scheduler=solver)
+    pipe.register_to_config(boundary_ratio=solver_oracle.boundary_of(solver, 2))
+    with cache_oracle.mag_cached(pipe, [0, 0, 1, 1], MEANS, threshold=0.5) as computed:
+        expected = latents_of(pipe, by_hand)
+    assert computed == [1, 1]
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("ti2v", "float32"), ("i2v", "bfloat16")])
@@ -246,3 +291,20 @@ def test_the_command_writes_the_file(
     assert {branch: len(row) for branch, row in stored["mag"]["transformer"].items()} == {"cond": 5, "uncond": 5}
     assert stored["measured"]["prompts"] == ["a", "b"]
     assert WanSpec.open(folder).resolve(VideoRequest(prompt="x", cache="mag:9", num_inference_steps=20), 0).skipped
+
+
+def test_plan_counts_what_a_cache_skips(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    best = {}
+    for name, cached in (("none", []), ("mag", ["--cache", "mag"])):
+        file = tmp_path / f"{name}.json"
+        command = ["plan", "--devices", "1xRTX4090", "--model", "mini-t2v", "--json", str(file), *cached]
+        monkeypatch.setattr(sys, "argv", ["cineline", *command])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert not ended.value.code
+        best[name] = json.loads(file.read_text())["best"]
+    assert "25 steps, of which 12 are skipped (lossy), 8 requests" in capsys.readouterr().out
+    assert best["mag"]["command"].replace(" --cache mag:0.06", "") == best["none"]["command"]
+    assert 13 / 25 < best["mag"]["total_s"] / best["none"]["total_s"] < 0.75  # text and decoding are as long as before

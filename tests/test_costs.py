@@ -23,8 +23,8 @@ from cineline.families.wan.costs.clip import ClipCosts
 from cineline.families.wan.costs.model import ModelCosts
 from cineline.families.wan.costs.text import TextCosts
 from cineline.families.wan.costs.transformer import TransformerCosts
-from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.known import KNOWN
+from cineline.families.wan_vae.costs import VaeCosts
 from cineline.planning.cut import default_cut
 
 TI2V, T2V, I2V, *WAN_21 = KNOWN.values()

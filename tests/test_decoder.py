@@ -19,13 +19,16 @@ from diffusers import AutoencoderKLWan
 from oracle import frames_of
 from torch import Tensor
 
-from cineline.families.wan.costs.vae import VaeCosts
-from cineline.families.wan.decoder import DecoderSlice, TiledDecoder, boundary_specs
 from cineline.families.wan.random_checkpoint import random_vae
-from cineline.families.wan.rows import RowDecoder
-from cineline.families.wan.shapes import Component, WanKind
+from cineline.families.wan.shapes import WanKind
+from cineline.families.wan_vae.costs import VaeCosts
+from cineline.families.wan_vae.decoder import DecoderSlice, TiledDecoder, boundary_specs
+from cineline.families.wan_vae.halves import VaeFiles
+from cineline.families.wan_vae.rows import RowDecoder
 from cineline.planning.balance import cut_units, sums
 from cineline.transport.axis import Axis, Traffic
+from cineline.weights.files import Weights
+from cineline.weights.sources import open_source
 
 CPU = torch.device("cpu")
 VaeFolder = Callable[..., Path]
@@ -58,8 +61,8 @@ def random_latents(frames: int, height: int, width: int) -> Tensor:
     return torch.randn(1, 16, frames, height, width, generator=torch.Generator().manual_seed(frames + height))
 
 
-def vae_of(folder: Path) -> Component:
-    return Component("vae", config_of(folder), folder / "vae")
+def vae_of(folder: Path) -> VaeFiles:
+    return VaeFiles(config_of(folder), lambda: Weights(open_source(folder / "vae")))
 
 
 def by_diffusers(folder: Path, latents: Tensor, dtype: torch.dtype, tiled: bool = False) -> np.ndarray:

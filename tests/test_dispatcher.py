@@ -16,7 +16,7 @@ from served import LIMIT_S
 
 from cineline import ParallelConfig, VideoRequest
 from cineline.errors import CinelineError, RankFailed, RequestCancelled
-from cineline.server import dispatcher
+from cineline.server import dispatcher, files
 from cineline.server.dispatcher import Dispatcher
 from cineline.server.files import DataFolder, new_id
 from cineline.server.metrics import Metrics, Now
@@ -118,7 +118,7 @@ class Bench:
     def __init__(self, data: Path) -> None:
         self.folder = DataFolder(data)
         self.store = Store(self.folder.jobs)
-        metrics = Metrics(lambda: Now(0, 0, 0, True, []))
+        metrics = Metrics(lambda: Now(0, 0, 0, True, False, []))
         self.outcomes = Outcomes(self.store, self.folder, ServeConfig(data_dir=data), metrics)
         self.dispatcher: Dispatcher | None = None
 
@@ -298,7 +298,7 @@ def test_what_is_resumed_for_another_place_begins_anew(bench: Bench, tmp_path: P
 
 def test_snapshots_are_of_jobs_that_are_open_and_of_the_folder_where_it_is(bench: Bench, tmp_path: Path) -> None:
     job, gone = begun(bench, 1)[0], new_id()
-    written = {"request": {"prompt": "\udcff"}, "outputs": {}}
+    written = {"request": {"prompt": "\udcff"}, "settings": {}, "outputs": {}, "before": {}}
     for number, name in enumerate((job, gone)):
         entry = bench.folder.snapshots / f"{number + 1:04}"
         entry.mkdir(parents=True)
@@ -357,3 +357,35 @@ def test_what_nobody_foresaw_of_one_job_fails_that_one_at_the_third_time(bench: 
     kept: list[Handle] = []
     until(end)
     assert len(kept) == 3 and bench.state(jobs[2]) == "in_progress" and running.failure is None
+
+
+def test_on_a_full_disk_those_that_wait_go_one_at_a_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each has given, and the old ones that go meanwhile, give room back; with hardly any they wait on."""
+    free = files.RESERVE // 4
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    jobs, engine = bench.add(3), StubEngine()
+    running = bench.start(engine)
+    time.sleep(3 * dispatcher.POLL_S)
+    assert not engine.handles
+    free = 3 * files.RESERVE // 4
+    for number, job in enumerate(jobs):
+        until(lambda: job in engine.handles)  # noqa: B023
+        time.sleep(3 * dispatcher.POLL_S)
+        assert len(engine.handles) == number + 1
+        engine.handles[job].end()
+    until(lambda: not running.running)
+    assert {bench.state(job) for job in jobs} == {"completed"}
+
+
+@pytest.mark.parametrize("request_", ['{"prompt": "a", "of_another_version": 1}', "{"])
+def test_a_snapshot_that_this_version_refuses_goes_and_its_job_begins_anew(bench: Bench, request_: str) -> None:
+    (job,), engine = bench.add(1), StubEngine()
+    assert bench.store.start(job)
+    outputs = f'{{"video": "{bench.folder.video(job)}"}}'
+    entry = bench.folder.snapshots / "0000"
+    entry.mkdir(parents=True)
+    content = f'{{"request": {request_}, "settings": {{}}, "outputs": {outputs}, "before": {{}}}}'
+    (entry / "request.json").write_text(content)
+    bench.start(engine)
+    assert not entry.exists()
+    until(lambda: job in engine.handles)

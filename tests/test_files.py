@@ -24,12 +24,12 @@ from cineline.core.request import Kind
 from cineline.engine.hub import open_model
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.convert import convert
-from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
 from cineline.families.wan.weights import weights_of
+from cineline.families.wan_vae.costs import VaeCosts
 
 KINDS: tuple[WanKind, ...] = ("ti2v", "t2v", "i2v")
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")

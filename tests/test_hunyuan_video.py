@@ -59,23 +59,25 @@ def requests() -> list[VideoRequest]:
 
 
 @cache
-def _pipeline(folder: Path, dtype: str) -> Any:
-    vae = AutoencoderKLHunyuanVideo15.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+def _pipeline(folder: Path, dtype: str, vae_dtype: str = "float32") -> Any:
+    vae = AutoencoderKLHunyuanVideo15.from_pretrained(folder, subfolder="vae", dtype=getattr(torch, vae_dtype))
     pipeline = HunyuanVideo15Pipeline.from_pretrained(folder, vae=vae, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @cache
-def _by_pipeline(folder: Path, dtype: str, number: int) -> tuple[torch.Tensor, np.ndarray]:
+def _by_pipeline(folder: Path, dtype: str, number: int, vae_dtype: str = "float32") -> tuple[torch.Tensor, np.ndarray]:
     """The pipeline's latents; its own end, by the same words, makes frames of them."""
-    pipeline, request = _pipeline(folder, dtype), requests()[number]
+    pipeline, request = _pipeline(folder, dtype, vae_dtype), requests()[number]
     names = ("prompt", "negative_prompt", "height", "width", "num_frames", "num_inference_steps")
     pipeline.guider = pipeline.guider.new(guidance_scale=request.guidance_scale)
     noise = torch.Generator("cpu").manual_seed(int(request.seed))
     latents = pipeline(generator=noise, output_type="latent", **{name: getattr(request, name) for name in names}).frames
     with torch.no_grad():
-        pixels = pipeline.vae.decode(latents.float() / pipeline.vae.config.scaling_factor, return_dict=False)[0]
+        pixels = pipeline.vae.decode(
+            latents.to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor, return_dict=False
+        )[0]
     return latents[0].float(), stacked(pipeline.video_processor.postprocess_video(pixels, output_type="pil")[0])
 
 
@@ -114,6 +116,12 @@ def test_an_uneven_split_and_another_shift_equal_diffusers(tmp_path: Path) -> No
 def test_half_precision_equals_diffusers(folder: Path) -> None:
     with Engine(folder, ParallelConfig(pp=2), dtype="float16", device="cpu") as engine:
         assert_equal(engine.submit(requests()[0]).result(60), _by_pipeline(folder, "float16", 0))
+
+
+def test_a_vae_in_bfloat16_equals_diffusers(folder: Path) -> None:
+    with Engine(folder, ParallelConfig(pp=2), dtype="bfloat16", vae_dtype="bfloat16", device="cpu") as engine:
+        for number, handle in enumerate([engine.submit(one) for one in requests()]):
+            assert_equal(handle.result(60), _by_pipeline(folder, "bfloat16", number, "bfloat16"))
 
 
 def test_a_request_goes_on_from_a_snapshot_on_another_line(folder: Path) -> None:

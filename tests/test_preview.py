@@ -26,7 +26,7 @@ from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.preview import Previewer
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.spec import WanSpec
-from cineline.families.wan.vae import statistics
+from cineline.families.wan_vae.halves import statistics
 
 ONE = ParallelConfig()
 

@@ -63,16 +63,16 @@ def requests() -> list[VideoRequest]:
 
 
 @cache
-def _pipeline(folder: Path, dtype: str) -> Any:
-    vae = AutoencoderKLQwenImage.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+def _pipeline(folder: Path, dtype: str, vae_dtype: str = "float32") -> Any:
+    vae = AutoencoderKLQwenImage.from_pretrained(folder, subfolder="vae", dtype=getattr(torch, vae_dtype))
     pipeline = QwenImagePipeline.from_pretrained(folder, vae=vae, dtype=getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @cache
-def _by_pipeline(folder: Path, dtype: str, number: int) -> tuple[torch.Tensor, np.ndarray]:
-    pipeline, request = _pipeline(folder, dtype), requests()[number]
+def _by_pipeline(folder: Path, dtype: str, number: int, vae_dtype: str = "float32") -> tuple[torch.Tensor, np.ndarray]:
+    pipeline, request = _pipeline(folder, dtype, vae_dtype), requests()[number]
     arguments = {name: getattr(request, name) for name in ("prompt", "height", "width", "num_inference_steps")}
     arguments |= {"true_cfg_scale": request.guidance_scale, "negative_prompt": request.negative_prompt}
     made = []
@@ -127,6 +127,12 @@ def test_the_command_writes_a_picture(folder: Path, tmp_path: Path, monkeypatch:
 def test_half_precision_equals_diffusers(folder: Path) -> None:
     with Engine(folder, ParallelConfig(pp=2), dtype="float16", device="cpu") as engine:
         assert_equal(engine.submit(requests()[0]).result(60), _by_pipeline(folder, "float16", 0))
+
+
+def test_a_vae_in_bfloat16_equals_diffusers(folder: Path) -> None:
+    with Engine(folder, ParallelConfig(pp=2), dtype="bfloat16", vae_dtype="bfloat16", device="cpu") as engine:
+        for number, handle in enumerate([engine.submit(one) for one in requests()]):
+            assert_equal(handle.result(60), _by_pipeline(folder, "bfloat16", number, "bfloat16"))
 
 
 def test_a_request_goes_on_from_a_snapshot_on_another_line(folder: Path) -> None:

@@ -433,7 +433,7 @@ def test_a_full_disk_has_room_for_a_deletion_once_the_video_is_gone(
     folder = DataFolder(tmp_path / "data")
     store = Store(folder.jobs)
     settings = ServeConfig(data_dir=folder.path)
-    outcomes = Outcomes(store, folder, settings, Metrics(lambda: Now(0, 0, 0, True, [])))
+    outcomes = Outcomes(store, folder, settings, Metrics(lambda: Now(0, 0, 0, True, False, [])))
     jobs = [stored(store) for _ in range(2)]
     remove, full = store.remove, {folder.video(jobs[0])}
 

@@ -29,7 +29,7 @@ def asked(tmp_path: Path, ask: Callable[[httpx.AsyncClient], Awaitable[httpx.Res
 
     service: Any = SimpleNamespace(finished=lambda *_: SimpleNamespace(id="a"), get=fail, names=["m"])
     folder: Any = SimpleNamespace(video=lambda job: file)
-    metrics = Metrics(lambda: Now(0, 0, 0, True, []))
+    metrics = Metrics(lambda: Now(0, 0, 0, True, False, []))
     app = make_app(Parts(service, folder, Keys(), Images(), metrics))
 
     async def run() -> httpx.Response:

@@ -48,8 +48,8 @@ NO_TORCH += [
 ]
 NO_TORCH += ["families.wan.lora_keys", "families.wan.loras"]
 NO_TORCH += [f"families.{name}" for name in ("checkpoint", "fields", "placing", "stack", "qwen_vl_costs", "registry")]
+NO_TORCH += ["families.double_stream", *(f"families.wan_vae.{name}" for name in ("constants", "costs", "cost_units"))]
 NO_TORCH += ["families.identity", "transport.rendezvous"]
-NO_TORCH += ["families.double_stream"]
 NO_TORCH += [f"families.qwen_image.{name}" for name in ("spec", "costs", "prompts", "vae", "known")]
 NO_TORCH += [f"families.hunyuan_video.{name}" for name in ("spec", "costs", "constants", "vae", "known")]
 """Rooms, or parts of one, whose modules need no torch."""

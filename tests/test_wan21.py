@@ -85,6 +85,15 @@ def test_a_first_and_a_last_frame_equal_diffusers(dtype: Dtype, checkpoint: Chec
             assert_equal(handle.result(60), oracle.run(folder, dtype, one))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vae_in_bfloat16_equals_diffusers(kind: WanKind, checkpoint: Checkpoint, oracle: Oracle) -> None:
+    """With it the image encoder, which diffusers documents so."""
+    folder, wanted = checkpoint(config(kind)), requests(kind)
+    with Engine(folder, ParallelConfig(pp=2), dtype="bfloat16", vae_dtype="bfloat16", device="cpu") as engine:
+        for handle, one in zip([engine.submit(one) for one in wanted], wanted, strict=True):
+            assert_equal(handle.result(60), oracle.run(folder, "bfloat16", one, "bfloat16"))
+
+
 def test_a_request_goes_on_from_a_snapshot_on_another_line(checkpoint: Checkpoint, oracle: Oracle) -> None:
     folder, request = checkpoint(config("i2v")), requests("i2v")[0]
     spec, stages, options = WanSpec.open(folder), WanStages, DeviceConfig(dtype="bfloat16")

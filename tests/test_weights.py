@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from cineline import CheckpointError, ParallelConfig
 from cineline.core.config import Cut, DeviceConfig, Place
 from cineline.families.pipeline_parallel import StagePart
-from cineline.families.wan.costs.vae import VaeCosts
 from cineline.families.wan.random_checkpoint import RandomConfig
 from cineline.families.wan.shapes import WanKind
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.stages import WanStages
 from cineline.families.wan.weights import weights_of
+from cineline.families.wan_vae.costs import VaeCosts
 from cineline.weights import sources
 
 COMPONENTS = ("transformer", "transformer_2", "text_encoder", "vae")

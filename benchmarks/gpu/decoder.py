@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from benchmarks.gpu.random_wan import RandomSpec, RandomWeights, random_spec
 from benchmarks.gpu.transformer import SIZES, SMALL_SIZES
 from cineline.core.config import ParallelConfig
 from cineline.families.frames import quantise
-from cineline.families.wan import vae
 from cineline.families.wan.costs.model import ModelCosts
-from cineline.families.wan.decoder import DecoderSlice
-from cineline.families.wan.vae import DECODER, load_half, statistics
+from cineline.families.wan_vae.decoder import DecoderSlice
+from cineline.families.wan_vae.halves import DECODER, VaeFiles, load_half, statistics
 from cineline.planning.cut import default_cut
 
 FRAMES = 3
@@ -29,7 +29,6 @@ def measure(model: str, device: torch.device) -> Iterator[dict[str, Any]]:
     """Rows: seconds, peak memory, whether the frames are diffusers', float32."""
     small = device.type == "cpu"
     height, width, _ = (SMALL_SIZES if small else SIZES)[model]
-    vars(vae)["weights_of"] = RandomWeights
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         spec = random_spec(model, Path(folder), small)
         shape = 1, int(spec.vae["z_dim"]), FRAMES, height // spec.vae_scale, width // spec.vae_scale
@@ -40,9 +39,13 @@ def measure(model: str, device: torch.device) -> Iterator[dict[str, Any]]:
             yield from _slices(spec, latents, frames, device, stages)
 
 
+def _vae(spec: RandomSpec) -> VaeFiles:
+    return VaeFiles(spec.vae, partial(RandomWeights, spec.component("vae")))
+
+
 def _diffusers(spec: RandomSpec, latents: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, dict[str, Any]]:
     forget(device)
-    model, _ = load_half(spec.component("vae"), DECODER, torch.float32, device)
+    model, _ = load_half(_vae(spec), DECODER, torch.float32, device)
     mean, inverse_std = statistics(model.config, latents.dtype, latents.device)
     frames: list[torch.Tensor] = []
 
@@ -63,7 +66,7 @@ def _slices(
         forget(device)
         start = sum(parallel.vae_split[:stage])
         units = range(start, start + parallel.vae_split[stage])
-        part = DecoderSlice(spec.component("vae"), units, torch.float32, device, stage == 0)
+        part = DecoderSlice(_vae(spec), units, torch.float32, device, stage == 0)
         made: list[tuple[torch.Tensor, ...]] = []
 
         def decode(part: DecoderSlice = part, given: Any = chunks, made: Any = made, first: bool = stage == 0) -> None:

@@ -16,14 +16,21 @@ from cineline.bench.reference import Reference, reference
 from cineline.core.config import DeviceConfig, ParallelConfig
 from cineline.core.request import VideoRequest
 from cineline.engine.api import Engine
+from cineline.errors import InvalidConfig, shown
+from cineline.families.wan.mag_cache import skipped_steps
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
+from cineline.families.wan.ratios import write_ratios
 from cineline.families.wan.shapes import WanKind
+from cineline.families.wan.spec import WanSpec
 from cineline.schedule.scheduler import speed_up_limit
 
 DIFFUSERS = "diffusers"
 """The arm that all others are compared with."""
 
 ONE_RANK = str(ParallelConfig())
+
+RATIO = 0.98
+"""Of each step's residual to the last one's, where steps are skipped: random weights have none of their own."""
 
 COLUMNS = ("M", "arm", "s a request", "x diffusers", "x one rank", "limit", "others' CPU")
 
@@ -38,6 +45,10 @@ class LineCase:
         in_flight: M, requests at once; each is timed with all arms.
         steps: solver steps of a request of 1,536 tokens.
         rounds: runs of each arm.
+        cache: of all requests, in diffusers too ("mag:T"); for one transformer.
+
+    Raises:
+        InvalidConfig: a cache beside two experts.
     """
 
     kind: WanKind
@@ -45,6 +56,20 @@ class LineCase:
     in_flight: Sequence[int]
     steps: int
     rounds: int
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache is not None and self.kind != "ti2v":
+            raise InvalidConfig(f"cache={shown(self.cache)} is for kind='ti2v' here, not {self.kind!r}: leave one out.")
+
+    @property
+    def steps_in_words(self) -> str:
+        """With those that are skipped."""
+        if self.cache is None:
+            return f"{self.steps} steps"
+        threshold = float(str(self.requests(1)[0].cache).removeprefix("mag:"))
+        skipped = skipped_steps([(RATIO,) * self.steps], threshold, [0] * self.steps)
+        return f"{self.steps} steps of which {len(skipped)} are skipped"
 
     def requests(self, count: int) -> list[VideoRequest]:
         """That many requests of 1,536 tokens, which stop at their latents."""
@@ -52,7 +77,8 @@ class LineCase:
         scales = {"guidance_scale": 4.0} | ({} if self.kind == "ti2v" else {"guidance_scale_2": 3.0})
         sizes = {"height": side, "width": side, "num_frames": 21, "num_inference_steps": self.steps}
         prompt = "a red square moving left on a blue background"
-        return [VideoRequest(prompt=prompt, seed=seed, decode=False, **sizes, **scales) for seed in range(count)]
+        common = {"prompt": prompt, "decode": False, "cache": self.cache} | sizes | scales
+        return [VideoRequest(seed=seed, **common) for seed in range(count)]
 
 
 def time_line(case: LineCase, config: DeviceConfig, tell: Callable[[str], None]) -> dict[int, dict[str, list[Run]]]:
@@ -60,6 +86,8 @@ def time_line(case: LineCase, config: DeviceConfig, tell: Callable[[str], None])
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
         save_random_checkpoint(folder, RandomConfig(case.kind, layers=8, heads=4, head_dim=128, ffn_dim=2048))
+        if case.cache is not None:
+            write_ratios(WanSpec.open(folder), {"transformer": {"cond": [RATIO] * case.steps}}, {})
         engines = {
             str(parallel): stack.enter_context(Engine(folder, parallel, **asdict(config)))
             for parallel in dict.fromkeys([ParallelConfig(), *case.arms])

@@ -87,7 +87,30 @@ def _serve(connection: Connection) -> None:
             request, output_type = connection.recv()
         except EOFError:
             return
-        connection.send(_generate(pipeline, request, output_type))
+        with _cached(pipeline, folder, request):
+            made = _generate(pipeline, request, output_type)
+        connection.send(made)
+
+
+@contextmanager
+def _cached(pipeline: Any, folder: Path, request: VideoRequest) -> Iterator[None]:
+    """With diffusers' MagCache, of the model's ratios, where the request has a cache; of one transformer."""
+    if request.cache is None:
+        yield
+        return
+    from diffusers import MagCacheConfig
+
+    from cineline.families.wan.ratios import ratios_of
+    from cineline.families.wan.spec import WanSpec
+
+    steps, threshold = request.num_inference_steps, float(request.cache.removeprefix("mag:"))
+    measured = list(ratios_of(WanSpec.open(folder))[0])
+    config = MagCacheConfig(threshold=threshold, num_inference_steps=steps, mag_ratios=measured)
+    pipeline.transformer.enable_cache(config)
+    try:
+        yield
+    finally:
+        pipeline.transformer.disable_cache()
 
 
 def _load(folder: Path, config: DeviceConfig, with_image: bool) -> Any:

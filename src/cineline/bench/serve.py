@@ -28,9 +28,8 @@ from cineline.errors import CinelineError
 
 COLUMNS = ("arm", "s a request", "throughput", "get, ms", "list, ms", "others' CPU")
 
-BATCH, CLIENTS = "a batch", "clients"
+BATCH, CLIENTS, ASKED = "a batch", "clients", "clients, while somebody asks"
 POLL_S = 0.1
-CLIENT_POLL_S = 0.25
 ASKS_A_SECOND = 50
 GET, LIST = "get", "list"
 
@@ -84,7 +83,8 @@ def time_serve(
         ):
             arms = {
                 BATCH: partial(_time_batch, engine, case, folder),
-                CLIENTS: partial(_time_clients, client, case, asked),
+                CLIENTS: partial(_time_clients, client, case, None),
+                ASKED: partial(_time_clients, client, case, asked),
             }
             for arm in arms.values():
                 arm()
@@ -100,7 +100,7 @@ def rows(case: ServeCase, results: Mapping[str, Sequence[Run]], asked: Asked) ->
         ratio = ratios(results[BATCH], own)
         share = f"{ratio.median:.1%} ({ratio.low:.1%} to {ratio.high:.1%})"
         per_request = str(Summary.of([run.seconds / case.clients for run in own]))
-        cells = [asked.cell(GET), asked.cell(LIST)] if name == CLIENTS else ["", ""]
+        cells = [asked.cell(GET), asked.cell(LIST)] if name == ASKED else ["", ""]
         found.append([name, per_request, share, *cells, others(own)])
     return found
 
@@ -143,31 +143,28 @@ def _time_batch(engine: Engine, case: ServeCase, folder: Path) -> float:
     return time.monotonic() - started
 
 
-def _time_clients(client: httpx.Client, case: ServeCase, asked: Asked) -> float:
-    """Seconds from the first request to the last completed job; meanwhile somebody asks again and again."""
+def _time_clients(client: httpx.Client, case: ServeCase, asked: Asked | None) -> float:
+    """Seconds from the first request to the last completed job; where it is to be known how soon the service answers,
+    somebody asks again and again meanwhile."""
     over = threading.Event()
     started = time.monotonic()
     with ThreadPoolExecutor(case.clients + 1) as pool:
         made = [pool.submit(_one, client, fields) for fields in case.fields()]
-        asking = pool.submit(_ask, client, case.most_asks, asked, over)
+        asking = [] if asked is None else [pool.submit(_ask, client, case.most_asks, asked, over)]
         jobs = [job.result(WAIT_LIMIT_S) for job in made]
         seconds = time.monotonic() - started
         over.set()
-        asking.result(WAIT_LIMIT_S)
+        for each in asking:
+            each.result(WAIT_LIMIT_S)
     for job in jobs:
         client.delete(f"/v1/videos/{job}")
     return seconds
 
 
 def _one(client: httpx.Client, fields: Mapping[str, Any]) -> str:
-    """One client's video, to its end."""
-    video = client.post("/v1/videos", json=dict(fields)).raise_for_status().json()
-    while video["status"] != "completed":
-        if video["status"] == "failed":
-            raise CinelineError(f"A job failed: {video['error']}")
-        time.sleep(CLIENT_POLL_S)
-        video = client.get(f"/v1/videos/{video['id']}").raise_for_status().json()
-    return str(video["id"])
+    """One client's video, to its last byte."""
+    answer = client.post("/v1/videos/sync", json=dict(fields), timeout=WAIT_LIMIT_S).raise_for_status()
+    return answer.headers["X-Request-Id"]
 
 
 def _ask(client: httpx.Client, most: int, asked: Asked, over: threading.Event) -> None:

@@ -13,6 +13,7 @@ import typer
 from cineline.cli.options import Fields, Given, InFlight, Json, Runs, axes_of, one_of, spread, teller, whole_numbers
 from cineline.core.config import DeviceConfig, ModelFiles
 from cineline.core.extras import need
+from cineline.core.request import VideoRequest
 from cineline.engine.hub import MINIS
 from cineline.errors import InvalidConfig, shown
 from cineline.families.wan.shapes import WanKind
@@ -32,6 +33,7 @@ def line(
     in_flight: InFlight = "1,3",
     kind: Annotated[str, typer.Option(help="Like which model: ti2v or t2v.")] = "ti2v",
     steps: Annotated[int, typer.Option(help="Solver steps of a request.", min=1)] = 4,
+    fields: Annotated[Given, Fields(VideoRequest, ["cache"])],
     runs: Runs = 4,
     devices: Devices,
     json: Json = None,
@@ -45,10 +47,10 @@ def line(
     from cineline.bench.report import machine, report
 
     config = DeviceConfig(**devices, pin_cores=devices["device"] == "cpu")
-    case = LineCase(case_kind, [axes_of("arm", text) for text in arm or ["pp=2"]], counts, steps, runs)
+    case = LineCase(case_kind, [axes_of("arm", text) for text in arm or ["pp=2"]], counts, steps, runs, **fields)
     results = time_line(case, config, teller())
     report(
-        f"{kind}, 8 x 512, 1,536 tokens, {steps} steps, {config.dtype}, {runs} runs: median (range)",
+        f"{kind}, 8 x 512, 1,536 tokens, {case.steps_in_words}, {config.dtype}, {runs} runs: median (range)",
         COLUMNS,
         rows(case, results),
         {"machine": machine(config.device), "case": asdict(case), "runs": plain(results)},

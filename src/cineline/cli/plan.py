@@ -34,8 +34,8 @@ from cineline.schedule.timeline import PICTURE_SUFFIXES, draw_timeline
 FILE_WIDTH = 150
 """Columns of what is printed where there is no terminal."""
 
-_FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "preset")
-_UNSET = {name: "" if name == "preset" else "the model's default" for name in _FIELDS}
+_FIELDS = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale", "preset", "cache")
+_UNSET = {name: "" if name in ("preset", "cache") else "the model's default" for name in _FIELDS}
 
 
 @spread
@@ -112,9 +112,10 @@ def show(planning: Planning, task: Task) -> None:
     job, best = task.job, planning.best
     names = [device.name for device in task.devices]
     listed = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    skipped = f" of which {len(job.skipped)} are skipped (lossy)," if job.skipped else ""
     screen.print(
-        f"{task.spec.folder}, {job.width}x{job.height}, {job.num_frames} frames, {job.steps} steps, {task.requests} "
-        f"requests, on {listed} over {task.link.name}. Computed, not measured.",
+        f"{task.spec.folder}, {job.width}x{job.height}, {job.num_frames} frames, {job.steps} steps,{skipped} "
+        f"{task.requests} requests, on {listed} over {task.link.name}. Computed, not measured.",
         highlight=False,
         soft_wrap=True,
     )

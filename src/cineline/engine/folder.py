@@ -164,7 +164,7 @@ class SnapshotFolder:
         Raises:
             InvalidConfig: an entry cannot be read.
         """
-        return [_kept(entry) for entry in entries_in(self.path)]
+        return [kept_in(entry) for entry in entries_in(self.path)]
 
     def begin(self, run: Run) -> None:
         """Say what is run here from now on.
@@ -263,7 +263,12 @@ def _locked(path: Path) -> FileLock:
     return lock
 
 
-def _kept(entry: Path) -> Kept:
+def kept_in(entry: Path) -> Kept:
+    """What an entry has.
+
+    Raises:
+        InvalidConfig: it cannot be read, or its request cannot be any more.
+    """
     stored = _read(entry / REQUEST, Entry, f"remove {shown(entry)} to go on without that request")
     try:
         images = {name: load_image(entry / _file_of(name), name) for name in IMAGES if stored.request.get(name)}

@@ -240,8 +240,8 @@ def _states(parts: Parts) -> APIRouter:
     router = APIRouter(tags=["state"])
 
     @router.get("/health")
-    def health() -> Health:
-        """The process is alive."""
+    async def health() -> Health:
+        """The process is alive, however many threads wait for something."""
         return Health()
 
     @router.get("/ready")

@@ -273,13 +273,14 @@ class Dispatcher:
 
     @property
     def _has_room(self) -> bool:
-        """In the line, and where decodes wait."""
+        """In the line, where decodes wait, and on the disk."""
         handles = [running.handle for running in self._running.values()]
         denoising = sum(handle.phase not in ("decoding", "done") for handle in handles)
-        return denoising < self._room and len(handles) < 4 * self._room
+        in_line = denoising < self._room and len(handles) < 4 * self._room
+        return in_line and self._folder.has_room(alone=not handles)
 
     def _admit(self) -> None:
-        if not self._has_room or self._folder.is_full:
+        if not self._has_room:
             return
         waiting = self._store.waiting()
         while waiting and self._has_room:

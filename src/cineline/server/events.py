@@ -20,6 +20,9 @@ from cineline.server.service import Service
 LOOK_EVERY_S = 0.2
 PING_EVERY_S = 15
 
+SEND_LIMIT_S = 30
+"""For a client to take an event; who does not is gone."""
+
 MOST_STREAMS = 200
 """At once; each looks at the jobs five times a second."""
 
@@ -56,7 +59,8 @@ class Events:
     def _response(self, make: Callable[[], AsyncIterator[ServerSentEvent]]) -> EventSourceResponse:
         if self._open >= MOST_STREAMS:
             raise Refusal(429, f"{self._open} clients listen already: try again.", "too_many_streams", retry_after_s=10)
-        return EventSourceResponse(self._counted(make()), ping=PING_EVERY_S, headers={"X-Accel-Buffering": "no"})
+        headers = {"X-Accel-Buffering": "no"}
+        return EventSourceResponse(self._counted(make()), ping=PING_EVERY_S, send_timeout=SEND_LIMIT_S, headers=headers)
 
     async def _counted(self, events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[ServerSentEvent]:
         self._open += 1

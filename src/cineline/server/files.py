@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import secrets
@@ -25,11 +26,13 @@ from PIL import Image
 
 from cineline.core.output import check_folder, unwritable, whole_file
 from cineline.core.request import IMAGES
-from cineline.engine.folder import entries_in
+from cineline.engine.folder import entries_in, kept_in
 from cineline.engine.keeper import REQUEST
-from cineline.errors import InvalidConfig, OutputError, shown
+from cineline.errors import InvalidConfig, OutputError, reason, shown
 
 ID = re.compile(r"video_[0-9a-f]{32}")
+
+log = logging.getLogger(__name__)
 
 RESERVE = 256 * 2**20
 """Bytes of the disk that new jobs leave free: those that run have their files to write."""
@@ -82,6 +85,10 @@ class DataFolder:
     def is_full(self) -> bool:
         """Whether the disk has no room for what new jobs would write."""
         return shutil.disk_usage(self.path).free < RESERVE
+
+    def has_room(self, alone: bool) -> bool:
+        """Whether a job that waits may go. One `alone` may have half of the reserve: its end gives room back."""
+        return shutil.disk_usage(self.path).free >= (RESERVE // 2 if alone else RESERVE)
 
     def video(self, job: str) -> Path:
         """Where a job's video is, or will be."""
@@ -138,23 +145,32 @@ class DataFolder:
                 path.unlink(missing_ok=True)
 
     def fit_snapshots(self, open_jobs: set[str]) -> None:
-        """Those of jobs that are gone go, and those that were made where the folder had another path are of this one;
-        of one that cannot be read the engine says so."""
+        """Those of jobs that are gone go, and those that were made where the folder had another path are of this one.
+        What this version cannot read or resume goes too: its job begins anew, or is told why it cannot."""
         for entry in entries_in(self.snapshots):
             file = entry / REQUEST
             try:
                 stored = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
                 outputs, given = stored["outputs"], Path(stored["outputs"]["video"])
-            except (ValueError, LookupError, TypeError):
+            except (ValueError, LookupError, TypeError):  # of which job nobody knows
+                file.unlink(missing_ok=True)
+                shutil.rmtree(entry)
                 continue
             if given.stem not in open_jobs:
                 file.unlink()  # first: without it the rest is no entry
                 shutil.rmtree(entry)
-            elif given != self.video(given.stem):
+                continue
+            if given != self.video(given.stem):
                 outputs["video"] = str(self.video(given.stem))
                 with whole_file(file) as temporary:
                     temporary.write_bytes(json.dumps(stored, ensure_ascii=False).encode("utf-8", "surrogatepass"))
                     _sync(temporary)
+            try:
+                kept_in(entry)
+            except InvalidConfig as error:
+                log.warning("%s's snapshots are left: %s", given.stem, reason(error))
+                file.unlink()
+                shutil.rmtree(entry)
 
 
 def thumbnail(video: Path) -> bytes:

@@ -22,13 +22,15 @@ class Now:
 
     Attributes:
         queued: jobs that wait. in_flight: that the engine has. denoising: of these, that are being denoised.
-        ready: whether jobs are taken. ranks: what each computes; empty while there are none.
+        ready: whether jobs are taken. full: whether the disk has no room for new ones.
+        ranks: what each computes; empty while there are none.
     """
 
     queued: int
     in_flight: int
     denoising: int
     ready: bool
+    full: bool
     ranks: list[RankState]
 
 
@@ -72,6 +74,7 @@ class _Present(Collector):
         yield GaugeMetricFamily("cineline_in_flight_jobs", "Jobs that the engine has.", now.in_flight)
         yield GaugeMetricFamily("cineline_denoising_jobs", "Of these, being denoised.", now.denoising)
         yield GaugeMetricFamily("cineline_ready", "1 while jobs are taken.", now.ready)
+        yield GaugeMetricFamily("cineline_disk_full", "1 while the disk has no room for new jobs.", now.full)
         busy = CounterMetricFamily(
             "cineline_rank_busy_seconds", "Computing, since its start; its rate is the busy share.", labels=["rank"]
         )

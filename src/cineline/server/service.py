@@ -95,7 +95,7 @@ class Service:
         running = self._dispatcher.running.values()
         denoising = sum(each.handle.phase == "denoising" for each in running)
         queued = self._store.counts()["queued"]
-        return Now(queued, len(running), denoising, self.is_ready, self._dispatcher.ranks)
+        return Now(queued, len(running), denoising, self.is_ready, self._folder.is_full, self._dispatcher.ranks)
 
     def _check(self, request: VideoRequest) -> Job:
         """By the engine, which knows the devices' memory; by the model's rules alone until there is one."""

@@ -51,6 +51,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS by_key ON jobs (owner, idempotency_key) WHERE 
 CREATE INDEX IF NOT EXISTS by_state ON jobs (state, number);
 CREATE INDEX IF NOT EXISTS by_owner ON jobs (owner, number);
 CREATE INDEX IF NOT EXISTS by_end ON jobs (owner, completed_at);
+CREATE INDEX IF NOT EXISTS by_expiry ON jobs (expires_at);
 """
 
 

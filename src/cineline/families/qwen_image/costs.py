@@ -16,7 +16,7 @@ from cineline.families.double_stream import double_block, double_work
 from cineline.families.qwen_image.vae import wan_config
 from cineline.families.qwen_vl_costs import QwenText
 from cineline.families.stack import Stack, StackCosts, StackLine
-from cineline.families.wan.costs.vae import VaeCosts
+from cineline.families.wan_vae.costs import VaeCosts
 
 FREQUENCIES = 256
 """Of a timestep's embedding."""

@@ -24,11 +24,12 @@ from cineline.families.flow import FlowStages, FlowState, make_solver
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.qwen_image.prompts import DROPPED
 from cineline.families.qwen_image.spec import QwenImageSpec, QwenJob
-from cineline.families.qwen_image.vae import component_of
+from cineline.families.qwen_image.vae import wan_config
 from cineline.families.qwen_vl import QwenLayers
 from cineline.families.tensor_parallel import share_linears
-from cineline.families.wan.costs.vae import VaeCosts
-from cineline.families.wan.decoder import DecoderSlice, boundary_specs
+from cineline.families.wan_vae.costs import VaeCosts
+from cineline.families.wan_vae.decoder import DecoderSlice, boundary_specs
+from cineline.families.wan_vae.halves import VaeFiles
 from cineline.schedule.words import Value
 from cineline.transport.channel import TensorSpec
 from cineline.weights.files import Shard, Weights
@@ -58,7 +59,7 @@ class QwenImageStages(FlowStages):
                 spec.folder / "text_encoder", spec.variant, encoder, costs.text_layers, last_norm=True, part=part
             )
         self._model, read = self._transformer()
-        vae = component_of(spec)
+        vae = VaeFiles(wan_config(spec.configs["vae"]), lambda: Weights(open_source(spec.folder / "vae", spec.variant)))
         self._units = VaeCosts.of(vae.config)
         self._vae_dtype = getattr(torch, part.config.vae_dtype)
         if part.decodes:

@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cineline.families.checkpoint import Checkpoint
-from cineline.families.wan.shapes import Component
-
 ALIKE = (
     *("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales"),
     *("temperal_downsample", "dropout", "latents_mean", "latents_std"),
 )
 """Keys of its config that `AutoencoderKLWan` has too."""
-
-
-def component_of(spec: Checkpoint) -> Component:
-    """The VAE as a Wan model's."""
-    return Component("vae", wan_config(spec.configs["vae"]), spec.folder / "vae", spec.variant)
 
 
 def wan_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from cineline.families.wan.denoise import Step
 from cineline.families.wan.experts import Experts
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import FIRST_FRAME, WanState, text_name
-from cineline.families.wan.vae import ImageEncoder
+from cineline.families.wan.vae import ImageEncoder, vae_of
 from cineline.transport.channel import TensorSpec
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Conditioner:
         self._images = self._clip = None
         self._vae_dtype = getattr(torch, part.config.vae_dtype)
         if spec.kind != "t2v" and part.is_head and part.place.is_first_lane:
-            self._images = ImageEncoder(spec.component("vae"), self._vae_dtype, part.device)
+            self._images = ImageEncoder(vae_of(spec), self._vae_dtype, part.device)
             self._clip = ClipEncoder(spec, self._vae_dtype, part.device) if spec.image else None
         self.bytes_read = sum(each.bytes_read for each in (self._images, self._clip) if each)
         self._prompts = Prompts(part.parallel.cfg)

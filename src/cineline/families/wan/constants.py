@@ -6,6 +6,3 @@ TEXT_TOKENS = 512
 TIME_ROWS = 16
 """Distinct rows of a time embedding that travel, of S. Two timesteps at most make rows that differ, and the last
 elements of a tensor (of each thread's share) go through scalar code, whose SiLU has other bits."""
-
-TILE, TILE_STRIDE = 256, 192
-"""Pixels a side of a tile, and from one tile to the next (diffusers' defaults)."""

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from cineline.core.request import WorkItem
 from cineline.families.pipeline_parallel import StagePart
-from cineline.families.wan.costs.vae import VaeCosts
-from cineline.families.wan.decoder import Decoder, DecoderSlice, TiledDecoder, boundary_specs
-from cineline.families.wan.rows import RowDecoder
 from cineline.families.wan.spec import WanSpec
 from cineline.families.wan.state import WanState
+from cineline.families.wan.vae import vae_of
+from cineline.families.wan_vae.costs import VaeCosts
+from cineline.families.wan_vae.decoder import Decoder, DecoderSlice, TiledDecoder, boundary_specs
+from cineline.families.wan_vae.rows import RowDecoder
 from cineline.transport.channel import TensorSpec
 
 
@@ -31,7 +32,7 @@ class DecoderPart:
         self.bytes_read = self._decoder.bytes_read if self._decoder else 0
 
     def _load(self, spec: WanSpec) -> Decoder:
-        vae, part = spec.component("vae"), self._part
+        vae, part = vae_of(spec), self._part
         dtype, device = self._dtype, part.device
         if part.parallel.vae_decode == "rows":
             return RowDecoder(vae, dtype, device, part.axis("pp"))

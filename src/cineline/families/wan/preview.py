@@ -19,7 +19,8 @@ from torch.nn.functional import avg_pool2d
 
 from cineline.families.pipeline_parallel import StagePart
 from cineline.families.wan.spec import WanSpec
-from cineline.families.wan.vae import ENCODER, load_half, statistics
+from cineline.families.wan.vae import vae_of
+from cineline.families.wan_vae.halves import ENCODER, load_half, statistics
 
 CLIPS = 24
 CELLS = 8
@@ -51,7 +52,7 @@ class Previewer:
         """Of the first latent frame, and of the others, float32 [C + 1, 3]: of each channel its share of red, green and
         blue from 0 to 1, and what is added."""
         spec, device = self._spec, self._device
-        vae, _ = load_half(spec.component("vae"), ENCODER, torch.float32, device)
+        vae, _ = load_half(vae_of(spec), ENCODER, torch.float32, device)
         mean, inverse_std = statistics(vae.config, torch.float32, device)
         known, wanted = [], []
         for clip in _clips(spec.vae_scale, 1 + spec.vae_frames):

@@ -26,7 +26,7 @@ def ratios_file(model: WanShapes) -> Path:
     """Beside `model_index.json`; where there is none, beside the transformer's file and called like that, for others'
     files are there, too."""
     home = model.folder
-    return home / RATIOS_FILE if home.is_dir() else home.with_name(f"{home.stem}.{RATIOS_FILE}")
+    return home.with_name(f"{home.stem}.{RATIOS_FILE}") if home.is_file() else home / RATIOS_FILE
 
 
 def ratios_of(model: WanShapes) -> tuple[Ratios, ...]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from cineline.errors import CheckpointError, shown
 from cineline.families.wan.costs.text import TextCosts
-from cineline.families.wan.costs.vae import VaeCosts
-from cineline.families.wan.costs.vae_units import Conv, Unit
 from cineline.families.wan.recognise import IMAGES, Found
+from cineline.families.wan_vae.cost_units import Conv, Unit
+from cineline.families.wan_vae.costs import VaeCosts
 from cineline.weights.sources import listed, without_leading_ones
 
 Shape = tuple[int, ...]

@@ -1,53 +1,25 @@
-"""Wan's VAEs: an image to its latents.
+"""The VAE of a Wan checkpoint, and its encoder: an image to its latents.
 
 Legend: C latent channels, F' latent frames, H' x W' latents a frame.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
-from diffusers import AutoencoderKLWan
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from cineline.families.wan.shapes import Component
+from cineline.families.wan.shapes import WanShapes
 from cineline.families.wan.weights import weights_of
-from cineline.weights.files import Weights
-
-ENCODER = ("encoder", "quant_conv")
-DECODER = ("decoder", "post_quant_conv")
+from cineline.families.wan_vae.halves import ENCODER, VaeFiles, load_half, statistics
 
 
-def build_vae(component: Component) -> tuple[Any, Weights]:
-    """The checkpoint's VAE on the meta device, and the weights that belong to it."""
-    with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config(dict(component.config))
-    weights = weights_of(component)
-    weights.check_names(vae.state_dict())
-    return vae, weights
-
-
-def load_half(component: Component, keep: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> tuple[Any, int]:
-    """The VAE with one of its halves only, and the bytes read for it."""
-    vae, weights = build_vae(component)
-    for name in (*ENCODER, *DECODER):
-        if name not in keep:
-            delattr(vae, name)
-    weights.load(vae, dtype, device)
-    return vae, weights.bytes_read
-
-
-def statistics(config: Any, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and 1 / standard deviation of the latents' channels, [1, C, 1, 1, 1], by the VAE's config.
-
-    For loading: an accelerator stops for numbers that come from the host.
-    """
-    shape = (1, config.z_dim, 1, 1, 1)
-    mean = torch.tensor(config.latents_mean).view(shape).to(device, dtype)
-    std = torch.tensor(config.latents_std).view(shape).to(device, dtype)
-    return mean, 1.0 / std
+def vae_of(model: WanShapes) -> VaeFiles:
+    """A model's."""
+    component = model.component("vae")
+    return VaeFiles(component.config, partial(weights_of, component))
 
 
 class ImageEncoder:
@@ -57,8 +29,8 @@ class ImageEncoder:
         bytes_read: of the weights.
     """
 
-    def __init__(self, component: Component, dtype: torch.dtype, device: torch.device) -> None:
-        self._vae, self.bytes_read = load_half(component, ENCODER, dtype, device)
+    def __init__(self, files: VaeFiles, dtype: torch.dtype, device: torch.device) -> None:
+        self._vae, self.bytes_read = load_half(files, ENCODER, dtype, device)
         self._dtype = dtype
         self._device = device
         self._statistics = statistics(self._vae.config, torch.float32, device)

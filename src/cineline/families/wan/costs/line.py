@@ -11,8 +11,8 @@ from typing import Self
 
 from cineline.core.config import ParallelConfig, Place
 from cineline.core.request import Job, Kind, WorkItem
-from cineline.families.wan.constants import TILE
 from cineline.families.wan.costs.seconds import HISTORY, TimedLine
+from cineline.families.wan_vae.constants import TILE
 from cineline.schedule.words import RECEIVES_AHEAD, SENDS_UNDERWAY
 
 RECEIVE_BUFFERS = RECEIVES_AHEAD + 1

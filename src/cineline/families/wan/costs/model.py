@@ -12,7 +12,7 @@ from cineline.core.work import ITEMSIZE
 from cineline.families.wan.costs.clip import ClipCosts
 from cineline.families.wan.costs.text import TextCosts
 from cineline.families.wan.costs.transformer import TransformerCosts
-from cineline.families.wan.costs.vae import VaeCosts
+from cineline.families.wan_vae.costs import VaeCosts
 
 
 class Shapes(Protocol):

@@ -14,8 +14,9 @@ from cineline.core.config import ParallelConfig, Place
 from cineline.core.hardware import Device, Link, Rates
 from cineline.core.request import Job, Kind, Value, WorkItem
 from cineline.core.work import ITEMSIZE, Work
-from cineline.families.wan.constants import TEXT_TOKENS, TILE, TILE_STRIDE, TIME_ROWS
+from cineline.families.wan.constants import TEXT_TOKENS, TIME_ROWS
 from cineline.families.wan.costs.model import ModelCosts, Shapes
+from cineline.families.wan_vae.constants import TILE, TILE_STRIDE
 
 HISTORY = 4
 """Latents that a multistep solver keeps (UniPC: two predictions, the sample, the corrector's)."""

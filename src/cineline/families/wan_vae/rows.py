@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cineline.families.snapshot import copied
-from cineline.families.wan.costs.vae import VaeCosts
-from cineline.families.wan.decoder import DecoderSlice, SliceState, Tensors
-from cineline.families.wan.shapes import Component
+from cineline.families.wan_vae.costs import VaeCosts
+from cineline.families.wan_vae.decoder import DecoderSlice, SliceState, Tensors
+from cineline.families.wan_vae.halves import VaeFiles
 from cineline.transport.axis import Axis
 
 
@@ -178,10 +178,10 @@ class RowDecoder:
         bytes_read: of the weights.
     """
 
-    def __init__(self, component: Component, dtype: torch.dtype, device: torch.device, axis: Axis) -> None:
+    def __init__(self, files: VaeFiles, dtype: torch.dtype, device: torch.device, axis: Axis) -> None:
         self._axis = axis
         self._device = device
-        self._slice = DecoderSlice(component, None, dtype, device, takes_latents=True)
+        self._slice = DecoderSlice(files, None, dtype, device, takes_latents=True)
         self._costs = VaeCosts.of(self._slice.config)
         self.bytes_read = self._slice.bytes_read
         self._over_rows: list[_OverRows] = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cineline.core.work import Parameters, Work
-from cineline.families.wan.costs.vae_units import Map, Unit
+from cineline.families.wan_vae.cost_units import Map, Unit
 
 DEFAULTS: Mapping[str, Any] = {
     "base_dim": 96,

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from cineline.families.frames import quantise
 from cineline.families.snapshot import copied
-from cineline.families.wan.constants import TILE, TILE_STRIDE
-from cineline.families.wan.costs.vae import VaeCosts
-from cineline.families.wan.shapes import Component
-from cineline.families.wan.vae import DECODER, build_vae, load_half, statistics
+from cineline.families.wan_vae.constants import TILE, TILE_STRIDE
+from cineline.families.wan_vae.costs import VaeCosts
+from cineline.families.wan_vae.halves import DECODER, VaeFiles, build_vae, load_half, statistics
 from cineline.transport.channel import TensorSpec
 
 Tensors = tuple[Tensor, ...]
@@ -77,7 +76,7 @@ class DecoderSlice:
     """Some units of the VAE's decoder, with no other weights than theirs.
 
     Args:
-        component: the VAE.
+        files: the VAE.
         units: numbers of neighbours among the units (`VaeCosts.names`), maybe none; None for all.
         takes_latents: this slice is given the latents (the first one, which may have no units): their way
             into the decoder, `post_quant_conv`, is here.
@@ -88,13 +87,13 @@ class DecoderSlice:
 
     def __init__(
         self,
-        component: Component,
+        files: VaeFiles,
         units: range | None,
         dtype: torch.dtype,
         device: torch.device,
         takes_latents: bool,
     ) -> None:
-        vae, weights = build_vae(component)
+        vae, weights = build_vae(files)
         names = VaeCosts.of(vae.config).names
         self.config = vae.config
         self._dtype = dtype
@@ -210,8 +209,8 @@ class TiledDecoder:
         bytes_read: of the weights.
     """
 
-    def __init__(self, component: Component, dtype: torch.dtype, device: torch.device) -> None:
-        self._vae, self.bytes_read = load_half(component, DECODER, dtype, device)
+    def __init__(self, files: VaeFiles, dtype: torch.dtype, device: torch.device) -> None:
+        self._vae, self.bytes_read = load_half(files, DECODER, dtype, device)
         self._vae.enable_tiling(TILE, TILE, TILE_STRIDE, TILE_STRIDE)
         self._dtype = dtype
         self._device = device
