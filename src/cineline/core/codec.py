@@ -13,7 +13,7 @@ import importlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import cache, partial
 from pathlib import Path
@@ -182,14 +182,16 @@ class _Reader:
             raise ValueError(f"{len(self._view) - self._at} bytes are left over")
 
 
-@cache
-def _fields_of(kind: type) -> list[str] | None:
-    """What its constructor takes, by name; None where it is no class of fields."""
+def _named(kind: Any) -> list[str] | None:
+    """What a class's constructor takes, by name; None where it is none of fields."""
     if issubclass(kind, BaseModel):
         return list(kind.model_fields)
     if issubclass(kind, tuple):
         return list(kind._fields) if hasattr(kind, "_fields") else None
     return [each.name for each in dataclasses.fields(kind) if each.init] if dataclasses.is_dataclass(kind) else None
+
+
+_fields_of: Callable[[type], list[str] | None] = cache(_named)
 
 
 def _parts_of(error: CinelineError) -> list[Any]:
