@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -182,8 +182,8 @@ class _Reader:
             raise ValueError(f"{len(self._view) - self._at} bytes are left over")
 
 
-def _fields(kind: type[Any]) -> list[str] | None:
-    """What its constructor takes, by name; None where it is no class of fields."""
+def _named(kind: Any) -> list[str] | None:
+    """What a class's constructor takes, by name; None where it is none of fields."""
     if issubclass(kind, BaseModel):
         return list(kind.model_fields)
     if issubclass(kind, tuple):
@@ -191,7 +191,7 @@ def _fields(kind: type[Any]) -> list[str] | None:
     return [each.name for each in dataclasses.fields(kind) if each.init] if dataclasses.is_dataclass(kind) else None
 
 
-_fields_of = cast("Callable[[type[Any]], list[str] | None]", cache(_fields))  # mypy: classes are hashable, too
+_fields_of: Callable[[type], list[str] | None] = cache(_named)
 
 
 def _parts_of(error: CinelineError) -> list[Any]:
