@@ -29,7 +29,7 @@ def start(*options: str) -> None:
 
 
 def nodes() -> int:
-    return sum(bool(node["Alive"]) for node in ray.nodes())
+    return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import signal
@@ -35,6 +36,13 @@ from cineline.engine.torchrun import WORLD
 from cineline.errors import InvalidConfig, RankFailed, reason, shown
 from cineline.planning.hardware import device_named
 from cineline.rank.ray_actor import Node, RankActor, gpu, versions
+
+ADDRESS = "RAY_ADDRESS"
+"""Ray's variable that says which cluster."""
+
+NO_CLIENT = "launcher='ray' needs a node of the cluster, and this is Ray's client (ray://): start the engine on a node."
+
+CONNECT_LIMIT_S = 5.0
 
 PLACE_LIMIT_S = 60.0
 """For the cluster to have room for all ranks."""
@@ -66,6 +74,7 @@ def connect_ray() -> Any:
     with _own_end():
         ray: Any = import_module("ray")
     if not ray.is_initialized():
+        _check_address(os.environ.get(ADDRESS, ""))
         try:
             with _own_end():
                 ray.init("auto", logging_level=logging.ERROR)
@@ -75,11 +84,24 @@ def connect_ray() -> Any:
                 "--address HOST:6379` to join one, or set RAY_ADDRESS."
             ) from None
     if ray.util.client.ray.is_connected():
-        raise InvalidConfig(
-            "launcher='ray' needs a node of the cluster to run on, and this is Ray's client (ray://): start the engine "
-            "on a node."
-        )
+        raise InvalidConfig(NO_CLIENT)
     return ray
+
+
+def _check_address(address: str) -> None:
+    """Refuse one that nobody answers at, which Ray would call for minutes."""
+    if "://" in address:
+        raise InvalidConfig(NO_CLIENT)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_LIMIT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InvalidConfig(
+            f"{ADDRESS}={shown(address)} cannot be reached ({reason(error)}): give a cluster's, or unset it for "
+            "this machine's."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -178,6 +200,7 @@ class _World:
         self._actors: list[Any] = []
         self._ended: list[Any] = []
         self._left = set(range(ranks))
+        self._gone_by = math.inf
         self._group = ray.util.placement_group([dict(bundle) for _ in range(ranks)], strategy="PACK")
 
     def start(self, settings: Mapping[str, str]) -> list[RankProcess]:
@@ -257,30 +280,33 @@ class _World:
         return calls
 
     def _has_ended(self, rank: int, limit_s: float = 0.0) -> bool:
-        return bool(self._ray.wait([self._ended[rank]], timeout=limit_s)[0])
+        return bool(self._ray.wait([self._ended[rank]], timeout=max(0.0, limit_s))[0])
 
     def describe_end(self, rank: int) -> str:
         """How a rank's process ended, in words."""
-        if not self._has_ended(rank, END_LIMIT_S):
+        if self._ray.is_initialized() and not self._has_ended(rank, END_LIMIT_S):
             return "its connection closed while the process went on"
         try:
-            code = self._ray.get(self._ended[rank])
+            code = self._ray.get(self._ended[rank]) if self._ray.is_initialized() else None
         except self._ray.exceptions.RayError:
+            code = None
+        if code is None:
             return "its actor is gone: it was killed, or its node is lost"
-        return (
-            f"the process was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"the process ended with exit code {code}"
-        )
+        if code < 0:
+            return f"the process was killed by {signal.Signals(-code).name}"
+        return f"the process ended with exit code {code}"
 
     def end(self, rank: int, deadline: float) -> None:
         """See to it that a rank's process is gone soon after `deadline` (`time.monotonic`), and what it had is free."""
+        if not self._ray.is_initialized():  # the program has left the cluster, and they with it
+            return
         if rank < len(self._ended):
-            self._has_ended(rank, max(0.0, deadline - time.monotonic()))
+            self._has_ended(rank, deadline - time.monotonic())
         if rank < len(self._actors):
             self._ray.kill(self._actors[rank])
+            self._gone_by = min(self._gone_by, time.monotonic() + KILL_LIMIT_S)
         if rank < len(self._ended):
-            self._has_ended(rank, KILL_LIMIT_S)
+            self._has_ended(rank, self._gone_by - time.monotonic())  # of a node that is lost Ray hears later
         with self._lock:
             was_left, self._left = bool(self._left), self._left - {rank}
             if was_left and not self._left:
