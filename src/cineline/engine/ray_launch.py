@@ -26,16 +26,15 @@ from multiprocessing.connection import Connection, answer_challenge, deliver_cha
 from typing import Any
 
 from cineline.core.config import DEVICES, DeviceConfig
-from cineline.core.control import ENGINE_ADDRESS
 from cineline.core.extras import need
 from cineline.core.hardware import Device
 from cineline.core.sockets import UNANSWERED_S, notice_loss
-from cineline.engine.launch import END_LIMIT_S, KILL_LIMIT_S, MOST_CALLS, POLL_S, QUIET, RankProcess
+from cineline.engine.launch import END_LIMIT_S, KILL_LIMIT_S, MOST_CALLS, QUIET, RankProcess
 from cineline.engine.owned import own
 from cineline.engine.torchrun import WORLD
 from cineline.errors import InvalidConfig, RankFailed, reason, shown
 from cineline.planning.hardware import device_named
-from cineline.rank.ray_actor import Node, RankActor, gpu, versions
+from cineline.rank.ray_actor import ENGINE, Node, RankActor, gpu, versions
 
 ADDRESS = "RAY_ADDRESS"
 """Ray's variable that says which cluster."""
@@ -53,6 +52,8 @@ START_LIMIT_S = 60.0
 CALL_LIMIT_S = 120.0
 """From then on, for the ranks to have called: they load torch first."""
 
+POLL_S = 0.2
+
 MEET_LIMIT_S = 20.0
 """For a caller to say who it is."""
 
@@ -60,7 +61,7 @@ WORDS_LIMIT = 1000
 """Bytes of what it says."""
 
 SETTINGS = ("MKL_CBWR", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Of a rank's environment, what the engine's says; the rest is the node's."""
+"""Of a rank's environment, what the engine's alone says (Ray sets some on its nodes); the rest is the node's."""
 
 
 def connect_ray() -> Any:
@@ -78,7 +79,7 @@ def connect_ray() -> Any:
         try:
             with _own_end():
                 ray.init("auto", logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise InvalidConfig(
                 f"launcher='ray' finds no cluster ({reason(error)}): run `ray start --head` here, or `ray start "
                 "--address HOST:6379` to join one, or set RAY_ADDRESS."
@@ -213,10 +214,10 @@ class _World:
         key, host = secrets.token_bytes(32), str(self._ray.util.get_node_ip_address())
         with socket.create_server((host, 0), backlog=MOST_CALLS) as server:
             engine = f"{host},{server.getsockname()[1]},{key.hex()}"
-            given = {**QUIET, **settings, ENGINE_ADDRESS: engine}
+            given = {**QUIET, **settings, ENGINE: engine}
             for rank, (actor, node) in enumerate(zip(self._actors, nodes, strict=True)):
                 arguments = ["--rank", str(rank), "--ranks", str(ranks), "--host", node.address]
-                actor.start.remote(arguments, given, WORLD)
+                actor.start.remote(arguments, given, (*WORLD, *SETTINGS))
             self._ended = [actor.wait.remote() for actor in self._actors]
             calls = self._accept(server, key)
         where = json.dumps({"host": nodes[0].address, "port": calls[0].port}).encode()

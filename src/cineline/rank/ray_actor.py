@@ -20,6 +20,9 @@ import psutil
 
 MODULE = "cineline.rank.remote"
 
+ENGINE = "CINELINE_ENGINE"
+"""Environment of a rank's process: host, port and key (hexadecimal) of its engine, separated by commas."""
+
 INTERFACES = "GLOO_SOCKET_IFNAME"
 """The variable that says over which interfaces gloo talks."""
 

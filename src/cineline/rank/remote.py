@@ -1,7 +1,7 @@
 """A rank's process that calls its engine, from whatever host: `python -m cineline.rank.remote --parent PID --rank R
 --ranks N --host ADDRESS`. It ends with its parent.
 
-The environment says where the engine is (`control.ENGINE_ADDRESS`). Both ends prove the key that is there, then each
+The environment says where the engine is (`ray_actor.ENGINE`). Both ends prove the key that is there, then each
 says what the other lacks, as JSON: rank 0, which has opened the ranks' rendezvous on its host, on which port that is;
 the engine to the others, where.
 """
@@ -17,11 +17,11 @@ from multiprocessing.connection import Client, Connection
 from typing import Any
 
 from cineline.core import streams
-from cineline.core.control import ENGINE_ADDRESS
 from cineline.core.sockets import UNANSWERED_S, notice_loss
 from cineline.errors import InvalidConfig, reason
 from cineline.rank import worker
 from cineline.rank.owner import die_with, end_with
+from cineline.rank.ray_actor import ENGINE
 
 WORDS_LIMIT = 1000
 """Bytes of what is said before the rank is served."""
@@ -60,7 +60,7 @@ def _meet(rank: int, ranks: int, host: str) -> tuple[Connection, Any]:
 
 
 def _call(rank: int) -> Connection:
-    host, port, key = os.environ.pop(ENGINE_ADDRESS).split(",")
+    host, port, key = os.environ.pop(ENGINE).split(",")
     try:
         connection = Client((host, int(port)), authkey=bytes.fromhex(key))
     except (OSError, EOFError, AuthenticationError) as error:
