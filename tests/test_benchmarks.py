@@ -131,3 +131,9 @@ def test_a_bad_option_is_refused(
         run(app)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_replicas_times_one_line_and_two(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    sizes = "--requests 3 --steps 2 --stage-ms 5 --pp 1 --in-flight 1 --runs 1"
+    runs = found(f"replicas --launcher local {sizes}", tmp_path, monkeypatch)["runs"]
+    assert {count: len(own) for count, own in runs.items()} == {"1": 1, "2": 1}
