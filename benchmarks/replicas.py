@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -112,7 +113,13 @@ def _cluster(cores: int) -> Iterator[None]:
     """A Ray cluster of this machine, which believes to have so many cores."""
     import ray
 
-    ray.init(num_cpus=cores, include_dashboard=False, object_store_memory=STORE_BYTES, log_to_driver=False)
+    ray.init(
+        num_cpus=cores,
+        include_dashboard=False,
+        object_store_memory=STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     try:
         yield
     finally:

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from typing import Any
 
 import ray
 from faulty_family import FaultySpec
@@ -30,8 +29,7 @@ def start(*options: str) -> None:
 
 
 def nodes() -> int:
-    found: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return sum(bool(node["Alive"]) for node in found)
+    return sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
 
 
 def main() -> None:

@@ -140,3 +140,9 @@ def test_page_says_how_long_frames_take(tmp_path: Path, monkeypatch: MonkeyPatch
     arms = found("page --jobs 120 --ranks 3 --seconds 0.5", tmp_path, monkeypatch)["arms"]
     assert arms.keys() == {"1280 px", "390 px"}
     assert all(arm["ms"] and arm["drawn_ms"] and arm["script_ms"] for arm in arms.values())
+
+
+def test_replicas_times_one_line_and_two(tmp_path: Path, monkeypatch: MonkeyPatch) -> None:
+    sizes = "--requests 3 --steps 2 --stage-ms 5 --pp 1 --in-flight 1 --runs 1"
+    runs = found(f"replicas --launcher local {sizes}", tmp_path, monkeypatch)["runs"]
+    assert {count: len(own) for count, own in runs.items()} == {"1": 1, "2": 1}

@@ -165,6 +165,14 @@ def test_a_device_that_ray_does_not_know_is_refused() -> None:
         Engine(FaultySpec(), device="xpu", allow_untested_device=True, launcher="ray")
 
 
+@pytest.mark.parametrize(
+    ("address", "words"), [("127.0.0.1:1", "cannot be reached"), ("ray://127.0.0.1:1", "this is Ray's client")]
+)
+def test_a_cluster_that_is_none_is_told_at_once(address: str, words: str) -> None:
+    with pytest.raises(InvalidConfig, match=words):
+        ray_launch._check_address(address)
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "cineline", *arguments, "--launcher", "ray", "--quiet"]
 

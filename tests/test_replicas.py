@@ -16,9 +16,14 @@ from test_engine import assert_right, request
 from toy_family import ToySpec
 
 from cineline import Engine, EngineClosed, InvalidConfig, ParallelConfig, RankFailed
+from cineline.cli import main
+from cineline.core.config import DeviceConfig
+from cineline.engine.auto import replicate
 from cineline.engine.replica import VISIBLE, Replica
 from cineline.engine.replicas import Replicas, folder_of
+from cineline.families.registry import known_model
 from cineline.families.wan.random_checkpoint import RandomConfig
+from cineline.planning.hardware import device_named
 from cineline.server.run import opened
 from cineline.server.settings import ServeConfig
 
@@ -165,3 +170,32 @@ def test_a_service_keeps_two_lines_at_work(tmp_path: Path, checkpoint: Checkpoin
         text = client.get("/metrics").text
     busy = [line for line in text.splitlines() if line.startswith("cineline_rank_busy_seconds_total")]
     assert len(busy) == 2 and not any(line.endswith(" 0.0") for line in busy)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--replicas", "0"], "replicas='0' is not auto, nor a whole number from 1 to 100"),
+        (["--replicas", "1,2"], "replicas='1,2' is not auto"),
+        (["--replicas", "auto", "--pp", "2"], "leave out --pp, or give a number"),
+        (["--replicas", "auto", "--device", "cpu"], "for CUDA devices, not for the CPU"),
+        (["--launcher", "rays"], "launcher='rays' is not known"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cineline", "serve", "--data-dir", str(tmp_path / "data"), *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_planner_says_how_many() -> None:
+    spec = known_model("Wan-AI/Wan2.2-TI2V-5B-Diffusers")
+    assert spec is not None
+    four = [device_named("NVIDIA L40S", 48e9)] * 4
+    parallel, in_flight, count = replicate(spec, DeviceConfig("cuda", "bfloat16"), None, lambda: (four, "pcie4"))
+    assert count * parallel.ranks == 4 and count > 1 and in_flight >= 1

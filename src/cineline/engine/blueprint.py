@@ -175,14 +175,15 @@ class Blueprint:
     def made_with(self) -> dict[str, str]:
         """What bits may depend on, too: the libraries' versions and the device's name."""
         found = {name: metadata.version(name) for name in LIBRARIES}
-        return found | ({"gpu": device_name()} if self.config.device == "cuda" else {})
+        gpu = device_name() if self.config.device == "cuda" else None
+        return found | ({} if gpu is None else {"gpu": gpu})
 
 
-def device_name() -> str:
-    """Of the first GPU."""
+def device_name() -> str | None:
+    """Of this machine's first GPU; None where only other nodes have some."""
     import torch
 
-    return str(torch.cuda.get_device_name(0))
+    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
 
 
 def check_launcher(launcher: str) -> None:

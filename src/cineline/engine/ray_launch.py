@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+import os
 import secrets
 import signal
 import socket
@@ -31,7 +33,14 @@ from cineline.engine.owned import own
 from cineline.engine.torchrun import WORLD
 from cineline.errors import InvalidConfig, RankFailed, reason, shown
 from cineline.planning.hardware import device_named
-from cineline.rank.ray_actor import ENGINE_ADDRESS, Node, RankActor, gpu, versions
+from cineline.rank.ray_actor import ENGINE, Node, RankActor, gpu, versions
+
+ADDRESS = "RAY_ADDRESS"
+"""Ray's variable that says which cluster."""
+
+NO_CLIENT = "launcher='ray' needs a node of the cluster, and this is Ray's client (ray://): start the engine on a node."
+
+CONNECT_LIMIT_S = 5.0
 
 PLACE_LIMIT_S = 60.0
 """For the cluster to have room for all ranks."""
@@ -46,7 +55,7 @@ WORDS_LIMIT = 1000
 """Bytes of what it says."""
 
 SETTINGS = ("MKL_CBWR", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Of a rank's environment, what the engine's says; the rest is the node's."""
+"""Of a rank's environment, what the engine's alone says (Ray sets some on its nodes); the rest is the node's."""
 
 
 def connect_ray() -> Any:
@@ -60,20 +69,34 @@ def connect_ray() -> Any:
     with _own_end():
         ray: Any = import_module("ray")
     if not ray.is_initialized():
+        _check_address(os.environ.get(ADDRESS, ""))
         try:
             with _own_end():
                 ray.init("auto", logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise InvalidConfig(
                 f"launcher='ray' finds no cluster ({reason(error)}): run `ray start --head` here, or `ray start "
                 "--address HOST:6379` to join one, or set RAY_ADDRESS."
             ) from None
     if ray.util.client.ray.is_connected():
-        raise InvalidConfig(
-            "launcher='ray' needs a node of the cluster to run on, and this is Ray's client (ray://): start the engine "
-            "on a node."
-        )
+        raise InvalidConfig(NO_CLIENT)
     return ray
+
+
+def _check_address(address: str) -> None:
+    """Refuse one that nobody answers at, which Ray would call for minutes."""
+    if "://" in address:
+        raise InvalidConfig(NO_CLIENT)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), CONNECT_LIMIT_S).close()
+    except (OSError, OverflowError) as error:
+        raise InvalidConfig(
+            f"{ADDRESS}={shown(address)} cannot be reached ({reason(error)}): give a cluster's, or unset it for "
+            "this machine's."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -172,6 +195,7 @@ class _World:
         self._actors: list[Any] = []
         self._ended: list[Any] = []
         self._left = set(range(ranks))
+        self._gone_by = math.inf
         self._group = ray.util.placement_group([dict(bundle) for _ in range(ranks)], strategy="PACK")
 
     def start(self, settings: Mapping[str, str]) -> list[RankProcess]:
@@ -184,10 +208,10 @@ class _World:
         key, host = secrets.token_bytes(32), str(self._ray.util.get_node_ip_address())
         with socket.create_server((host, 0), backlog=MOST_CALLS) as server:
             engine = f"{host},{server.getsockname()[1]},{key.hex()}"
-            given = {**QUIET, **settings, ENGINE_ADDRESS: engine}
+            given = {**QUIET, **settings, ENGINE: engine}
             for rank, (actor, node) in enumerate(zip(self._actors, nodes, strict=True)):
                 arguments = ["--rank", str(rank), "--ranks", str(ranks), "--host", node.address]
-                actor.start.remote(arguments, given, WORLD)
+                actor.start.remote(arguments, given, (*WORLD, *SETTINGS))
             self._ended = [actor.wait.remote() for actor in self._actors]
             calls = accept([server], key, ranks, self._look, CALL_LIMIT_S)
         if ranks > 1:
@@ -236,30 +260,33 @@ class _World:
                 raise RankFailed(rank, f"{self.describe_end(rank)} before it called the engine")
 
     def _has_ended(self, rank: int, limit_s: float = 0.0) -> bool:
-        return bool(self._ray.wait([self._ended[rank]], timeout=limit_s)[0])
+        return bool(self._ray.wait([self._ended[rank]], timeout=max(0.0, limit_s))[0])
 
     def describe_end(self, rank: int) -> str:
         """How a rank's process ended, in words."""
-        if not self._has_ended(rank, END_LIMIT_S):
+        if self._ray.is_initialized() and not self._has_ended(rank, END_LIMIT_S):
             return "its connection closed while the process went on"
         try:
-            code = self._ray.get(self._ended[rank])
+            code = self._ray.get(self._ended[rank]) if self._ray.is_initialized() else None
         except self._ray.exceptions.RayError:
+            code = None
+        if code is None:
             return "its actor is gone: it was killed, or its node is lost"
-        return (
-            f"the process was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"the process ended with exit code {code}"
-        )
+        if code < 0:
+            return f"the process was killed by {signal.Signals(-code).name}"
+        return f"the process ended with exit code {code}"
 
     def end(self, rank: int, deadline: float) -> None:
         """See to it that a rank's process is gone soon after `deadline` (`time.monotonic`), and what it had is free."""
+        if not self._ray.is_initialized():  # the program has left the cluster, and they with it
+            return
         if rank < len(self._ended):
-            self._has_ended(rank, max(0.0, deadline - time.monotonic()))
+            self._has_ended(rank, deadline - time.monotonic())
         if rank < len(self._actors):
             self._ray.kill(self._actors[rank])
+            self._gone_by = min(self._gone_by, time.monotonic() + KILL_LIMIT_S)
         if rank < len(self._ended):
-            self._has_ended(rank, KILL_LIMIT_S)
+            self._has_ended(rank, self._gone_by - time.monotonic())  # of a node that is lost Ray hears later
         with self._lock:
             was_left, self._left = bool(self._left), self._left - {rank}
             if was_left and not self._left:

@@ -20,8 +20,8 @@ import psutil
 
 MODULE = "cineline.rank.remote"
 
-ENGINE_ADDRESS = "CINELINE_ENGINE"
-"""The variable in which the engine tells its ranks its address and a key, as HOST,PORT,KEY in hexadecimal."""
+ENGINE = "CINELINE_ENGINE"
+"""Environment of a rank's process: host, port and key (hexadecimal) of its engine, separated by commas."""
 
 INTERFACES = "GLOO_SOCKET_IFNAME"
 """The variable that says over which interfaces gloo talks."""

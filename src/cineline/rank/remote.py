@@ -1,7 +1,7 @@
 """A rank's process that calls its engine, from whatever host: `python -m cineline.rank.remote --parent PID --rank R
 --ranks N --host ADDRESS`. It ends with its parent.
 
-The environment says where the engine is (`ray_actor.ENGINE_ADDRESS`). Both ends prove the key that is there, then the
+The environment says where the engine is (`ray_actor.ENGINE`). Both ends prove the key that is there, then the
 rank says its number, and each what the other lacks, as JSON: rank 0, which has opened the ranks' rendezvous on its
 host, on which port that is; the engine to the others, where.
 """
@@ -23,7 +23,7 @@ from cineline.core.sockets import UNANSWERED_S, notice_loss
 from cineline.errors import InvalidConfig, reason
 from cineline.rank import worker
 from cineline.rank.owner import die_with, end_with
-from cineline.rank.ray_actor import ENGINE_ADDRESS
+from cineline.rank.ray_actor import ENGINE
 
 CALL_LIMIT_S = 20
 """For the engine to take the call."""
@@ -66,7 +66,7 @@ def _meet(rank: int, ranks: int, host: str) -> tuple[Connection, Any]:
 
 
 def _call(rank: int) -> Connection:
-    host, port, key = os.environ.pop(ENGINE_ADDRESS).split(",")
+    host, port, key = os.environ.pop(ENGINE).split(",")
     try:
         connection = Connection(socket.create_connection((host, int(port)), CALL_LIMIT_S).detach())
         os.set_blocking(connection.fileno(), True)
