@@ -26,8 +26,8 @@ test: setup
 
 # What times something, or kills it, one test after the other; of all others two at once.
 ALONE := $(addprefix tests/test_,$(addsuffix .py,bench chaos cli contract dispatcher durable engine environment \
-	faults folder gpu_benchmark hostile hub outbox progress recovery resuming server served_bodies served_events \
-	served_parts served_web soak streams timeout watch))
+	faults folder gpu_benchmark hosts hostile hub outbox page progress ray recovery replicas resuming server \
+	served_bodies served_events served_page served_parts served_web soak streams timeout watch))
 
 ## all products of parallel axes, on four to eight ranks, of which `test` runs one: minutes more
 test-products: setup
