@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from faulty_family import Plan
@@ -25,6 +26,9 @@ from cineline.engine import blueprint, launch
 from cineline.families.wan.random_checkpoint import RandomConfig, save_random_checkpoint
 
 torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("suite", deadline=None)  # others may have the machine
+hypothesis.settings.load_profile("suite")
 
 
 def commit() -> int:
