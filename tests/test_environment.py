@@ -123,6 +123,11 @@ def test_ranks_of_this_machine_know_nothing_of_another_world(monkeypatch: pytest
     assert not seen[0].keys() & WORLD.keys() - {"TORCHELASTIC_RUN_ID"}
 
 
+def test_a_rank_on_one_core_has_one_thread() -> None:
+    with environment({"OMP_NUM_THREADS": ""}):
+        assert DeviceConfig("cpu", pin_cores=True).rank_environment(1)["OMP_NUM_THREADS"] == "1"
+
+
 @given(st.integers(-3, 2000).map(str) | st.integers().map(str) | TEXTS | st.just(""), st.sampled_from(["", ",2", " "]))
 def test_threads_are_a_number_of_them(text: str, rest: str) -> None:
     given = text + rest

@@ -61,8 +61,7 @@ def reference(folder: Path, config: DeviceConfig, with_image: bool = False, ulys
     Args:
         ulysses: ranks of diffusers' own Ulysses attention.
     """
-    ranks = len(os.sched_getaffinity(0)) if config.pin_cores else ulysses
-    with processes(__name__, config.rank_environment(ranks), ulysses) as connections:
+    with processes(__name__, config.rank_environment(ulysses), ulysses) as connections:
         port = None
         for rank, connection in enumerate(connections):
             connection.send((folder, config, with_image, rank, ulysses, port))

@@ -407,8 +407,8 @@ class DeviceConfig:
     def rank_environment(self, ranks_on_host: int) -> dict[str, str]:
         """Environment of a rank process, to be set before torch loads.
 
-        `MKL_CBWR` makes MKL's products independent of pointer alignment. On the CPU the host's
-        cores are divided among its ranks unless `OMP_NUM_THREADS` says otherwise.
+        `MKL_CBWR` makes MKL's products independent of pointer alignment. On the CPU the host's cores are divided among
+        its ranks, a thread each where they are pinned, unless `OMP_NUM_THREADS` says otherwise.
 
         Raises:
             InvalidConfig: what that says is no number of threads.
@@ -416,7 +416,7 @@ class DeviceConfig:
         environment = dict(os.environ)
         environment.setdefault("MKL_CBWR", "AUTO")
         if self.device == "cpu":
-            threads = max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
+            threads = 1 if self.pin_cores else max(1, len(os.sched_getaffinity(0)) // ranks_on_host)
             environment["OMP_NUM_THREADS"] = str(asked_threads() or threads)
             environment.setdefault("MKL_NUM_THREADS", environment["OMP_NUM_THREADS"])
         return environment

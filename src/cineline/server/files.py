@@ -85,7 +85,7 @@ class DataFolder:
     @property
     def is_full(self) -> bool:
         """Whether the disk has no room for what new jobs would write."""
-        return shutil.disk_usage(self.path).free < RESERVE
+        return not self.has_room(alone=False)
 
     def has_room(self, alone: bool) -> bool:
         """Whether a job that waits may go. One `alone` may have half of the reserve: its end gives room back."""
@@ -155,12 +155,10 @@ class DataFolder:
                 stored = json.loads(file.read_bytes().decode("utf-8", "surrogatepass"))
                 outputs, given = stored["outputs"], Path(stored["outputs"]["video"])
             except (ValueError, LookupError, TypeError):  # of which job nobody knows
-                file.unlink(missing_ok=True)
-                shutil.rmtree(entry)
+                _remove_entry(entry)
                 continue
             if given.stem not in open_jobs:
-                file.unlink()  # first: without it the rest is no entry
-                shutil.rmtree(entry)
+                _remove_entry(entry)
                 continue
             if given != self.video(given.stem):
                 outputs["video"] = str(self.video(given.stem))
@@ -170,9 +168,13 @@ class DataFolder:
             try:
                 kept_in(entry)
             except InvalidConfig as error:
-                log.warning("%s's snapshots are left: %s", given.stem, reason(error))
-                file.unlink()
-                shutil.rmtree(entry)
+                log.warning("Job %s begins anew: %s", given.stem, reason(error))
+                _remove_entry(entry)
+
+
+def _remove_entry(entry: Path) -> None:
+    (entry / REQUEST).unlink()  # first: without it the rest is no entry
+    shutil.rmtree(entry)
 
 
 def thumbnail(video: Path) -> bytes:
